@@ -1,0 +1,5 @@
+"""The one error that commands report as a single line instead of a traceback."""
+
+
+class InputError(ValueError):
+    """Bad input from the user: the message names the thing, the legal values and the fix."""
