@@ -1,0 +1,198 @@
+"""What every command shares: one-line errors, `--help`, and the `--config` flag.
+
+Imports neither jax nor anything heavy, so that `--help` answers at once.
+"""
+
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from gidd_jax.errors import InputError
+
+flags.disclaim_key_flags()  # `--config` belongs to the command that asks for it
+
+_CONFIG_FLAG = "config"
+_default_config: str | None = None
+
+
+def nearest(word: str, legal: Iterable[str]) -> str:
+    """Return the end of an error message: the legal word closest to `word`, else all of them."""
+    legal = sorted(legal)
+    close = difflib.get_close_matches(word, legal, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(legal)}"
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configs: inside a wheel, or beside an editable package."""
+    package = Path(str(resources.files("gidd_jax")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """Return the file that `name` (a path, `configs/gidd.py` or `gidd`) stands for.
+
+    An existing path wins; `NAME` and `configs/NAME.py` are found from any folder.
+    Raises InputError that lists the shipped names.
+    """
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    shipped = {file.stem: file for file in config_folder().glob("*.py")}
+    if str(path.parent) in (".", "configs") and path.stem in shipped and path.suffix in ("", ".py"):
+        return shipped[path.stem]
+    raise InputError(
+        f"--config={name}: no such file, and the shipped configs are {', '.join(sorted(shipped))}"
+    )
+
+
+def load_config(name: str) -> ConfigDict:
+    """Return `get_config()` of a config file or shipped config; `name:argument` passes an argument.
+
+    Raises InputError when there is no such config or it takes no such argument.
+    """
+    name, *argument = name.split(":", 1)
+    path = find_config(name)
+    spec = importlib.util.spec_from_file_location(f"gidd_jax_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"--config={path}: the file must define get_config()")
+    if argument and not module.get_config.__code__.co_argcount:
+        raise InputError(f"--config={name}:{argument[0]}: this config takes no argument")
+    return module.get_config(*argument)
+
+
+def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
+    """Define `--config` (a file or a shipped name) with `--config.section.key=value` overrides."""
+    global _default_config
+    _default_config = default
+    names = ", ".join(sorted(file.stem for file in config_folder().glob("*.py")))
+    return config_flags.DEFINE_config_file(
+        _CONFIG_FLAG,
+        help_string=f"Config file, or a shipped config by name ({names}), with NAME:ARGUMENT for "
+        "those that take one. Override a key with --config.section.key=value."
+        + (f" Default: {default}." if default else ""),
+    )
+
+
+def run(main: Callable[[list[str]], None], *, examples: str = "") -> NoReturn:
+    """Parse the flags and call `main(argv)`; bad input ends in one line on stderr and exit code 2.
+
+    `--help` shows the docstring of main's module, `examples` and the flags of that module.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except InputError as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples))
+    raise AssertionError("absl's run always exits")
+
+
+def _fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: Sequence[str], main: Callable[..., None], examples: str) -> list[str]:
+    argv = list(argv)
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv):
+        print(_help_text(main, examples))
+        sys.exit(0)
+    try:
+        if _CONFIG_FLAG in flags.FLAGS:
+            argv = _resolve_config(argv)
+            sys.argv = argv  # ml_collections reads the overrides from there
+        rest = flags.FLAGS(argv)
+    except InputError as error:
+        _fail(str(error))
+    except flags.Error as error:
+        message = str(error)
+        missing = re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message)
+        _fail(f"--{missing[1]} is required: see --help" if missing else message)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value, see --help")
+    return rest
+
+
+def _resolve_config(argv: list[str]) -> list[str]:
+    """Put the config's file in place of its name, and refuse overrides of keys it lacks."""
+    value, argv = _pop_config(argv)
+    if value is None:
+        value = _default_config
+    if not value:
+        raise InputError("--config is required: a config file or a shipped name, see --help")
+    try:
+        config = load_config(value)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"--config={value}: {type(error).__name__}: {error}") from error
+    for argument in argv[1:]:
+        override = re.match(rf"--?(?:no)?{_CONFIG_FLAG}\.([^=]*)", argument)
+        if override:
+            _check_key(override[1], config)
+    name, *rest = value.split(":", 1)
+    return [argv[0], f"--{_CONFIG_FLAG}=" + ":".join([str(find_config(name)), *rest]), *argv[1:]]
+
+
+def _pop_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Return the value of the last `--config`, and argv without any."""
+    value, rest, words = None, [], iter(argv)
+    for word in words:
+        if word in (f"--{_CONFIG_FLAG}", f"-{_CONFIG_FLAG}"):
+            value = next(words, "")
+        elif word.startswith((f"--{_CONFIG_FLAG}=", f"-{_CONFIG_FLAG}=")):
+            value = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _check_key(dotted: str, config: ConfigDict) -> None:
+    legal = set(_leaves(config))
+    if dotted in legal:
+        return
+    if any(key.startswith(dotted + ".") for key in legal):
+        raise InputError(
+            f"--config.{dotted} is a section: set one of its keys, "
+            + ", ".join(sorted(key for key in legal if key.startswith(dotted + ".")))
+        )
+    section = dotted.split(".")[0]
+    in_section = [key for key in legal if key.startswith(section + ".")]
+    close = difflib.get_close_matches(dotted, legal, n=1, cutoff=0.6)
+    raise InputError(
+        f"unknown config key {dotted}: {nearest(dotted, close or in_section or config)}"
+    )
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterable[str]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _help_text(main: Callable[..., None], examples: str) -> str:
+    module = main.__module__
+    text = (sys.modules[module].__doc__ or "").strip()
+    own = flags.FLAGS.get_flags_for_module(sys.argv[0] if module == "__main__" else module)
+    listing = ["Flags:"]
+    for flag in sorted(own, key=lambda flag: flag.name):
+        default = "" if flag.default is None else f" (default: {flag.default})"
+        listing.append(flags.text_wrap(f"--{flag.name}: {flag.help}{default}", 88, "      ", "  "))
+    return "\n\n".join(filter(None, [text, examples.strip(), "\n".join(listing)]))
