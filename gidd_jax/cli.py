@@ -171,12 +171,12 @@ def _check_key(dotted: str, config: ConfigDict) -> None:
             f"--config.{dotted} is a section: set one of its keys, "
             + ", ".join(sorted(key for key in legal if key.startswith(dotted + ".")))
         )
-    section = dotted.split(".")[0]
+    section, _, leaf = dotted.rpartition(".")
     in_section = [key for key in legal if key.startswith(section + ".")]
-    close = difflib.get_close_matches(dotted, legal, n=1, cutoff=0.6)
-    raise InputError(
-        f"unknown config key {dotted}: {nearest(dotted, close or in_section or config)}"
-    )
+    by_leaf = {key.rpartition(".")[2]: key for key in [*sorted(legal), *in_section]}
+    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.5)
+    hint = f"did you mean {by_leaf[close[0]]}?" if close else nearest("", in_section or config)
+    raise InputError(f"unknown config key {dotted}: {hint}")
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> Iterable[str]:
