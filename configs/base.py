@@ -1,0 +1,94 @@
+"""Every key of a run, with its default and its legal values. Other configs change only what they
+change. `gidd_jax/settings.py` checks the types and the values.
+
+The defaults are those of the GIDD paper (arXiv 2503.04482, small model), apart from the data: they
+name the small corpus and tokenizer that come with the package, so that every config runs anywhere.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the defaults of every section."""
+    config = ConfigDict()
+    config.seed = 0  # integer >= 0; the only source of randomness of a run
+
+    config.model = model = ConfigDict()
+    model.name = "dit"  # dit (diffusion) | llama (autoregressive)
+    model.hidden_size = 768  # multiple of 2 * num_heads (rotary embedding turns pairs)
+    model.num_layers = 12  # integer >= 1
+    model.num_heads = 12  # integer >= 1
+    model.cond_dim = 128  # width of the time embedding, integer >= 1 (dit only)
+    model.max_seq_len = 512  # context in tokens, integer >= 2
+    model.dtype = "bfloat16"  # of the computation: bfloat16 | float32; parameters stay float32
+    model.scan_layers = True  # one compiled layer in a loop (True) or unrolled (False)
+    model.remat = "none"  # recompute activations in the backward pass: none | full | dots
+    model.attention = ""  # '' (automatic) | xla | cudnn
+    model.keep_padding_columns = False  # True: softmax over the columns that pad the vocabulary to
+    # a multiple of 128, as the original implementation does
+
+    config.process = process = ConfigDict()
+    process.name = "hybrid"  # hybrid | masked | log_snr | autoregressive
+    process.p_uniform = 0.1  # hybrid: largest share of uniform noise, in [0, 1); 0 is mask-only
+    process.gamma = 1.0  # hybrid: exponent of the uniform noise's schedule, in (0, 2]
+    process.t_eps = 1e-4  # times are drawn in [t_eps, 1 - t_eps], in (0, 0.5)
+    process.scale = 1.0  # log_snr: uniform share is sigmoid(scale * log-SNR + shift), any number
+    process.shift = 0.0  # log_snr: -1000 is masking, 0 hybrid, 1000 uniform
+    process.min_log_snr = -9.0  # log_snr: less than max_log_snr
+    process.max_log_snr = 9.0  # log_snr: greater than min_log_snr
+    process.stratified = True  # times spread over the global batch (True) or independent (False)
+
+    config.data = data = ConfigDict()
+    data.path = "embedded"  # embedded | file | folder | glob | comma list of them
+    # | folder of shards made by gidd_jax.prepare_data | tfds:NAME/CONFIG
+    data.tokenizer = "embedded"  # embedded | local folder | name on the Hugging Face hub
+    data.validation = "hash:0.05"  # last:COUNT documents | hash:FRACTION of the documents
+    # | path:FILES | split:NAME (tfds)
+    data.text_key = "text"  # field that holds the text in jsonl, parquet and tfds records
+    data.txt_documents = "blank_line"  # what is one document in a .txt: file | line | blank_line
+    data.mode = "crop"  # crop (random window of a document, padded) | packed | padded
+    data.num_workers = 0  # processes that prepare batches, integer >= 0; 0 uses threads
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw | psgd | muon
+    optimizer.learning_rate = 5e-4  # peak, > 0
+    optimizer.b1 = 0.9  # first-moment decay, in [0, 1)
+    optimizer.b2 = 0.99  # second-moment decay, in [0, 1)
+    optimizer.eps = 1e-9  # > 0
+    optimizer.weight_decay = 0.02  # decoupled, on every parameter, >= 0
+    optimizer.clip_norm = 1.0  # largest global gradient norm, > 0
+    optimizer.warmup_steps = 10_000  # linear from 0, integer >= 0
+    optimizer.schedule = "cosine"  # after the warm-up: cosine | linear (to 0) | constant
+    optimizer.final_lr_ratio = 0.1  # cosine: last learning rate / peak, in [0, 1]
+    optimizer.ema_decay = 0.0  # moving average of the parameters, in [0, 1); 0 is off
+
+    config.train = train = ConfigDict()
+    train.num_steps = 500_000  # integer >= 1
+    train.batch_size = 512  # sequences per step over all devices, integer >= 1
+    train.micro_batches = 1  # gradient accumulation, a divisor of batch_size
+    train.weighting = "dynamic"  # elbo | clip | dynamic | dynamic_v1_1 (the released code's)
+    train.min_weight = 0.0  # loss weights are clipped to [min_weight, max_weight], >= 0
+    train.max_weight = 2.0  # >= min_weight
+    train.mask_padding = False  # True: padding tokens do not count in the loss
+    train.align_mask_to_input = False  # autoregressive: True masks by the input token, not the
+    # target, as the original does
+    train.eval_every = 5_000  # steps between validations, integer >= 0; 0 is never
+    train.eval_batches = 64  # batches of a validation, integer >= 1
+
+    config.mesh = mesh = (
+        ConfigDict()
+    )  # devices: data * fsdp * tensor; at most one may be -1, the rest
+    mesh.data = -1  # copies of the model, each on its share of the batch: integer >= 1 or -1
+    mesh.fsdp = 1  # as data, with parameters and optimizer state split: integer >= 1 or -1
+    mesh.tensor = 1  # splits heads, hidden units and vocabulary: integer >= 1 or -1
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 5_000  # steps, integer >= 1
+    checkpoint.max_to_keep = 3  # newest checkpoints kept, integer >= 1
+
+    config.logging = logging = ConfigDict()
+    logging.every = 50  # steps, integer >= 1
+    logging.wandb = False  # True needs the extra: pip install 'gidd-jax[wandb]'
+    logging.wandb_project = "gidd_jax"  # not empty
+
+    return config

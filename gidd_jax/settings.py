@@ -1,0 +1,322 @@
+"""The settings of a run as typed, frozen values: the door between configs and code.
+
+There are no defaults here (they live in `configs/base.py`); every value is checked when a section
+is made, and a wrong key, type or value raises InputError that names it and says what is legal.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+from ml_collections import ConfigDict
+
+from gidd_jax.cli import nearest
+from gidd_jax.errors import InputError
+
+# What may differ when a run goes on in its workdir: none of these changes the numbers of a step,
+# except that a new run length stretches the learning-rate schedule from there on.
+MAY_CHANGE_ON_RESUME = (
+    "train.num_steps",
+    "train.eval_every",
+    "train.eval_batches",
+    "data.num_workers",
+    "mesh.",
+    "checkpoint.",
+    "logging.",
+)
+
+
+class Legal(NamedTuple):
+    """A test of a value and the words that say what passes it."""
+
+    test: Callable[[Any], bool]
+    words: str
+
+
+def _legal(test: Callable[[Any], bool], words: str) -> Any:
+    return field(metadata={"legal": Legal(test, words)})
+
+
+def _one_of(*values: str) -> Any:
+    return _legal(lambda value: value in values, " | ".join(value or "''" for value in values))
+
+
+def _at_least(low: float) -> Any:
+    return _legal(lambda value: value >= low, f">= {low:g}")
+
+
+def _above(low: float) -> Any:
+    return _legal(lambda value: value > low, f"> {low:g}")
+
+
+def _fraction() -> Any:
+    return _legal(lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def _not_empty() -> Any:
+    return _legal(lambda value: value != "", "not empty")
+
+
+def _axis() -> Any:
+    return _legal(
+        lambda value: value >= 1 or value == -1, ">= 1, or -1 for the rest of the devices"
+    )
+
+
+def _matches(pattern: str, words: str) -> Any:
+    return _legal(lambda value: re.fullmatch(pattern, value) is not None, words)
+
+
+class _Section:
+    """Checks types and legal values of a frozen dataclass of plain values."""
+
+    @classmethod
+    def section_name(cls) -> str:
+        return cls.__name__.removesuffix("Settings").lower()
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            name = f"{self.section_name()}.{item.name}"
+            value = _typed(name, getattr(self, item.name), item.type)
+            legal = item.metadata.get("legal")
+            if legal is not None and not legal.test(value):
+                raise InputError(f"{name} = {value!r}: must be {legal.words}")
+            object.__setattr__(self, item.name, value)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Return `value` as `kind`: an int serves as a float, nothing else is converted."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+        raise InputError(f"{name} = {value!r}: must be {words[kind]}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(_Section):
+    name: str = _one_of("dit", "llama")
+    hidden_size: int = _at_least(2)
+    num_layers: int = _at_least(1)
+    num_heads: int = _at_least(1)
+    cond_dim: int = _at_least(1)
+    max_seq_len: int = _at_least(2)
+    dtype: str = _one_of("float32", "bfloat16")
+    scan_layers: bool
+    remat: str = _one_of("none", "full", "dots")
+    attention: str = _one_of("", "xla", "cudnn")
+    keep_padding_columns: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings(_Section):
+    name: str = _one_of("hybrid", "masked", "log_snr", "autoregressive")
+    p_uniform: float = _fraction()
+    gamma: float = _legal(lambda value: 0 < value <= 2, "in (0, 2]")
+    t_eps: float = _legal(lambda value: 0 < value < 0.5, "in (0, 0.5)")
+    scale: float
+    shift: float
+    min_log_snr: float
+    max_log_snr: float
+    stratified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(_Section):
+    path: str = _not_empty()
+    tokenizer: str = _not_empty()
+    validation: str = _matches(
+        r"last:[1-9][0-9_]*|hash:0?\.[0-9]*[1-9][0-9]*|(path|split):.+",
+        "last:COUNT | hash:FRACTION (such as hash:0.05) | path:FILES | split:NAME",
+    )
+    text_key: str = _not_empty()
+    txt_documents: str = _one_of("file", "line", "blank_line")
+    mode: str = _one_of("crop", "packed", "padded")
+    num_workers: int = _at_least(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(_Section):
+    name: str = _one_of("adamw", "psgd", "muon")
+    learning_rate: float = _above(0)
+    b1: float = _fraction()
+    b2: float = _fraction()
+    eps: float = _above(0)
+    weight_decay: float = _at_least(0)
+    clip_norm: float = _above(0)
+    warmup_steps: int = _at_least(0)
+    schedule: str = _one_of("cosine", "linear", "constant")
+    final_lr_ratio: float = _legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    ema_decay: float = _fraction()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(_Section):
+    num_steps: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    micro_batches: int = _at_least(1)
+    weighting: str = _one_of("elbo", "clip", "dynamic", "dynamic_v1_1")
+    min_weight: float = _at_least(0)
+    max_weight: float = _at_least(0)
+    mask_padding: bool
+    align_mask_to_input: bool
+    eval_every: int = _at_least(0)
+    eval_batches: int = _at_least(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings(_Section):
+    data: int = _axis()
+    fsdp: int = _axis()
+    tensor: int = _axis()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(_Section):
+    every: int = _at_least(1)
+    max_to_keep: int = _at_least(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSettings(_Section):
+    every: int = _at_least(1)
+    wandb: bool
+    wandb_project: str = _not_empty()
+
+
+_SECTIONS = (
+    ModelSettings,
+    ProcessSettings,
+    DataSettings,
+    OptimizerSettings,
+    TrainSettings,
+    MeshSettings,
+    CheckpointSettings,
+    LoggingSettings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that defines a run."""
+
+    seed: int
+    model: ModelSettings
+    process: ProcessSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    train: TrainSettings
+    mesh: MeshSettings
+    checkpoint: CheckpointSettings
+    logging: LoggingSettings
+
+    def __post_init__(self) -> None:
+        if _typed("seed", self.seed, int) < 0:
+            raise InputError(f"seed = {self.seed}: must be >= 0")
+        _check_together(self)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> Self:
+        """Return the settings of a config (or of the JSON of `to_json`).
+
+        Raises InputError for a key that is unknown or missing, a wrong type or an illegal value.
+        """
+        values = config.to_dict() if isinstance(config, ConfigDict) else config
+        _check_keys("", values, {item.name for item in dataclasses.fields(cls)})
+        made = {}
+        for kind in _SECTIONS:
+            name = kind.section_name()
+            if not isinstance(values[name], Mapping):
+                raise InputError(f"{name} = {values[name]!r}: must be a section of keys")
+            _check_keys(f"{name}.", values[name], {item.name for item in dataclasses.fields(kind)})
+            made[name] = kind(**values[name])
+        return cls(seed=values["seed"], **made)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested dictionaries, ready for JSON and for `from_config`."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Return the settings as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def difference(old: Settings, new: Settings, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Return lines such as 'model.num_layers: 8 -> 12', without keys that start as in `ignore`."""
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and not key.startswith(ignore)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat
+
+
+def _check_keys(prefix: str, values: Mapping[str, Any], legal: set[str]) -> None:
+    for key in values:
+        if key not in legal:
+            raise InputError(f"unknown config key {prefix}{key}: {nearest(key, legal)}")
+    for key in sorted(legal):
+        if key not in values:
+            raise InputError(f"config key {prefix}{key} is missing: configs/base.py has them all")
+
+
+def _check_together(settings: Settings) -> None:
+    """Refuse values that are legal alone but not together."""
+    model, process, train, mesh = settings.model, settings.process, settings.train, settings.mesh
+    if model.hidden_size % (2 * model.num_heads):
+        raise InputError(
+            f"model.hidden_size = {model.hidden_size}: must be a multiple of 2 * model.num_heads = "
+            f"{2 * model.num_heads} (rotary embedding needs an even width per head)"
+        )
+    if (model.name == "llama") != (process.name == "autoregressive"):
+        raise InputError(
+            f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
+            "autoregressive, and dit with hybrid, masked or log_snr"
+        )
+    if process.min_log_snr >= process.max_log_snr:
+        raise InputError(
+            f"process.min_log_snr = {process.min_log_snr}: must be less than "
+            f"process.max_log_snr = {process.max_log_snr}"
+        )
+    if train.batch_size % train.micro_batches:
+        raise InputError(
+            f"train.batch_size = {train.batch_size}: must be a multiple of train.micro_batches = "
+            f"{train.micro_batches}"
+        )
+    if train.min_weight > train.max_weight:
+        raise InputError(
+            f"train.min_weight = {train.min_weight}: must be at most train.max_weight = "
+            f"{train.max_weight}"
+        )
+    weightings = _WEIGHTINGS[process.name]
+    if train.weighting not in weightings:
+        raise InputError(
+            f"train.weighting = {train.weighting}: process.name = {process.name} has "
+            + " and ".join(weightings)
+        )
+    if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
+        raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
+
+
+_WEIGHTINGS = {
+    "hybrid": ("elbo", "clip", "dynamic", "dynamic_v1_1"),
+    "log_snr": ("elbo", "clip"),
+    "masked": ("elbo",),  # the MDLM loss is its bound
+    "autoregressive": ("elbo",),  # the exact likelihood
+}
