@@ -262,8 +262,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
     return flat
 
 
