@@ -156,7 +156,7 @@ def autoregressive_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def token_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Return the mean over all positions, or over those where mask is true (0 where there are none)."""
+    """Return the mean over all positions, or over those where mask is true."""
     if mask is None:
         return jnp.mean(values)
     total = jnp.sum(mask.astype(values.dtype))

@@ -1,9 +1,10 @@
-"""Forward processes of interpolating discrete diffusion: q_t(z|x) = alpha_t 1[z=x] + (beta_t pi_t)(z).
+"""Forward processes of interpolating diffusion: q_t(z|x) = alpha_t 1[z=x] + (beta_t pi_t)(z).
 
 A process is a frozen value. Its methods are pure, can be jitted, and compute in at least float32
 (float64 under x64). Times t, s have shape [B] (one per sequence), [] or the shape of the token ids.
-Notation and equations: "Generalized Interpolating Discrete Diffusion" (arXiv 2503.04482), section 4,
-and, for `LogSnrProcess`, "Scaling Behavior of Discrete Diffusion Language Models" (arXiv 2512.10858).
+Notation and equations: section 4 of "Generalized Interpolating Discrete Diffusion" (arXiv
+2503.04482); for `LogSnrProcess` "Scaling Behavior of Discrete Diffusion Language Models" (arXiv
+2512.10858).
 
 A new process needs two methods, `alpha(t)` and `beta_pi(t)`; everything else follows from them:
 
@@ -33,7 +34,7 @@ MIN_LOG_UNIFORM = -20.0  # floor of log p_uniform and of log B: mask-only GIDD i
 
 
 class NoiseMass(NamedTuple):
-    """Noise mass beta_t pi_t: of the mask, and of each other token (mean, if the background varies)."""
+    """Noise mass beta_t pi_t: of the mask, and of each other token (their mean)."""
 
     mask: jax.Array
     uniform: jax.Array
@@ -72,7 +73,7 @@ class InterpolatingProcess:
             )
         if not 0 <= self.mask_id < self.vocab_size:
             raise InputError(
-                f"mask_id must lie in the vocabulary, 0 <= mask_id < {self.vocab_size}: {self.mask_id}"
+                f"mask_id must lie in the vocabulary, [0, {self.vocab_size}): {self.mask_id}"
             )
         if not 0.0 < self.t_eps < 0.5:
             raise InputError(f"t_eps must lie in (0, 0.5): {self.t_eps}")
@@ -118,7 +119,7 @@ class InterpolatingProcess:
         return 1.0 - self.t_eps
 
     def log_snr(self, t: ArrayLike) -> jax.Array:
-        """Return the log signal-to-noise ratio log(alpha_t / (1 - alpha_t)), shape of t, in nats."""
+        """Return the log-SNR log(alpha_t / (1 - alpha_t)), shape of t, in nats."""
         mass = self.beta_pi(t)
         return jnp.log(self.alpha(t)) - jnp.log(mass.mask + self.num_noise_tokens * mass.uniform)
 
@@ -129,7 +130,7 @@ class InterpolatingProcess:
         return alpha_ts, NoiseMass(*(b - alpha_ts * a for b, a in zip(mass_t, mass_s, strict=True)))
 
     def noise_rate(self, t: ArrayLike) -> NoiseMass:
-        """Return R_t = (beta_t pi_t)' - (alpha_t'/alpha_t) beta_t pi_t, per unit of time (jax.jvp)."""
+        """Return R_t = (beta_t pi_t)' - (alpha_t'/alpha_t) beta_t pi_t, by jax.jvp."""
         t = as_float(t)
         one = jnp.ones_like(t)
         alpha, d_alpha = jax.jvp(self.alpha, (t,), (one,))
@@ -165,7 +166,7 @@ class InterpolatingProcess:
         return self.alpha(t)[..., None] * x_hat + noise
 
     def sample_t(self, key: jax.Array, batch_size: int, stratified: bool = True) -> jax.Array:
-        """Draw times [batch_size] from [t_min, t_max]: one shared offset (stratified) or independent."""
+        """Draw times [batch_size] in [t_min, t_max]: one shared offset (stratified) or iid."""
         if stratified:
             offset = jax.random.uniform(key)
             u = (jnp.arange(batch_size) / batch_size + offset) % 1.0
@@ -184,7 +185,7 @@ class InterpolatingProcess:
         return jnp.searchsorted(cumulative, u, side="right").astype(jnp.int32)
 
     def sample(self, key: jax.Array, x: jax.Array, t: ArrayLike) -> jax.Array:
-        """Draw z_t ~ q_t(.|x), int32 of the shape of x [B, L], without a vocabulary-sized tensor."""
+        """Draw z_t ~ q_t(.|x), ids of the shape of x [B, L]; no vocabulary-sized tensor."""
         t = expand_time(t, x)
         mass = self.beta_pi(t)
         noise_mass = mass.mask + self.num_noise_tokens * mass.uniform
@@ -195,7 +196,7 @@ class InterpolatingProcess:
         return jnp.where(keep, x, noise).astype(x.dtype)
 
     def prior(self) -> NoiseMass:
-        """Return the noise distribution pi at the noisiest time, where sampling starts (sums to 1)."""
+        """Return the noise distribution at the noisiest time, where sampling starts."""
         mass = self.beta_pi(as_float(1.0))
         total = mass.mask + self.num_noise_tokens * mass.uniform
         return NoiseMass(mass.mask / total, mass.uniform / total)
@@ -433,7 +434,7 @@ class LogSnrProcess(InterpolatingProcess):
         )
 
     def relative_weights(self, x: jax.Array, z_t: jax.Array, t: ArrayLike) -> jax.Array:
-        """Return w = (pi(z) - pi'(z)) / (pi(z) + e^lambda 1[z=x]), [B, L]: ELBO weight times t(1-t)."""
+        """Return (pi(z) - pi'(z)) / (pi(z) + e^lambda 1[z=x]): the ELBO weight times t(1-t)."""
         t = expand_time(t, x)
         y = self.mixing_logit(t)
         on_mask = jnp.where(jax.nn.sigmoid(-y) > 0, 1 + self.scale * jax.nn.sigmoid(y), 0.0)
