@@ -1,0 +1,244 @@
+"""Text corpora as random-access documents, and the split into training and validation."""
+
+import dataclasses
+import glob
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from gidd_jax.data.files import SUFFIXES, FileDocuments, ParquetDocuments, open_text_file
+from gidd_jax.errors import InputError
+
+EMBEDDED = "embedded"
+_SPLIT_HELP = "legal values: 'last:COUNT', 'hash:FRACTION', 'path:FILES', 'split:NAME' (tfds only)"
+
+
+class Documents(Protocol):
+    """A random-access sequence of texts.
+
+    `num_bytes` is its size in bytes (an upper bound where markup surrounds the texts);
+    `is_random_access` is False where reading in any order but the stored one is slow.
+    """
+
+    num_bytes: int
+    is_random_access: bool
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusSplits:
+    """The training and the validation documents of a corpus; no document is in both."""
+
+    train: Documents
+    validation: Documents
+
+
+class Concatenation:
+    """Several sequences of documents, one after the other."""
+
+    def __init__(self, parts: Sequence[Documents]):
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(p) for p in parts])
+        self.num_bytes = sum(p.num_bytes for p in parts)
+        self.is_random_access = all(p.is_random_access for p in parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> str:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+
+
+class Subset:
+    """The documents at the given indices, int64 [num_documents]."""
+
+    def __init__(self, documents: Documents, indices: np.ndarray):
+        self._documents = documents
+        self._indices = indices
+        self.num_bytes = documents.num_bytes * len(indices) // max(len(documents), 1)
+        self.is_random_access = documents.is_random_access
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> str:
+        return self._documents[int(self._indices[index])]
+
+
+class TfdsDocuments:
+    """One split of a tfds dataset; texts are the values of the feature `text_key`."""
+
+    is_random_access = True
+
+    def __init__(self, name: str, split: str, text_key: str):
+        self._source, info = _open_tfds(name, split)
+        self._text_key = text_key
+        self.num_bytes = int(info.splits[split].num_bytes)
+        if text_key not in info.features:
+            keys = ", ".join(sorted(info.features))
+            raise InputError(f"tfds dataset {name!r} has no feature {text_key!r}; it has: {keys}")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> str:
+        text = self._source[index][self._text_key]
+        return text.decode("utf-8") if isinstance(text, bytes) else str(text)
+
+
+def open_corpus(
+    path: str, validation: str, text_key: str = "text", txt_documents: str = "file"
+) -> CorpusSplits:
+    """Open `path` and split it by the rule `validation`.
+
+    `path` is 'embedded', a file, folder or glob of .txt, .jsonl, .jsonl.gz, .jsonl.xz and .parquet,
+    a comma list of those, or 'tfds:NAME' ('tfds:FOLDER' for a prepared one). The rule is one of
+    'last:COUNT', 'hash:FRACTION' (of document contents), 'path:FILES', 'split:NAME'.
+    Raises InputError when something is missing, empty or unreadable.
+    """
+    rule, _, argument = validation.partition(":")
+    if path.startswith("tfds:"):
+        name = path.removeprefix("tfds:")
+        if rule == "split":
+            if argument.split("[")[0] == "train":
+                raise InputError(
+                    f"validation {validation!r} is part of the training split: "
+                    "name another split, or use 'last:COUNT' or 'hash:FRACTION'"
+                )
+            splits = [TfdsDocuments(name, s, text_key) for s in ("train", argument)]
+            return _checked(splits[0], splits[1], path, validation)
+        if rule == "path":
+            raise InputError(f"validation {validation!r} does not fit a tfds corpus; {_SPLIT_HELP}")
+        documents: Documents = TfdsDocuments(name, "train", text_key)
+        return _split_by_document(documents, path, validation)
+    files = list_files(path)
+    if rule == "path":
+        held_out = list_files(argument)
+        files = [f for f in files if f.resolve() not in {h.resolve() for h in held_out}]
+        if not files:
+            raise InputError(f"validation {validation!r} takes every file of data path {path!r}")
+        train = _open_files(files, text_key, txt_documents)
+        return _checked(train, _open_files(held_out, text_key, txt_documents), path, validation)
+    return _split_by_document(_open_files(files, text_key, txt_documents), path, validation)
+
+
+def list_files(path: str) -> list[Path]:
+    """Files of a comma list of files, folders and globs, each folder in sorted order."""
+    if path == EMBEDDED:
+        return [Path(str(resources.files("gidd_jax") / "assets/austen.jsonl"))]
+    files: dict[Path, None] = {}  # a set that keeps its order
+    for part in path.split(","):
+        location = Path(part).expanduser()
+        if not part:
+            raise InputError(f"data path {path!r} has an empty part")
+        if location.is_dir():
+            found = [f for f in sorted(location.rglob("*")) if f.name.endswith(SUFFIXES)]
+            found = [f for f in found if not f.name.startswith(".")]
+        elif location.is_file():
+            found = [location]
+        else:
+            found = [Path(f) for f in sorted(glob.glob(str(location), recursive=True))]
+            found = [f for f in found if f.is_file()]
+        if not found:
+            kinds = ", ".join(SUFFIXES)
+            raise InputError(f"data path {part!r} does not exist or holds no {kinds}")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def iterate(documents: Documents, label: str) -> Iterator[str]:
+    """All documents in order, with a progress bar when the output is a terminal."""
+    # disable=None: no bar when the output is not a terminal.
+    for index in tqdm(range(len(documents)), label, disable=None, unit="doc", leave=False):
+        yield documents[index]
+
+
+def _open_files(files: Sequence[Path], text_key: str, txt_documents: str) -> Documents:
+    parts: list[FileDocuments | ParquetDocuments] = []
+    for file in tqdm(files, "Indexing files", disable=None, unit="file", leave=False):
+        parts.append(open_text_file(file, text_key, txt_documents))
+    return Concatenation(parts)
+
+
+def _split_by_document(documents: Documents, path: str, validation: str) -> CorpusSplits:
+    rule, _, argument = validation.partition(":")
+    make_mask: dict[str, Callable[[], np.ndarray]] = {
+        "last": lambda: _last(len(documents), _count(argument, validation)),
+        "hash": lambda: _hashed(documents, _fraction(argument, validation)),
+    }
+    if rule not in make_mask:
+        raise InputError(
+            f"validation {validation!r} does not fit data path {path!r}; {_SPLIT_HELP}"
+        )
+    held_out = make_mask[rule]()
+    train = Subset(documents, np.flatnonzero(~held_out))
+    return _checked(train, Subset(documents, np.flatnonzero(held_out)), path, validation)
+
+
+def _last(num_documents: int, count: int) -> np.ndarray:
+    return np.arange(num_documents) >= num_documents - count
+
+
+def _hashed(documents: Documents, fraction: float) -> np.ndarray:
+    """Bool [num_documents]; equal texts fall on the same side, whatever their order."""
+    held_out = np.zeros(len(documents), bool)
+    for i, text in enumerate(iterate(documents, "Hashing documents")):
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        held_out[i] = int.from_bytes(digest, "big") < fraction * 2**64
+    return held_out
+
+
+def _count(argument: str, validation: str) -> int:
+    if not re.fullmatch(r"[1-9][\d_]*", argument):
+        raise InputError(f"validation {validation!r}: COUNT must be a positive integer")
+    return int(argument)
+
+
+def _fraction(argument: str, validation: str) -> float:
+    try:
+        fraction = float(argument)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise InputError(f"validation {validation!r}: FRACTION must lie between 0 and 1")
+    return fraction
+
+
+def _checked(train: Documents, held_out: Documents, path: str, validation: str) -> CorpusSplits:
+    if len(train) + len(held_out) == 0 or train.num_bytes + held_out.num_bytes == 0:
+        raise InputError(f"data path {path!r} holds no text")
+    for name, documents in (("training", train), ("validation", held_out)):
+        if len(documents) == 0:
+            raise InputError(
+                f"validation {validation!r} leaves no {name} document of the "
+                f"{len(train) + len(held_out)} in {path!r}: choose another rule; {_SPLIT_HELP}"
+            )
+    return CorpusSplits(train, held_out)
+
+
+def _open_tfds(name: str, split: str):
+    """Data source and info of a tfds dataset, without TensorFlow."""
+    import tensorflow_datasets as tfds
+    import tensorflow_datasets.text  # noqa: F401  registers the text builders, skipped without h5py
+
+    try:
+        if Path(name).expanduser().is_dir():
+            builder = tfds.builder_from_directory(Path(name).expanduser())
+        else:
+            builder = tfds.builder(name, file_format="array_record", try_gcs=False)
+            builder.download_and_prepare()
+        return builder.as_data_source(split), builder.info
+    except Exception as error:  # unknown name or split, no network, a builder that needs TensorFlow
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"tfds dataset {name!r}, split {split!r}: {first}") from error
