@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay = 0.02  # decoupled, on every parameter, >= 0
     optimizer.clip_norm = 1.0  # largest global gradient norm, > 0
     optimizer.warmup_steps = 10_000  # linear from 0, integer >= 0
-    optimizer.schedule = "cosine"  # after the warm-up: cosine | linear (to 0) | constant
+    optimizer.schedule = "cosine"  # cosine | linear (to 0) | constant (without warm-up)
     optimizer.final_lr_ratio = 0.1  # cosine: last learning rate / peak, in [0, 1]
     optimizer.ema_decay = 0.0  # moving average of the parameters, in [0, 1); 0 is off
 

@@ -1,0 +1,125 @@
+"""Learning-rate schedule and optimizers: clipping, then AdamW, PSGD Kron or Muon.
+
+The schedules are those of the GIDD code. Weight decay is decoupled and acts on every parameter.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gidd_jax.settings import OptimizerSettings
+
+Schedule = Callable[[Any], Any]  # step -> float32
+
+# Kernels inside `blocks` carry their layer on axis 0. What Muon makes orthogonal is one matrix
+# (input axes, output axes) per layer, and per part where one kernel holds several matrices (the
+# queries, keys and values of qkv; the shifts, scales and gates of modulation): all other axes.
+_MUON_AXES = {
+    "qkv": ((1,), (3, 4)),
+    "attn_out": ((1, 2), (3,)),
+    "modulation": ((1,), (3,)),
+    "mlp_in": ((1,), (2,)),
+    "mlp_out": ((1,), (2,)),
+}
+
+
+def learning_rate(settings: OptimizerSettings, num_steps: int) -> Schedule:
+    """Return the learning rate as a float32 function of the 0-based step.
+
+    cosine and linear rise linearly from 0 over warmup_steps, then fall to final_lr_ratio of the
+    peak (cosine) or to 0 (linear) at num_steps. constant has no warm-up.
+    """
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if settings.schedule == "constant":
+        return lambda step: jnp.full(jnp.shape(step), peak, jnp.float32)
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step)
+        rising = step.astype(jnp.float32) / max(warmup, 1)
+        # Counted from the end, in integers: float32 is then accurate down to the last step.
+        left = jnp.clip(num_steps - step, 0).astype(jnp.float32) / max(num_steps - warmup, 1)
+        if settings.schedule == "cosine":
+            low = settings.final_lr_ratio
+            left = low + (1 - low) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
+        return peak * jnp.where(step < warmup, rising, left)
+
+    return schedule
+
+
+def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
+    """Return the optimizer of a run: clipping by global norm, then the chosen update rule.
+
+    The schedule reads the optimizer's own count, so the first update has the rate of step 0.
+    """
+    rules = {"adamw": _adamw, "psgd": _psgd, "muon": _muon}
+    rule = rules[settings.name](settings, learning_rate(settings, num_steps))
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+
+
+def _adamw(settings: OptimizerSettings, rate: Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        rate, settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def _muon(settings: OptimizerSettings, rate: Schedule) -> optax.GradientTransformation:
+    """Muon on the matrices of the blocks, AdamW on embeddings, output layer, norms and biases.
+
+    Updates are scaled to the size of AdamW's (arXiv 2502.16982), so both share one learning rate.
+    """
+    muon = optax.contrib.muon(
+        rate,
+        beta=settings.b1,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        muon_weight_dimension_numbers=_muon_axes,
+        consistent_rms=0.2,
+    )
+    # optax.contrib.muon would train the rest with Nesterov's variant of Adam.
+    return optax.partition({"muon": muon, "adamw": _adamw(settings, rate)}, _muon_labels)
+
+
+def _muon_labels(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if _is_matrix(_names(path)) else "adamw", params
+    )
+
+
+def _is_matrix(names: list[str]) -> bool:
+    return "blocks" in names and "kernel" in names
+
+
+def _muon_axes(params: Any) -> Any:
+    def axes(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers:
+        names = _names(path)
+        return optax.contrib.MuonDimensionNumbers(*_MUON_AXES[names[names.index("kernel") - 1]])
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _psgd(settings: OptimizerSettings, rate: Schedule) -> optax.GradientTransformation:
+    """PSGD with Kronecker-factored preconditioners, one set per layer."""
+    # Not at the top: the import draws a random key, which would start the devices.
+    from psgdax.psgd import kron
+
+    def rule(params: Any) -> optax.GradientTransformation:
+        stacked = jax.tree_util.tree_map_with_path(lambda path, _: "blocks" in _names(path), params)
+        return kron(rate, settings.b1, settings.weight_decay, scanned_layers=stacked)
+
+    def init(params: Any) -> optax.OptState:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory needs
+            return rule(params).init(params)
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, Any]:
+        return rule(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]

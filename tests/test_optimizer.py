@@ -1,0 +1,179 @@
+"""Schedules against the original's numbers, AdamW against torch's rule, Muon and PSGD per layer."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gidd_jax.models.dit import DiT
+from gidd_jax.optimizer import _muon_labels, learning_rate, make_optimizer
+from gidd_jax.settings import OptimizerSettings
+
+PAPER = OptimizerSettings(
+    name="adamw",
+    learning_rate=5e-4,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-9,
+    weight_decay=0.02,
+    clip_norm=1.0,
+    warmup_steps=10_000,
+    schedule="cosine",
+    final_lr_ratio=0.1,
+    ema_decay=0.0,
+)
+
+
+def settings(**changes) -> OptimizerSettings:
+    return dataclasses.replace(PAPER, **changes)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    ("case", "peak", "warmup", "total"), [(0, 5e-4, 10_000, 500_000), (1, 1e-3, 100, 1_000)]
+)
+def test_schedule_matches_the_original(golden, schedule, case, peak, warmup, total):
+    arrays = golden("c08_utils.npz")
+    rate = learning_rate(
+        settings(schedule=schedule, learning_rate=peak, warmup_steps=warmup), total
+    )
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(rate))(arrays[f"lr/{case}/steps"].astype(np.int32)),
+        arrays[f"lr/{case}/{schedule}"],
+        rtol=1e-6,
+    )
+
+
+def test_schedule_stays_at_its_end_and_needs_no_warmup():
+    rate = learning_rate(settings(warmup_steps=0), 10)
+    np.testing.assert_allclose(rate(0), 5e-4, rtol=1e-6)
+    np.testing.assert_allclose([rate(10), rate(99)], 5e-5, rtol=1e-6)
+
+
+def test_adamw_is_torchs_with_decay_on_every_parameter():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(5, 3)), "bias": rng.normal(size=(3,)), "s": rng.normal(size=())}
+    grads = [jax.tree.map(lambda p: rng.normal(size=p.shape) * 3, params) for _ in range(6)]
+    config = settings(learning_rate=1e-2, warmup_steps=3, schedule="linear")
+
+    tx = make_optimizer(config, 8)
+    ours = jax.tree.map(jnp.float32, params)
+    state = tx.init(ours)
+    for grad in grads:
+        updates, state = jax.jit(tx.update)(jax.tree.map(jnp.float32, grad), state, ours)
+        ours = optax.apply_updates(ours, updates)
+
+    rates = [0, 1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2 * 4 / 5, 1e-2 * 3 / 5]
+    expected = _torch_adamw(params, grads, rates, config)
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], value, rtol=2e-6, atol=1e-7)
+        assert np.abs(value - params[name]).max() > 1e-3  # something was learned
+
+
+def _torch_adamw(params, grads, rates, config):
+    """Return the parameters after clip_grad_norm_ and torch.optim.AdamW, in float64."""
+    params = dict(params)
+    m, v = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
+    for i, (grad, rate) in enumerate(zip(grads, rates, strict=True)):
+        norm = np.sqrt(sum(np.sum(g**2) for g in grad.values()))
+        for k in params:
+            g = grad[k] * min(1.0, config.clip_norm / norm)
+            m[k] = config.b1 * m[k] + (1 - config.b1) * g
+            v[k] = config.b2 * v[k] + (1 - config.b2) * g**2
+            step = (m[k] / (1 - config.b1 ** (i + 1))) / (
+                np.sqrt(v[k] / (1 - config.b2 ** (i + 1))) + config.eps
+            )
+            params[k] = params[k] * (1 - rate * config.weight_decay) - rate * step
+    return params
+
+
+def test_clipping_is_by_the_global_norm():
+    tx = make_optimizer(settings(name="adamw", clip_norm=2.0), 10)
+    grads = {"a": jnp.full((4,), 30.0), "b": jnp.full((9,), 40.0)}
+    _, state = tx.update(grads, tx.init(grads), grads)
+    mu = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(optax.tree.norm(mu), 0.1 * 2.0, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def params():
+    model = DiT(vocab_size=40, hidden_size=16, num_layers=3, num_heads=2, cond_dim=8, max_seq_len=8)
+    ids, t = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,))
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), ids, t))["params"]
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+
+
+def test_muon_takes_every_matrix_of_the_blocks_and_nothing_else(params):
+    labels = jax.tree_util.tree_leaves_with_path(_muon_labels(params))
+    chosen = {jax.tree_util.keystr(path) for path, label in labels if label == "muon"}
+    names = ("qkv", "attn_out", "modulation", "mlp_in", "mlp_out")
+    assert chosen == {f"['blocks']['{name}']['kernel']" for name in names}
+
+
+def test_muon_orthogonalises_each_matrix_of_each_layer(params):
+    blocks = {name: params["blocks"][name] for name in ("qkv", "attn_out")}
+    params = {"blocks": blocks, "vocab_embed": params["vocab_embed"]}
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    config = settings(name="muon", learning_rate=1.0, schedule="constant", weight_decay=0.0)
+    tx = make_optimizer(config, 10)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+
+    blocks = updates["blocks"]
+    qkv = blocks["qkv"]["kernel"]  # [3 layers, 16, 3, 2, 8]
+    out = blocks["attn_out"]["kernel"]  # [3, 2, 8, 16]
+    matrices = [qkv[i, :, j].reshape(16, 16) for i in range(3) for j in range(3)]
+    matrices += [out[i].reshape(16, 16) for i in range(3)]
+    for matrix in matrices:
+        # Newton-Schulz leaves the singular values near 1; the update is 0.2 * sqrt(longer side).
+        scaled = matrix / (0.2 * np.sqrt(max(matrix.shape)))
+        values = np.linalg.svd(scaled, compute_uv=False)
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+    # AdamW's first step is the sign of the gradient.
+    table = updates["vocab_embed"]["embedding"]
+    np.testing.assert_allclose(np.abs(table), 1.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "psgd", "muon"])
+def test_every_optimizer_fits_a_stack_of_linear_layers(name):
+    """Two layers stacked as a scan stacks them, an ill-conditioned target each."""
+    scales = jnp.logspace(-1, 0, 8)
+    x = jax.random.normal(jax.random.key(0), (2, 64, 8)) * scales[None, None, :]
+    y = jnp.einsum("lbi,lio->lbo", x, jax.random.normal(jax.random.key(1), (2, 8, 8)))
+    params = {"blocks": {"mlp_in": {"kernel": jnp.zeros((2, 8, 8)), "bias": jnp.zeros((2, 8))}}}
+
+    def loss(params):
+        layer = params["blocks"]["mlp_in"]
+        predicted = jnp.einsum("lbi,lio->lbo", x, layer["kernel"]) + layer["bias"][:, None]
+        return jnp.mean(jnp.square(predicted - y))
+
+    config = settings(name=name, learning_rate=0.1, warmup_steps=2, weight_decay=0.0)
+    tx = make_optimizer(config, 200)
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    with jax.numpy_rank_promotion("allow"):  # psgdax relies on it
+        _, losses = jax.lax.scan(step, (params, tx.init(params)), length=200)
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_psgd_preconditions_every_layer_by_itself():
+    params = {
+        "blocks": {"mlp_in": {"kernel": jnp.zeros((3, 4, 6))}},
+        "output": {"kernel": jnp.zeros((4, 6))},
+    }
+    with jax.numpy_rank_promotion("allow"):
+        state = make_optimizer(settings(name="psgd"), 10).init(params)
+    factors = optax.tree.get(state, "Qs_preconditioners")
+    assert [q.shape for q in factors["blocks"]["mlp_in"]["kernel"]] == [(3, 4, 4), (3, 6)]
+    assert [q.shape for q in factors["output"]["kernel"]] == [(4, 4), (6,)]
