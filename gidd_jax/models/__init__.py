@@ -1,1 +1,1 @@
-
+"""Networks: the denoising transformer (`dit`) and the autoregressive baseline (`llama`)."""

@@ -1,0 +1,238 @@
+"""The denoising network: a bidirectional transformer conditioned on the diffusion time.
+
+The architecture of "Generalized Interpolating Discrete Diffusion" (arXiv 2503.04482), which is
+the DiT of SEDD and MDLM (adaptive layer norms, rotary positions, untied output layer), with the
+original's initialisation: a fresh network predicts the uniform distribution.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.errors import InputError
+from gidd_jax.models.layers import (
+    Array,
+    Embedding,
+    LayerNorm,
+    Linear,
+    apply_rotary,
+    attention,
+    check_heads,
+    check_sequence,
+    constrain_batch,
+    layer_stack,
+    rotary_frequencies,
+    rotary_tables,
+    uniform_fan_in,
+)
+
+# The paper's configurations; tiny is the one for trying things out.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"num_layers": 8, "hidden_size": 512, "num_heads": 8},
+    "small": {"num_layers": 12, "hidden_size": 768, "num_heads": 12},
+    "base": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16},
+    "1B": {"num_layers": 24, "hidden_size": 2048, "num_heads": 32},
+}
+ROTARY_BASE = 10000.0
+MLP_RATIO = 4
+TIME_FEATURES = 256
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Number of rows of the embedding and columns of the logits: a multiple of 128."""
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def time_features(t: Array, width: int = TIME_FEATURES) -> Array:
+    """Sinusoidal features [cos | sin] of t, not rescaled: float32 [B] -> [B, width] (even)."""
+    half = width // 2
+    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = t.astype(jnp.float32)[:, None] * frequency[None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """x [B, L, D] scaled and shifted per sequence, shift and scale [B or 1, D]."""
+    return x * (1.0 + scale[:, None, :]) + shift[:, None, :]
+
+
+def _modulation(cond_dim: int, parts: int, width: int) -> Linear:
+    # float32 at full precision: over t in [0, 1] most time features move by less than 0.05, so
+    # 16-bit products would blur the time. There is one row per sequence; it costs nothing.
+    return Linear(
+        in_shape=(cond_dim,),
+        out_shape=(parts, width),
+        in_axes=("cond",),
+        out_axes=(None, "embed"),
+        init=nn.initializers.zeros_init(),
+        bias_init=nn.initializers.zeros_init(),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+class TimeEmbedding(nn.Module):
+    """Two-layer perceptron on the time features: t float32 [B] -> float32 [B, cond_dim]."""
+
+    cond_dim: int
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        h = self._linear("input", TIME_FEATURES, None)(time_features(t))
+        return self._linear("output", self.cond_dim, "cond")(nn.silu(h))
+
+    def _linear(self, name: str, width: int, axis: str | None) -> Linear:
+        return Linear(
+            in_shape=(width,),
+            out_shape=(self.cond_dim,),
+            in_axes=(axis,),
+            out_axes=("cond" if axis is None else None,),
+            init=uniform_fan_in(width),
+            bias_init=uniform_fan_in(width),
+            precision=jax.lax.Precision.HIGHEST,
+            name=name,
+        )
+
+
+class Block(nn.Module):
+    """Transformer block with adaptive layer norms: x [B, L, D], c [B or 1, cond_dim] -> x."""
+
+    hidden_size: int
+    num_heads: int
+    cond_dim: int
+    dtype: Any
+    attention: str
+
+    def setup(self) -> None:
+        D, H = self.hidden_size, self.num_heads
+        head_dim, M = D // H, MLP_RATIO * D
+        self.norm1 = LayerNorm(D)
+        self.norm2 = LayerNorm(D)
+        self.modulation = _modulation(self.cond_dim, 6, D)
+        self.qkv = Linear(
+            in_shape=(D,),
+            out_shape=(3, H, head_dim),
+            in_axes=("embed",),
+            out_axes=(None, "heads", "kv"),
+            init=uniform_fan_in(D),
+            dtype=self.dtype,
+        )
+        self.attn_out = Linear(
+            in_shape=(H, head_dim),
+            out_shape=(D,),
+            in_axes=("heads", "kv"),
+            out_axes=("embed",),
+            init=uniform_fan_in(D),
+            dtype=self.dtype,
+        )
+        self.mlp_in = Linear(
+            in_shape=(D,),
+            out_shape=(M,),
+            in_axes=("embed",),
+            out_axes=("mlp",),
+            init=uniform_fan_in(D),
+            bias_init=uniform_fan_in(D),
+            dtype=self.dtype,
+        )
+        self.mlp_out = Linear(
+            in_shape=(M,),
+            out_shape=(D,),
+            in_axes=("mlp",),
+            out_axes=("embed",),
+            init=uniform_fan_in(M),
+            bias_init=uniform_fan_in(M),
+            dtype=self.dtype,
+        )
+
+    def __call__(self, x: Array, c: Array, cos: Array, sin: Array) -> tuple[Array, None]:
+        parts = self.modulation(c)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
+            parts[:, i] for i in range(6)
+        )
+        h = modulate(self.norm1(x), shift_attn, scale_attn).astype(self.dtype)
+        x = x + _gate(gate_attn, self._attend(h, cos, sin))
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp).astype(self.dtype)
+        h = self.mlp_out(nn.gelu(self.mlp_in(h), approximate=True))
+        return constrain_batch(x + _gate(gate_mlp, h)), None
+
+    def _attend(self, h: Array, cos: Array, sin: Array) -> Array:
+        qkv = self.qkv(h)
+        q = apply_rotary(qkv[:, :, 0], cos, sin)
+        k = apply_rotary(qkv[:, :, 1], cos, sin)
+        return self.attn_out(attention(q, k, qkv[:, :, 2], implementation=self.attention))
+
+
+def _gate(gate: Array, h: Array) -> Array:
+    return (gate[:, None, :] * h).astype(h.dtype)
+
+
+class DiT(nn.Module):
+    """Denoiser: noisy ids z_t int32 [B, L] and times t float32 [B] or [1] -> logits.
+
+    The logits are float32 [B, L, padded_vocab_size(vocab_size)]; the columns from vocab_size on
+    belong to no token. `dtype` is that of the matrix products; parameters are float32. `remat`
+    is 'none', 'full' or 'dots', `attention` 'xla', 'cudnn' or '' (see layers.attention).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    cond_dim: int = 128
+    max_seq_len: int = 512
+    dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: str = "none"
+    attention: str = ""
+
+    def setup(self) -> None:
+        D, rows = self.hidden_size, padded_vocab_size(self.vocab_size)
+        check_heads(D, self.num_heads, self.num_heads)
+        self.vocab_embed = Embedding(rows, D, uniform_fan_in(D), self.dtype)
+        self.time_embed = TimeEmbedding(self.cond_dim)
+        stack = layer_stack(
+            Block,
+            self.num_layers,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+        )
+        self.blocks = stack(D, self.num_heads, self.cond_dim, self.dtype, self.attention)
+        self.final_norm = LayerNorm(D)
+        self.final_modulation = _modulation(self.cond_dim, 2, D)
+        self.output = Linear(
+            in_shape=(D,),
+            out_shape=(rows,),
+            in_axes=("embed",),
+            out_axes=("vocab",),
+            init=nn.initializers.zeros_init(),
+            bias_init=nn.initializers.zeros_init(),
+            dtype=self.dtype,
+            out_dtype=jnp.float32,
+        )
+
+    def __call__(self, z_t: Array, t: Array) -> Array:
+        return self.project(self.features(z_t, t))
+
+    def features(self, z_t: Array, t: Array) -> Array:
+        """What the output projection reads, [B, L, hidden_size] in `dtype`.
+
+        Raises InputError for a sequence longer than max_seq_len or a t of another shape.
+        """
+        check_sequence(z_t, self.max_seq_len)
+        if t.ndim != 1 or t.shape[0] not in (1, z_t.shape[0]):
+            raise InputError(f"t has shape {t.shape}; give [{z_t.shape[0]}] or [1].")
+        c = nn.silu(self.time_embed(t))
+        frequencies = rotary_frequencies(self.hidden_size // self.num_heads, ROTARY_BASE)
+        cos, sin = rotary_tables(jnp.arange(z_t.shape[1]), frequencies)
+        x = constrain_batch(self.vocab_embed(z_t))
+        x, _ = self.blocks(x, c, cos, sin)
+        parts = self.final_modulation(c)
+        return modulate(self.final_norm(x), parts[:, 0], parts[:, 1]).astype(self.dtype)
+
+    def project(self, h: Array) -> Array:
+        """Logits of features h [..., hidden_size], float32 [..., padded vocabulary]."""
+        return self.output(h)

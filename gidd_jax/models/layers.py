@@ -1,0 +1,278 @@
+"""Layers that both networks share: normalisation, rotary positions, linear maps, attention.
+
+Every parameter is float32 and carries logical axis names (`sharding.RULES` maps them to mesh
+axes). Vectors of the model width (norm scales, biases) are replicated: gathering them would cost
+more than the memory they take. Matrix products run in the module's `dtype`; normalisation,
+rotary angles and the softmax of attention run in float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
+
+from gidd_jax.errors import InputError
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what torch.nn.Linear draws weights and biases from."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def constrain_batch(x: Array) -> Array:
+    """Keep activations [B, ...] split over the batch axes of the mesh (no-op without a mesh).
+
+    Without it the compiler may take over the layout of a sharded embedding table and split the
+    width of the activations instead of their batch.
+    """
+    return with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+) -> Array:
+    """A float32 parameter of `module` that carries the logical axis names `axes`."""
+    return cast(
+        Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    )
+
+
+class Linear(nn.Module):
+    """Affine map of the last len(in_shape) axes of x to out_shape, [..., *in] -> [..., *out].
+
+    `init` draws the kernel and `bias_init` the bias (None: no bias). The result has `dtype`
+    unless `out_dtype` says otherwise.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_axes: tuple[str | None, ...]
+    out_axes: tuple[str | None, ...]
+    init: Initializer
+    bias_init: Initializer | None = None
+    dtype: Any = jnp.float32
+    out_dtype: Any = None
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        axes, shape = self.in_axes + self.out_axes, self.in_shape + self.out_shape
+        kernel = param(self, "kernel", self.init, axes, shape)
+        n = len(self.in_shape)
+        y = jnp.tensordot(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            axes=n,
+            precision=self.precision,
+            preferred_element_type=self.out_dtype or self.dtype,
+        )
+        if self.bias_init is None:
+            return y
+        # Biases along the model width stay whole on every device, like the norm scales.
+        bias_axes = tuple(None if a == "embed" else a for a in self.out_axes)
+        bias = param(self, "bias", self.bias_init, bias_axes, self.out_shape)
+        return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class Embedding(nn.Module):
+    """Token embedding table [rows, width]: ids int32 [...] -> [..., width] in `dtype`."""
+
+    rows: int
+    width: int
+    init: Initializer
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.rows, self.width)
+        self.embedding = param(self, "embedding", self.init, ("vocab", "embed"), shape)
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, h: Array) -> Array:
+        """Logits of a tied output projection, float32: [..., width] -> [..., rows]."""
+        table = self.embedding.astype(self.dtype)
+        return jnp.einsum("...d,vd->...v", h, table, preferred_element_type=jnp.float32)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with a scale and no bias, computed and returned in float32."""
+
+    width: int
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = _norm_scale(self, self.width)
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return _per_feature(scale, centred * jax.lax.rsqrt(variance + self.eps))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a scale, computed and returned in float32."""
+
+    width: int
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = _norm_scale(self, self.width)
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return _per_feature(scale, x * jax.lax.rsqrt(mean_square + self.eps))
+
+
+def _norm_scale(module: nn.Module, width: int) -> Array:
+    return param(module, "scale", nn.initializers.ones_init(), (None,), (width,))
+
+
+def _per_feature(scale: Array, x: Array) -> Array:
+    return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Frequency scaling of the Llama 3 family: `rope_scaling` of type "llama3" in its configs.
+
+    Wavelengths (in tokens) above original_max_len / low_freq_factor are stretched by `factor`,
+    those below original_max_len / high_freq_factor are kept, the rest is interpolated.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_len: int = 8192
+
+
+def rotary_frequencies(
+    head_dim: int, base: float, scaling: Llama3RopeScaling | None = None
+) -> Array:
+    """Angular frequencies base^(-2k/head_dim) in radians per token, float32 [head_dim / 2]."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / jnp.power(jnp.float32(base), exponent)
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_len * frequency / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequency * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
+    """Cosine and sine of position times frequency, each float32 [L, 1, head_dim / 2]."""
+    angle = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate the two halves of each head of x [B, L, heads, head_dim] in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[None], sin[None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    implementation: str,
+    is_causal: bool = False,
+    mask: Array | None = None,
+) -> Array:
+    """Scaled dot-product attention, q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim].
+
+    `implementation` is 'xla', 'cudnn' or '': cuDNN's flash kernel where it can run (a GPU and a
+    16-bit dtype), XLA elsewhere. `mask` is boolean, broadcast to [B, heads, T, S].
+    """
+    if implementation not in ("", "xla", "cudnn"):
+        raise InputError(f"attention is {implementation!r}; use 'xla', 'cudnn' or '' (automatic).")
+    if not implementation:
+        flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+        implementation = "cudnn" if flash else "xla"
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        implementation=implementation,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def layer_stack(
+    block: type[nn.Module],
+    num_layers: int,
+    *,
+    scan_layers: bool,
+    remat: str,
+    in_axes: tuple[Any, ...],
+) -> Any:
+    """Class of `num_layers` blocks run one after another, parameters stacked on a leading axis.
+
+    `scan_layers` compiles one block in a loop, otherwise the loop is unrolled; the parameters
+    are the same. `remat` names what the backward pass recomputes: 'none', 'full' or 'dots'
+    (everything but the matrix products with weights). `in_axes` as in flax.linen.scan.
+    """
+    if remat not in REMAT_POLICIES:
+        raise InputError(f"remat is {remat!r}; use one of {', '.join(REMAT_POLICIES)}.")
+    if remat != "none":
+        # In a loop the compiler cannot merge the recomputation with the forward pass, so the
+        # barrier against that would only cost time.
+        block = nn.remat(block, prevent_cse=not scan_layers, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,  # pyright: ignore[reportArgumentType]
+        length=num_layers,
+        unroll=1 if scan_layers else num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def check_sequence(ids: Array, max_seq_len: int) -> None:
+    """InputError unless ids is [B, L] with L at most max_seq_len."""
+    if ids.ndim != 2:
+        raise InputError(f"token ids have shape {ids.shape}; give [batch, length].")
+    if ids.shape[1] > max_seq_len:
+        raise InputError(
+            f"the sequence length {ids.shape[1]} exceeds the model's max_seq_len {max_seq_len}; "
+            "shorten the input or raise max_seq_len."
+        )
+
+
+def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
+    """InputError unless the width splits into an even number of features per head and so on."""
+    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
+        raise InputError(
+            f"hidden_size {hidden_size} with num_heads {num_heads}: hidden_size / num_heads must "
+            "be an even whole number."
+        )
+    if num_heads % num_kv_heads:
+        raise InputError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads ({num_heads}).")

@@ -1,0 +1,30 @@
+"""Eight virtual CPU devices, strict ranks, and the golden arrays of the original implementation."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+# Before anything touches a device.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# A forgotten axis must fail instead of broadcasting.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Loader of the arrays in tests/data/golden by file name (.npz or .safetensors)."""
+    from safetensors.numpy import load_file
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        if name.endswith(".safetensors"):
+            return load_file(GOLDEN / name)
+        with np.load(GOLDEN / name, allow_pickle=False) as file:
+            return dict(file)
+
+    return load
