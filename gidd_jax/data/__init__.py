@@ -1,1 +1,1 @@
-
+"""Corpora, tokenizers and batches."""

@@ -42,7 +42,7 @@ def split_chapters(text: str) -> list[dict[str, str]]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """Byte-level BPE of GPT-2's kind with one end-of-text token, [PAD] and [MASK] as ids 0, 1, 2."""
+    """GPT-2's kind of byte-level BPE; end of text, [PAD] and [MASK] are the ids 0, 1 and 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -227,14 +227,15 @@ def _checked(train: Documents, held_out: Documents, path: str, validation: str) 
     return CorpusSplits(train, held_out)
 
 
-def _open_tfds(name: str, split: str):
+def _open_tfds(name: str, split: str) -> tuple[Any, Any]:
     """Data source and info of a tfds dataset, without TensorFlow."""
     import tensorflow_datasets as tfds
-    import tensorflow_datasets.text  # noqa: F401  registers the text builders, skipped without h5py
+    import tensorflow_datasets.text  # registers the text builders, skipped without h5py
 
+    folder = Path(name).expanduser()
     try:
-        if Path(name).expanduser().is_dir():
-            builder = tfds.builder_from_directory(Path(name).expanduser())
+        if folder.is_dir():
+            builder = tfds.builder_from_directory(builder_dir=str(folder))
         else:
             builder = tfds.builder(name, file_format="array_record", try_gcs=False)
             builder.download_and_prepare()

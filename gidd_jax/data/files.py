@@ -1,4 +1,4 @@
-"""Documents of one local file, found by byte offsets or row groups instead of being held in memory."""
+"""Documents of one local file, found by byte offsets or row groups, not held in memory."""
 
 import array
 import gzip

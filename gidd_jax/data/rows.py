@@ -1,0 +1,139 @@
+"""From token ids of documents to rows of seq_len tokens: framing, windows, crops and padding.
+
+Three modes. 'crop': a random window of a document, padded where the document is shorter.
+'padded': the beginning of a document, padded. 'packed': windows of all documents end to end.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.errors import InputError
+
+MODES = ("crop", "packed", "padded")
+
+
+def check_mode(mode: str) -> None:
+    """Raise InputError unless `mode` is one of MODES."""
+    if mode not in MODES:
+        raise InputError(f"data mode {mode!r}: legal values: {', '.join(MODES)}")
+
+
+def ids_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The smallest type that stores the ids."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def frame(ids: np.ndarray, tokenizer: Tokenizer, mode: str) -> tuple[np.ndarray, int]:
+    """Put BOS and EOS around a document; returns it with the number of tokens put in front.
+
+    Where one token is both, as in GPT-2, packed documents are separated by one of it, not two.
+    """
+    front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    if mode == "packed" and tokenizer.bos_id == tokenizer.eos_id:
+        front = []
+    framed = np.array([*front, *ids, tokenizer.eos_id])
+    return framed.astype(ids_dtype(tokenizer.vocab_size)), len(front)
+
+
+def window_starts(num_tokens: int, seq_len: int) -> np.ndarray:
+    """Where windows of `seq_len` start so that they cover all tokens, int64 [num_windows].
+
+    The last window ends with the last token, so it may repeat tokens of the one before: a window
+    with padding is something a model that was trained on full ones has never seen.
+    """
+    starts = np.arange(0, max(num_tokens - seq_len, 0) + 1, seq_len)
+    if num_tokens > seq_len and num_tokens % seq_len:
+        starts = np.append(starts, num_tokens - seq_len)
+    return starts
+
+
+def crop(ids: np.ndarray, seq_len: int, rng: np.random.Generator) -> np.ndarray:
+    """A random window of at most `seq_len` tokens; every window is equally likely."""
+    # The original draws from [0, n - L) and so can never show the last token, the EOS.
+    start = int(rng.integers(0, max(len(ids) - seq_len, 0) + 1))
+    return ids[start : start + seq_len]
+
+
+def pad(ids: np.ndarray, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+    """A row {'tokens': int32 [seq_len], 'mask': bool [seq_len]}; mask is False on the padding."""
+    tokens = np.full(seq_len, pad_id, np.int32)
+    tokens[: len(ids)] = ids
+    return {"tokens": tokens, "mask": np.arange(seq_len) < len(ids)}
+
+
+class TokenisedDocuments:
+    """Framed documents in one array: ids [num_tokens], document i at offsets[i]:offsets[i + 1].
+
+    `num_bytes` int32 [num_tokens] says how many UTF-8 bytes each token stands for.
+    """
+
+    def __init__(self, ids: np.ndarray, offsets: np.ndarray, num_bytes: np.ndarray):
+        self.ids = ids
+        self.offsets = offsets
+        self.num_bytes = num_bytes
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+class Windows:
+    """Slices of an array of ids [num_tokens], as records; at most `seq_len` tokens each."""
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray):
+        self.ids = ids
+        self.starts = starts
+        self.ends = ends
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.starts[index] : self.ends[index]]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum over each window of values [num_tokens], int64 [num_windows]."""
+        totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        return totals[self.ends] - totals[self.starts]
+
+
+def cut(documents: TokenisedDocuments, mode: str, seq_len: int) -> Windows:
+    """The rows that stand for documents, in order and without chance.
+
+    packed: windows over all documents end to end; crop: windows over each document;
+    padded: the beginning of each document.
+    """
+    bounds = documents.offsets[[0, -1]] if mode == "packed" else documents.offsets
+    if mode == "padded":
+        starts, limits = bounds[:-1], bounds[1:]
+    else:
+        pieces = [b + window_starts(e - b, seq_len) for b, e in pairwise(bounds)]
+        starts = np.concatenate(pieces)
+        limits = np.repeat(bounds[1:], [len(p) for p in pieces])
+    return Windows(documents.ids, starts, np.minimum(starts + seq_len, limits))
+
+
+def tokenise(texts: list[str], tokenizer: Tokenizer, mode: str) -> TokenisedDocuments:
+    """Encode and frame documents, in parallel threads."""
+    framed, num_bytes = [], []
+    for ids, token_bytes in tokenizer.encode_with_bytes(texts):
+        document, num_front = frame(ids, tokenizer, mode)
+        framed.append(document)
+        num_bytes.append(np.pad(token_bytes, (num_front, 1)))
+    offsets = np.cumsum([0, *(len(f) for f in framed)])
+    return TokenisedDocuments(np.concatenate(framed), offsets, np.concatenate(num_bytes))
+
+
+def join(parts: list[TokenisedDocuments]) -> TokenisedDocuments:
+    """Several lots of documents as one."""
+    starts = np.cumsum([0, *(len(p.ids) for p in parts)])
+    offsets = [p.offsets[1:] + start for p, start in zip(parts, starts, strict=False)]
+    return TokenisedDocuments(
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([[0], *offsets]),
+        np.concatenate([p.num_bytes for p in parts]),
+    )
