@@ -1,0 +1,262 @@
+"""Checkpoints of a run, written in the background and complete in themselves.
+
+WORKDIR/checkpoints/STEP/ holds the training state and, as JSON, the data position, the settings
+of the run (with its process) and the files of its tokenizer. A step appears under its name only
+when all of it is written.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gidd_jax.errors import InputError
+
+CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One complete step on disk."""
+
+    folder: epath.Path
+    step: int
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings of the run that wrote it, for `Settings.from_config`."""
+        return self._json("config")
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the run that wrote it."""
+        files = self._json("tokenizer")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in files.items():
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            return dataclasses.replace(load_tokenizer(folder), name=str(self.folder))
+
+    def _json(self, item: str) -> Any:
+        try:
+            return ocp.JsonCheckpointHandler().restore(self.folder / item)
+        except Exception as error:
+            raise _damaged(self, error) from error
+
+
+def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
+    """Return the newest checkpoint in a workdir or its checkpoints folder, or the step itself.
+
+    Raises InputError when the folder does not exist or holds no complete checkpoint.
+    """
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {path}")
+    if folder.name.isdecimal() and (folder / "state").is_dir():
+        return Checkpoint(folder, int(folder.name))
+    root = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
+    steps = ocp.utils.checkpoint_steps(root)
+    if not steps:
+        raise InputError(
+            f"{path} holds no checkpoint: give the workdir of a run, its {CHECKPOINTS} folder or "
+            "one step of it"
+        )
+    return Checkpoint(root / str(max(steps)), max(steps))
+
+
+def load_params(checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = False) -> Any:
+    """Return only the parameters (or their moving average) of a checkpoint.
+
+    `abstract_params` holds jax.ShapeDtypeStruct; those without a sharding go to the first device.
+    Raises InputError when the shapes differ, there is no average or the files are damaged.
+    """
+    name = "ema" if ema else "params"
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        name: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or local
+            ),
+            abstract_params,
+        )
+    }
+    saved = _saved_shapes(checkpoint)
+    if ema and saved.get("ema", ...) is None:
+        raise InputError(
+            f"{checkpoint.folder} has no moving average of the parameters: the run had "
+            "optimizer.ema_decay = 0"
+        )
+    _check_fits(checkpoint, wanted, {k: v for k, v in saved.items() if k.startswith(name + ".")})
+    try:
+        return ocp.PyTreeCheckpointer().restore(
+            checkpoint.folder / "state",
+            args=ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+        )[name]
+    except Exception as error:
+        raise _damaged(checkpoint, error) from error
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one workdir; every process of a run makes one."""
+
+    def __init__(
+        self,
+        workdir: str | epath.PathLike,
+        *,
+        every: int,
+        max_to_keep: int,
+        config: Mapping[str, Any],
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._root = epath.Path(workdir).resolve() / CHECKPOINTS
+        self._every = every
+        self._context = {"config": dict(config), "tokenizer": _tokenizer_files(tokenizer)}
+        self._manager = ocp.CheckpointManager(
+            self._root,
+            options=ocp.CheckpointManagerOptions(
+                # max_to_keep with a best_fn would delete the newest step: say which to keep.
+                preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Return the newest complete step, or None; waits for the one that is being written."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: Any, data_state: Mapping[str, Any], *, force: bool = False
+    ) -> bool:
+        """Start to write `step` if it is a multiple of `every` or forced; return whether it did.
+
+        The arrays are copied before the call returns, so the caller may donate them.
+        """
+        if step == self._manager.latest_step() or (step % self._every and not force):
+            return False
+        items = {"data": dict(data_state), **self._context}
+        json_items = {name: ocp.args.JsonSave(value) for name, value in items.items()}  # pyright: ignore[reportCallIssue]
+        arrays = ocp.args.StandardSave(state)  # pyright: ignore[reportCallIssue]
+        return self._manager.save(
+            step, args=ocp.args.Composite(state=arrays, **json_items), force=True
+        )
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Return (state, data position) of `step` or of the newest step.
+
+        `abstract_state` holds jax.ShapeDtypeStruct with the shardings to restore to, on any
+        mesh. Raises InputError when there is no such step, it does not fit or it is damaged.
+        """
+        newest = self.latest_step()
+        step = newest if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            raise InputError(f"{self._root} holds no checkpoint" + (f" {step}" if step else ""))
+        checkpoint = Checkpoint(self._root / str(step), step)
+        _check_fits(checkpoint, abstract_state, _saved_shapes(checkpoint))
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state),  # pyright: ignore[reportCallIssue]
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            raise _damaged(checkpoint, error) from error
+        return restored["state"], restored["data"]
+
+    def reached_preemption(self, step: int) -> bool:
+        """Return whether the machine is about to be taken away (needs jax.distributed)."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Return when everything started is on disk; raises what the writing raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then release the background threads."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def write_atomically(path: str | epath.PathLike, text: str) -> None:
+    """Write a text file so that readers see the old or the new content, never a part."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / (path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir())}
+
+
+def _saved_shapes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the saved leaves by dotted name, each with a shape and a dtype (or None)."""
+    try:
+        metadata: Any = ocp.PyTreeCheckpointHandler().metadata(checkpoint.folder / "state")
+        return _flat(metadata.tree)
+    except Exception as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)[0]
+    return {".".join(map(_entry_name, path)): leaf for path, leaf in flat}
+
+
+def _entry_name(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _check_fits(checkpoint: Checkpoint, wanted: Any, saved: Mapping[str, Any]) -> None:
+    """Raise InputError that names the first leaf whose presence, shape or dtype differs."""
+    # Orbax would cast another dtype without a word.
+    ours = {name: leaf for name, leaf in _flat(wanted).items() if leaf is not None}
+    theirs = {name: leaf for name, leaf in saved.items() if leaf is not None}
+    for name in sorted(ours.keys() | theirs.keys()):
+        there, here = _describe(theirs.get(name)), _describe(ours.get(name))
+        if there != here:
+            raise InputError(
+                f"checkpoint {checkpoint.folder} does not fit the model: {name} is {there} there "
+                f"and {here} here"
+            )
+
+
+def _describe(leaf: Any) -> str:
+    if leaf is None:
+        return "missing"
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # saved as the integers in it
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _damaged(checkpoint: Checkpoint, error: Exception) -> InputError:
+    steps = ocp.utils.checkpoint_steps(checkpoint.folder.parent)
+    older = [step for step in steps if step < checkpoint.step]
+    fix = f"delete it to go on from step {max(older)}" if older else "there is no older one"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return InputError(f"checkpoint {checkpoint.folder} is damaged ({reason}): {fix}")

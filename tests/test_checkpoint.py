@@ -1,0 +1,292 @@
+"""Checkpoints: bitwise round trips, other meshes, partial reads, damage and sudden death."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gidd_jax.checkpoint import Checkpointer, find_checkpoint, load_params, write_atomically
+from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.errors import InputError
+
+CONFIG = {"seed": 3, "process": {"name": "hybrid", "p_uniform": 0.1}}
+
+
+class State(flax.struct.PyTreeNode):
+    """Every kind of leaf that a training state may hold."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    key: jax.Array
+
+
+def make_state(seed: int = 0, ema: bool = False, sharding: Any = None) -> State:
+    rng = np.random.default_rng(seed)
+    params = {
+        "params": {
+            "w": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32),
+            "b": jnp.asarray(rng.normal(size=(8,)), jnp.bfloat16),
+        }
+    }
+    if sharding is not None:
+        params = jax.device_put(params, sharding)
+    tx = optax.adamw(1e-3)
+    _, opt_state = tx.update(params, tx.init(params), params)
+    return State(
+        step=jnp.int32(seed),
+        params=params,
+        opt_state=opt_state,
+        ema=jax.tree.map(lambda p: p * 2, params) if ema else None,
+        key=jax.random.key(seed),
+    )
+
+
+def abstract(state: Any, sharding: Any = None) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state
+    )
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("embedded")
+
+
+@pytest.fixture
+def open_in(tokenizer):
+    def open_in(workdir: Path, every: int = 1, max_to_keep: int = 5) -> Checkpointer:
+        return Checkpointer(
+            workdir, every=every, max_to_keep=max_to_keep, config=CONFIG, tokenizer=tokenizer
+        )
+
+    return open_in
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_round_trip_is_bitwise(tmp_path, open_in, ema):
+    state, position = make_state(7, ema), {"next_index": 123, "epoch": [1, 2]}
+    with open_in(tmp_path) as checkpointer:
+        assert checkpointer.latest_step() is None
+        assert checkpointer.save(7, state, position)
+    with open_in(tmp_path) as checkpointer:
+        assert checkpointer.latest_step() == 7
+        restored, data = checkpointer.restore(abstract(state))
+    assert_same(restored, state)
+    assert data == position
+
+
+def test_saves_every_so_often_and_keeps_the_newest(tmp_path, open_in):
+    with open_in(tmp_path, every=2, max_to_keep=2) as checkpointer:
+        saved = [step for step in range(8) if checkpointer.save(step, make_state(step), {})]
+        assert saved == [0, 2, 4, 6]
+        assert not checkpointer.save(7, make_state(7), {})
+        assert checkpointer.save(7, make_state(7), {}, force=True)
+        assert not checkpointer.save(7, make_state(7), {}, force=True)  # it is there
+        checkpointer.wait()
+        restored, _ = checkpointer.restore(abstract(make_state()), step=6)
+        assert_same(restored, make_state(6))
+        with pytest.raises(InputError, match="holds no checkpoint 4"):
+            checkpointer.restore(abstract(make_state()), step=4)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["6", "7"]
+
+
+def test_the_caller_may_overwrite_the_arrays_at_once(tmp_path, open_in):
+    state = {"x": jnp.arange(200_000, dtype=jnp.float32)}
+    expected = np.asarray(state["x"]).copy()
+    double = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
+    with open_in(tmp_path) as checkpointer:
+        shape = abstract(state)
+        checkpointer.save(1, state, {})
+        x = double(double(state["x"]))
+        checkpointer.wait()
+        restored, _ = checkpointer.restore(shape)
+    np.testing.assert_array_equal(restored["x"], expected)
+    assert x[1] == 7
+
+
+def test_restores_from_eight_devices_to_two_and_one(tmp_path, open_in):
+    spread = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P("data"))
+    state = make_state(1, sharding=spread)
+    with open_in(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {})
+        checkpointer.wait()
+        for count in (2, 1):
+            mesh = Mesh(np.array(jax.devices()[:count]), ("data",))
+            target = abstract(state, NamedSharding(mesh, P()))
+            target = target.replace(params=abstract(state.params, NamedSharding(mesh, P("data"))))
+            restored, _ = checkpointer.restore(target)
+            assert_same(restored, state)
+            assert len(restored.params["params"]["w"].sharding.device_set) == count
+
+
+def test_a_step_is_complete_in_itself(tmp_path, open_in, tokenizer):
+    with open_in(tmp_path / "run") as checkpointer:
+        checkpointer.save(5, make_state(5, ema=True), {"next_index": 1})
+    alone = tmp_path / "elsewhere" / "5"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "5", alone)
+    found = find_checkpoint(alone)
+    assert found.step == 5
+    assert found.config() == CONFIG
+    again = found.tokenizer()
+    assert again.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(
+        again.encode(["A [MASK] word"])[0], tokenizer.encode(["A [MASK] word"])[0]
+    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_state().params)
+    assert_same(load_params(found, shapes), make_state(5).params)
+    assert_same(load_params(found, shapes, ema=True), make_state(5, ema=True).ema)
+
+
+def test_finds_the_newest_step_of_a_workdir(tmp_path, open_in):
+    with open_in(tmp_path) as checkpointer:
+        for step in (9, 10, 100):
+            checkpointer.save(step, make_state(step), {})
+    steps = tmp_path / "checkpoints"
+    assert find_checkpoint(tmp_path).folder == find_checkpoint(steps).folder
+    assert [find_checkpoint(p).step for p in (tmp_path, steps, steps / "9")] == [100, 100, 9]
+
+
+def test_folders_without_checkpoint(tmp_path, open_in):
+    with pytest.raises(InputError, match=r"no such folder: .*/nowhere"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds no checkpoint: give the workdir"):
+        find_checkpoint(tmp_path)
+    with open_in(tmp_path) as checkpointer, pytest.raises(InputError, match="holds no checkpoint"):
+        checkpointer.restore(abstract(make_state()))
+
+
+def test_a_missing_moving_average_is_named(tmp_path, open_in):
+    with open_in(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+    with pytest.raises(InputError, match=r"no moving average.*ema_decay = 0"):
+        load_params(find_checkpoint(tmp_path), abstract(make_state().params), ema=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda w: jnp.zeros((8, 7)),
+            r"params.params.w is float32\[8, 6\] there and float32\[8, 7\] here",
+        ),
+        (lambda w: w.astype(jnp.bfloat16), r"float32\[8, 6\] there and bfloat16\[8, 6\] here"),
+        (lambda w: None, r"params.params.w is float32\[8, 6\] there and missing here"),
+    ],
+)
+def test_a_state_of_another_shape_is_named(tmp_path, open_in, change, words):
+    with open_in(tmp_path) as checkpointer:
+        state = make_state(1)
+        checkpointer.save(1, state, {})
+        params = {"params": {**state.params["params"], "w": change(state.params["params"]["w"])}}
+        with pytest.raises(InputError, match=words):
+            checkpointer.restore(abstract(state.replace(params=params)))
+    with pytest.raises(InputError, match=words):
+        load_params(find_checkpoint(tmp_path), abstract(params))
+
+
+def truncate_largest(folder: Path) -> None:
+    file = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: truncate_largest(step / "state"),
+        lambda step: shutil.rmtree(step / "state" / "d"),
+        lambda step: (step / "state" / "_METADATA").write_text("{"),
+        lambda step: (step / "state" / "manifest.ocdbt").write_bytes(b""),
+        lambda step: shutil.rmtree(step / "data"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_the_older_one(tmp_path, open_in, damage):
+    state = make_state(2)
+    with open_in(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+        checkpointer.save(2, state, {})
+    damage(tmp_path / "checkpoints" / "2")
+    with open_in(tmp_path) as checkpointer:
+        with pytest.raises(InputError) as caught:
+            checkpointer.restore(abstract(state))
+        message = str(caught.value)
+        assert "checkpoints/2 is damaged" in message
+        assert message.endswith("delete it to go on from step 1")
+        assert "\n" not in message
+        restored, _ = checkpointer.restore(abstract(state), step=1)
+    assert_same(restored, make_state(1))
+
+
+def test_damaged_context_is_one_line(tmp_path, open_in):
+    with open_in(tmp_path) as checkpointer:
+        checkpointer.save(2, make_state(2), {})
+    (tmp_path / "checkpoints" / "2" / "config" / "metadata").write_text('{"seed":')
+    with pytest.raises(InputError, match=r"checkpoints/2 is damaged .*: there is no older one"):
+        find_checkpoint(tmp_path).config()
+
+
+KILLED = """
+import os, sys, threading, jax.numpy as jnp
+from gidd_jax.checkpoint import Checkpointer
+from gidd_jax.data.tokenizer import load_tokenizer
+
+workdir, delay = sys.argv[1], float(sys.argv[2])
+checkpointer = Checkpointer(
+    workdir, every=1, max_to_keep=3, config={}, tokenizer=load_tokenizer("embedded")
+)
+checkpointer.save(1, {"x": jnp.full((16_000_000,), 1.0)}, {"next_index": 1})
+checkpointer.wait()
+checkpointer.save(2, {"x": jnp.full((16_000_000,), 2.0)}, {"next_index": 2})
+threading.Event().wait(delay)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_killed_while_saving_goes_on_from_the_last_complete_step(tmp_path, open_in, delay):
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(delay)], check=False, capture_output=True
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    with open_in(tmp_path, max_to_keep=3) as checkpointer:
+        step = checkpointer.latest_step()
+        assert step in (1, 2)  # 2 only where the disk was faster than the kill
+        shape = {"x": jax.ShapeDtypeStruct((16_000_000,), jnp.float32)}
+        restored, data = checkpointer.restore(shape)
+        assert np.all(np.asarray(restored["x"]) == step)
+        assert data == {"next_index": step}
+        if step == 1:
+            assert checkpointer.save(2, {"x": jnp.full((16_000_000,), 2.0)}, {"next_index": 2})
+            checkpointer.wait()
+            assert checkpointer.latest_step() == 2
+    assert find_checkpoint(tmp_path).step == 2
+
+
+def test_text_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "config.json"
+    write_atomically(path, json.dumps({"a": 1}))
+    write_atomically(path, json.dumps({"a": 2}))
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [p.name for p in path.parent.iterdir()] == ["config.json"]
