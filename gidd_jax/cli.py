@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from gidd_jax.errors import InputError
+from gidd_jax.errors import DivergenceError, InputError
 
 flags.disclaim_key_flags()  # `--config` belongs to the command that asks for it
 
@@ -97,14 +97,16 @@ def run(main: Callable[[list[str]], None], *, examples: str = "") -> NoReturn:
             main(argv)
         except InputError as error:
             _fail(str(error))
+        except DivergenceError as error:
+            _fail(str(error), code=1)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples))
     raise AssertionError("absl's run always exits")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _parse(argv: Sequence[str], main: Callable[..., None], examples: str) -> list[str]:
