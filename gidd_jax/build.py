@@ -1,0 +1,65 @@
+"""From settings to the objects of a run: process, network, objective."""
+
+import jax.numpy as jnp
+
+from gidd_jax.models.dit import DiT
+from gidd_jax.models.llama import Llama
+from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
+from gidd_jax.settings import ModelSettings, ProcessSettings, Settings
+from gidd_jax.state import Objective
+
+
+def build_process(
+    settings: ProcessSettings, vocab_size: int, mask_id: int
+) -> InterpolatingProcess | None:
+    """Return the forward process, or None for the autoregressive baseline."""
+    if settings.name == "autoregressive":
+        return None
+    if settings.name == "hybrid":
+        return HybridProcess(
+            vocab_size, mask_id, settings.p_uniform, settings.gamma, t_eps=settings.t_eps
+        )
+    if settings.name == "masked":
+        return MaskedProcess(vocab_size, mask_id, t_eps=settings.t_eps)
+    return LogSnrProcess(
+        vocab_size,
+        mask_id,
+        settings.scale,
+        settings.shift,
+        settings.min_log_snr,
+        settings.max_log_snr,
+        t_eps=settings.t_eps,
+    )
+
+
+def build_model(settings: ModelSettings, vocab_size: int) -> DiT | Llama:
+    """Return the network (a Linen module without parameters)."""
+    shared = {
+        "vocab_size": vocab_size,
+        "hidden_size": settings.hidden_size,
+        "num_layers": settings.num_layers,
+        "num_heads": settings.num_heads,
+        "max_seq_len": settings.max_seq_len,
+        "dtype": jnp.dtype(settings.dtype),
+        "scan_layers": settings.scan_layers,
+        "remat": settings.remat,
+        "attention": settings.attention,
+    }
+    if settings.name == "llama":
+        return Llama(**shared)
+    return DiT(cond_dim=settings.cond_dim, **shared)
+
+
+def build_objective(settings: Settings, vocab_size: int, mask_id: int) -> Objective:
+    """Return what the network is trained on."""
+    return Objective(
+        model=build_model(settings.model, vocab_size),
+        process=build_process(settings.process, vocab_size, mask_id),
+        weighting=settings.train.weighting,
+        min_weight=settings.train.min_weight,
+        max_weight=settings.train.max_weight,
+        stratified=settings.process.stratified,
+        mask_padding=settings.train.mask_padding,
+        align_mask_to_input=settings.train.align_mask_to_input,
+        keep_padding_columns=settings.model.keep_padding_columns,
+    )
