@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
     corpus = out / "austen.jsonl"
     corpus.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
-    splits = open_corpus(str(corpus), FLAGS.validation)
+    splits = open_corpus(str(corpus), FLAGS.validation, "text", "file")
     backend = train_tokenizer(iterate(splits.train, "Reading"), FLAGS.vocab_size)
     PreTrainedTokenizerFast(
         tokenizer_object=backend,

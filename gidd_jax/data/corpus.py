@@ -97,9 +97,7 @@ class TfdsDocuments:
         return text.decode("utf-8") if isinstance(text, bytes) else str(text)
 
 
-def open_corpus(
-    path: str, validation: str, text_key: str = "text", txt_documents: str = "file"
-) -> CorpusSplits:
+def open_corpus(path: str, validation: str, text_key: str, txt_documents: str) -> CorpusSplits:
     """Open `path` and split it by the rule `validation`.
 
     `path` is 'embedded', a file, folder or glob of .txt, .jsonl, .jsonl.gz, .jsonl.xz and .parquet,
@@ -233,6 +231,7 @@ def _open_tfds(name: str, split: str) -> tuple[Any, Any]:
     import tensorflow_datasets.text  # registers the text builders, skipped without h5py
 
     folder = Path(name).expanduser()
+    builder: Any
     try:
         if folder.is_dir():
             builder = tfds.builder_from_directory(builder_dir=str(folder))

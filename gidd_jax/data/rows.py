@@ -80,9 +80,13 @@ class TokenisedDocuments:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
+    def whole(self) -> "Windows":
+        """One window per document, however long."""
+        return Windows(self.ids, self.offsets[:-1], self.offsets[1:])
+
 
 class Windows:
-    """Slices of an array of ids [num_tokens], as records; at most `seq_len` tokens each."""
+    """Slices of an array of ids [num_tokens], as records."""
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray):
         self.ids = ids

@@ -15,6 +15,7 @@ from gidd_jax.errors import InputError
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+PLAN = "plan.json"  # what prepare_data set out to make
 SPLITS = ("train", "validation")
 _FORMAT = 1
 _HEADER = np.dtype("<u4")
@@ -73,7 +74,9 @@ class Manifest:
             splits = {s: [Shard(**d) for d in content["splits"][s]] for s in SPLITS}
             manifest = cls(**{**content, "splits": splits})
         except FileNotFoundError as error:
-            raise InputError(f"{folder} holds no {MANIFEST}: run gidd_jax.prepare_data") from error
+            raise InputError(
+                f"{folder} holds no {MANIFEST}: run gidd_jax.prepare_data to its end"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is damaged ({error}): prepare the data again") from error
         if version != _FORMAT:
@@ -130,7 +133,7 @@ def encode_record(ids: np.ndarray, num_bytes: int, vocab_size: int) -> bytes:
 
 def is_shard_folder(path: str) -> bool:
     """Whether a data path is a folder that prepare_data wrote or was writing."""
-    return any((Path(path).expanduser() / n).is_file() for n in (MANIFEST, "plan.json"))
+    return any((Path(path).expanduser() / n).is_file() for n in (MANIFEST, PLAN))
 
 
 def open_shards(
@@ -192,6 +195,6 @@ def sha256(file: Path) -> str:
 
 def _remedy(folder: Path) -> str:
     return (
-        f"delete it and {folder / MANIFEST}, then run gidd_jax.prepare_data again; it makes only "
-        "what is missing"
+        f"delete it and run gidd_jax.prepare_data with --out={folder} as before; "
+        "it makes only what is missing"
     )

@@ -155,7 +155,8 @@ def _wrap(hf: Any, name: str) -> Tokenizer:
             f"tokenizer {name!r} has neither an EOS nor a SEP token: "
             "set eos_token in its tokenizer_config.json"
         )
-    pad_id, mask_id = int(hf.pad_token_id), int(hf.mask_token_id)
+    pad_id: Any = hf.pad_token_id
+    mask_id: Any = hf.mask_token_id
     return Tokenizer(hf.backend_tokenizer, bos_id, eos_id, pad_id, mask_id, name)
 
 
