@@ -6,6 +6,7 @@ when all of it is written.
 """
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,10 @@ from etils import epath
 
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError
+from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
 
 CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
+CONFIG_FILE = "config.json"  # the settings of the run in a workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +197,42 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def check_workdir(
+    workdir: str | epath.PathLike, settings: Settings, *, allow_config_change: bool = False
+) -> None:
+    """Raise InputError that says what differs if `workdir` belongs to a run with other settings.
+
+    Writes nothing. The run's length, logging, checkpoint cadence and mesh may differ.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if allow_config_change or not path.exists():
+        return
+    try:
+        old = Settings.from_config(json.loads(path.read_text()))
+    except ValueError as error:  # not JSON, or the settings of another version
+        raise InputError(
+            f"{path} cannot be read ({error}): use another workdir, or --allow_config_change"
+        ) from error
+    changes = difference(old, settings, ignore=MAY_CHANGE_ON_RESUME)
+    if changes:
+        raise InputError(
+            f"{workdir} belongs to a run with another config ({'; '.join(changes)}): use another "
+            "workdir, or --allow_config_change"
+        )
+
+
+def open_workdir(workdir: str | epath.PathLike, settings: Settings, tokenizer: Tokenizer) -> None:
+    """Write the settings and the tokenizer into `workdir` (made if missing), for people to read.
+
+    Only process 0 writes. Checkpoints carry their own copies.
+    """
+    if jax.process_index() != 0:
+        return
+    folder = epath.Path(workdir)
+    write_atomically(folder / CONFIG_FILE, settings.to_json())
+    tokenizer.save(folder / "tokenizer")
 
 
 def write_atomically(path: str | epath.PathLike, text: str) -> None:

@@ -21,8 +21,12 @@ Schedule = Callable[[Any], Any]  # step -> float32
 # queries, keys and values of qkv; the shifts, scales and gates of modulation): all other axes.
 _MUON_AXES = {
     "qkv": ((1,), (3, 4)),
+    "query": ((1,), (2, 3)),
+    "key": ((1,), (2, 3)),
+    "value": ((1,), (2, 3)),
     "attn_out": ((1, 2), (3,)),
     "modulation": ((1,), (3,)),
+    "mlp_gate": ((1,), (2,)),
     "mlp_in": ((1,), (2,)),
     "mlp_out": ((1,), (2,)),
 }

@@ -1,0 +1,253 @@
+"""Metrics of a run: their averages, where they are written, and how fast the run goes."""
+
+import json
+import math
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import flax.struct
+import jax
+from absl import logging
+from clu import metrics
+from etils import epath
+
+from gidd_jax.checkpoint import write_atomically
+from gidd_jax.errors import InputError
+from gidd_jax.models.dit import padded_vocab_size
+from gidd_jax.settings import ModelSettings
+
+# Dense bf16 FLOP/s of one device as its maker states them, by a part of jax's device_kind.
+# The first part that occurs counts.
+PEAK_FLOPS = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("TPU v3", 61.5e12),  # a device is one of the chip's two cores
+)
+
+
+@flax.struct.dataclass
+class StepMetrics(metrics.Collection):
+    """Averages over the steps since the last report; per token in nats where it applies."""
+
+    loss: metrics.Average.from_output("loss")  # pyright: ignore[reportInvalidTypeForm]
+    elbo: metrics.Average.from_output("elbo")  # pyright: ignore[reportInvalidTypeForm]
+    kl: metrics.Average.from_output("kl")  # pyright: ignore[reportInvalidTypeForm]
+    is_div: metrics.Average.from_output("is_div")  # pyright: ignore[reportInvalidTypeForm]
+    grad_norm: metrics.Average.from_output("grad_norm")  # pyright: ignore[reportInvalidTypeForm]
+    learning_rate: metrics.LastValue.from_output("learning_rate")  # pyright: ignore[reportInvalidTypeForm]
+
+
+def flops_per_token(model: ModelSettings, vocab_size: int) -> float:
+    """Return the FLOPs of one token's forward and backward pass at the full context length.
+
+    Six per weight of a matrix product (the output projection too, with the columns that pad the
+    vocabulary) and the two products of attention, of which causal attention needs half. The
+    time conditioning is computed once per sequence and left out: less than 0.1 %.
+    """
+    D, L = model.hidden_size, model.max_seq_len
+    if model.name == "llama":
+        block, attention = 4 * D * D + 3 * D * (4 * D), 2 * L * D
+        output = D * vocab_size
+    else:
+        block, attention = 4 * D * D + 2 * D * (4 * D), 4 * L * D
+        output = D * padded_vocab_size(vocab_size)
+    return 6.0 * (model.num_layers * block + output) + 3.0 * model.num_layers * attention
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a device by jax's name for it, None where unknown."""
+    return next((peak for part, peak in PEAK_FLOPS if part in device_kind), None)
+
+
+class MetricWriter:
+    """Writes to TensorBoard event files, `metrics.jsonl`, the log and, if asked, to W&B.
+
+    Every process makes one; only process 0 writes. A run that resumes at `resume_step` first
+    drops what an earlier start wrote after that step, so that each step is there once.
+    """
+
+    def __init__(
+        self,
+        workdir: str | epath.PathLike,
+        *,
+        resume_step: int = 0,
+        wandb_project: str | None = None,
+    ) -> None:
+        self._file: Any = None
+        if jax.process_index() != 0:
+            return
+        from tensorboardX import SummaryWriter
+
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._wandb = _start_wandb(folder, wandb_project) if wandb_project else None
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        path = folder / "metrics.jsonl"
+        _drop_after(path, resume_step)
+        self._file = path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write named numbers of one step."""
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in scalars.items()}
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        # JSON has no NaN and no infinity.
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        logging.info("step %d: %s", step, ", ".join(f"{k} {v:.5g}" for k, v in values.items()))
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write named texts of one step, such as samples."""
+        if self._file is None:
+            return
+        for name, text in texts.items():
+            self._events.add_text(name, text, step)
+            logging.info("step %d: %s\n%s", step, name, text)
+        if self._wandb is not None:
+            self._wandb.log(dict(texts), step=step)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Write the settings of the run (nested dictionaries)."""
+        if self._file is None:
+            return
+        self._events.add_text("settings", "```\n" + json.dumps(hparams, indent=2) + "\n```")
+        if self._wandb is not None:
+            self._wandb.config.update(dict(hparams), allow_val_change=True)
+
+    def flush(self) -> None:
+        """Put everything on disk."""
+        if self._file is not None:
+            self._file.flush()
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flush and release the files."""
+        if self._file is None:
+            return
+        self.flush()
+        self._file.close()
+        self._events.close()
+        self._file = None
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Progress:
+    """Shows loss, speed, use of the hardware and time left: a bar on a terminal, else log lines."""
+
+    def __init__(
+        self,
+        num_steps: int,
+        step: int,
+        *,
+        tokens_per_step: int,
+        flops_per_token: float,
+    ) -> None:
+        self._num_steps = num_steps
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak * jax.device_count() if peak else None
+        self._bar: Any = None
+        self._visible = jax.process_index() == 0
+        if self._visible and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Start the clock at `step`: what came before (compilation, validation) does not count."""
+        self._step, self._time = step, time.perf_counter()
+
+    def update(self, step: int, loss: float) -> dict[str, float]:
+        """Show the state after `step` steps; return tokens_per_second and, if known, mfu.
+
+        Both are of the steps since the last call (or restart); mfu is a fraction of 1.
+        """
+        now = time.perf_counter()
+        seconds = max(now - self._time, 1e-9) / max(step - self._step, 1)
+        self._step, self._time = step, now
+        rates = {"tokens_per_second": self._tokens_per_step / seconds}
+        if self._peak:
+            rates["mfu"] = rates["tokens_per_second"] * self._flops_per_token / self._peak
+        left = (self._num_steps - step) * seconds
+        words = _words(loss, rates, left)
+        if self._bar is not None:
+            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._visible:
+            logging.info("step %d/%d | %s", step, self._num_steps, words)
+        return rates
+
+    def close(self) -> None:
+        """Leave the bar as it is and free the line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _words(loss: float, rates: Mapping[str, float], seconds_left: float) -> str:
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"loss {loss:.4f}", f"{rates['tokens_per_second']:,.0f} tokens/s"]
+    if "mfu" in rates:
+        parts.append(f"MFU {100 * rates['mfu']:.1f} %")
+    return " | ".join([*parts, f"{hours}:{minutes:02}:{seconds:02} left"])
+
+
+def _drop_after(path: epath.Path, step: int) -> None:
+    """Keep the whole lines of `path` up to `step`: a killed run may leave half a line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(kept))
+
+
+def _start_wandb(folder: epath.Path, project: str) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            "logging.wandb = True needs the package wandb: pip install 'gidd-jax[wandb]'"
+        ) from None
+    # Kept in the workdir, so that a resumed run goes on in the same W&B run.
+    path = folder / "wandb_run_id"
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex)
+    return wandb.init(project=project, id=path.read_text(), resume="allow", dir=str(folder))
