@@ -232,7 +232,8 @@ def open_workdir(workdir: str | epath.PathLike, settings: Settings, tokenizer: T
         return
     folder = epath.Path(workdir)
     write_atomically(folder / CONFIG_FILE, settings.to_json())
-    tokenizer.save(folder / "tokenizer")
+    for name, text in _tokenizer_files(tokenizer).items():
+        write_atomically(folder / "tokenizer" / name, text)
 
 
 def write_atomically(path: str | epath.PathLike, text: str) -> None:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from gidd_jax.models.dit import DiT
+from gidd_jax.models.llama import Llama
 from gidd_jax.optimizer import _muon_labels, learning_rate, make_optimizer
 from gidd_jax.settings import OptimizerSettings
 
@@ -99,19 +100,44 @@ def test_clipping_is_by_the_global_norm():
     np.testing.assert_allclose(optax.tree.norm(mu), 0.1 * 2.0, rtol=1e-6)
 
 
+def zeros_of(model: nn.Module, *inputs: jax.Array, unbox: bool = True):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), nn.unbox(shapes) if unbox else shapes)
+
+
+IDS = jnp.zeros((1, 8), jnp.int32)
+DIT = DiT(vocab_size=40, hidden_size=16, num_layers=3, num_heads=2, cond_dim=8, max_seq_len=8)
+LLAMA = Llama(vocab_size=40, hidden_size=16, num_layers=3, num_heads=2, max_seq_len=8)
+
+
 @pytest.fixture(scope="module")
 def params():
-    model = DiT(vocab_size=40, hidden_size=16, num_layers=3, num_heads=2, cond_dim=8, max_seq_len=8)
-    ids, t = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,))
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), ids, t))["params"]
-    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+    return zeros_of(DIT, IDS, jnp.ones(1))
 
 
-def test_muon_takes_every_matrix_of_the_blocks_and_nothing_else(params):
+@pytest.mark.parametrize(
+    ("model", "inputs", "names"),
+    [
+        (DIT, (IDS, jnp.ones(1)), "qkv attn_out modulation mlp_in mlp_out"),
+        (LLAMA, (IDS,), "query key value attn_out mlp_gate mlp_in mlp_out"),
+    ],
+)
+def test_muon_takes_every_matrix_of_the_blocks_and_nothing_else(model, inputs, names):
+    params = zeros_of(model, *inputs)
     labels = jax.tree_util.tree_leaves_with_path(_muon_labels(params))
     chosen = {jax.tree_util.keystr(path) for path, label in labels if label == "muon"}
-    names = ("qkv", "attn_out", "modulation", "mlp_in", "mlp_out")
-    assert chosen == {f"['blocks']['{name}']['kernel']" for name in names}
+    assert chosen == {f"['blocks']['{name}']['kernel']" for name in names.split()}
+    make_optimizer(settings(name="muon"), 10).init(params)  # knows the axes of each
+
+
+@pytest.mark.parametrize("name", ["adamw", "psgd", "muon"])
+def test_state_of_boxed_parameters_unboxes_to_the_state_of_plain_ones(name):
+    """Initialising with flax's boxes is how the moments get the shardings of the parameters."""
+    tx = make_optimizer(settings(name=name), 10)
+    boxed = nn.unbox(tx.init(zeros_of(DIT, IDS, jnp.ones(1), unbox=False)))
+    plain = tx.init(zeros_of(DIT, IDS, jnp.ones(1)))
+    assert jax.tree.structure(boxed) == jax.tree.structure(plain)
+    assert jax.tree.map(jnp.shape, boxed) == jax.tree.map(jnp.shape, plain)
 
 
 def test_muon_orthogonalises_each_matrix_of_each_layer(params):

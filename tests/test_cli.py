@@ -1,0 +1,189 @@
+"""The command line: where configs are found, and one line for every wrong word."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from gidd_jax import cli
+from gidd_jax.cli import config_folder, find_config, load_config, nearest
+from gidd_jax.errors import InputError
+
+COMMAND = '''
+"""What it does.
+
+Examples:
+  python -m command --config=tiny
+"""
+from absl import flags
+from gidd_jax import cli
+from gidd_jax.errors import InputError
+CONFIG = cli.config_flag({default!r})
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+def main(argv):
+    import sys
+    print("heavy:", sorted({{"jax", "flax", "transformers", "grain"}} & set(sys.modules)))
+    print("layers:", CONFIG.value.model.num_layers, "wandb:", CONFIG.value.logging.wandb)
+    if WORKDIR.value == "bad":
+        raise InputError("workdir 'bad' is bad:\\n  use another")
+    if WORKDIR.value == "bug":
+        raise RuntimeError("a bug")
+if __name__ == "__main__":
+    cli.run(main)
+'''
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Return a function that runs a small command elsewhere and returns its result."""
+
+    def run(*args: str, default: str | None = "quickstart"):
+        script = tmp_path / "command.py"
+        script.write_text(COMMAND.format(default=default))
+        return subprocess.run(
+            [sys.executable, str(script), *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_help_is_quick_and_shows_only_our_flags(command):
+    start = time.perf_counter()
+    result = command("--help")
+    assert time.perf_counter() - start < 3
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("What it does.\n\nExamples:\n  python -m command")
+    assert "--workdir: Folder of the run." in result.stdout
+    assert "gidd, mdlm, quickstart" in result.stdout
+    assert result.stdout.count("\n  --") == 2  # none of absl's own
+
+
+def test_the_default_config_is_found_from_any_folder_without_heavy_imports(command):
+    result = command()
+    assert result.returncode == 0, result.stderr
+    assert "heavy: []" in result.stdout
+    assert "layers: 4 wandb: False" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--config=gidd:base"],
+        ["--config", "configs/gidd.py:base"],
+        ["-config=quickstart", "--config.model.num_layers=24"],
+        ["--config.model.num_layers", "24", "--config=gidd"],
+    ],
+)
+def test_ways_to_choose_and_override_a_config(command, args):
+    result = command(*args, "--config.logging.wandb")
+    assert result.returncode == 0, result.stderr
+    assert "layers: 24 wandb: True" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--config.model.num_layer=2"],
+            "key model.num_layer: did you mean model.num_layers?",
+        ),
+        (
+            ["--config.num_layers=2"],
+            "key num_layers: did you mean model.num_layers?",
+        ),
+        (["--config.modle.num_layers=2"], "did you mean model.num_layers?"),
+        (
+            ["--config.mesh.zzz=1"],
+            "key mesh.zzz: use one of mesh.data, mesh.fsdp, mesh.tensor",
+        ),
+        (["--config.zzz=1"], "use one of checkpoint, data, logging, mesh, model"),
+        (
+            ["--config.mesh=1"],
+            "mesh is a section: set one of its keys, mesh.data, mesh.fsdp",
+        ),
+        (["--config.model.num_layers=x"], "invalid literal for int() with base 10: 'x'"),
+        (["--config.train.num_steps=1.5"], "invalid literal for int()"),
+        (
+            ["--config=gid"],
+            "no such file, and the shipped configs are ar, base, gidd",
+        ),
+        (["--config=elsewhere/gidd.py"], "no such file"),
+        (["--config=gidd:huge"], "unknown size 'huge': use one of tiny, small, base, 1B"),
+        (["--config=quickstart:small"], "this config takes no argument"),
+        (["--config=broken.py"], "--config=broken.py: SyntaxError"),
+        (["--config=empty.py"], "the file must define get_config()"),
+        (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
+        (["train"], "unexpected argument 'train'"),
+        (["--workdir=bad"], "workdir 'bad' is bad: use another"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, args, message):
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    (tmp_path / "empty.py").write_text("")
+    result = command(*args)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_command_without_default_asks_for_a_config(command):
+    result = command(default=None)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --config is required")
+
+
+def test_a_bug_keeps_its_traceback(command):
+    result = command("--workdir=bug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_an_existing_file_wins_over_a_shipped_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/gidd.py") == config_folder() / "gidd.py"
+    own = Path("configs/gidd.py")
+    own.parent.mkdir()
+    own.write_text(
+        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'own': 1})"
+    )
+    assert load_config("configs/gidd.py") == ConfigDict({"own": 1})
+    assert find_config("gidd") == config_folder() / "gidd.py"
+
+
+def test_configs_inside_the_package_are_found_as_a_wheel_ships_them(tmp_path):
+    package = tmp_path / "site" / "gidd_jax"
+    shutil.copytree(config_folder(), package / "configs")
+    for name in ("__init__.py", "cli.py", "errors.py"):
+        shutil.copy(Path(cli.__file__).parent / name, package)
+    code = (
+        "from gidd_jax import cli; print(cli.load_config('configs/mdlm.py:tiny').model.num_layers)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd="/",
+        env={"PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "8\n"
+
+
+def test_nearest_word():
+    assert nearest("hybird", ["masked", "hybrid"]) == "did you mean hybrid?"
+    assert nearest("zzz", ["masked", "hybrid"]) == "use one of hybrid, masked"
+
+
+def test_run_refuses_what_load_config_refuses():
+    with pytest.raises(InputError, match="shipped configs are"):
+        load_config("nothing")

@@ -1,0 +1,116 @@
+"""Settings: types, legal values, values that exclude each other, differences."""
+
+import json
+
+import pytest
+
+from gidd_jax.cli import load_config
+from gidd_jax.errors import InputError
+from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
+
+
+def make(name: str = "base", **changes) -> Settings:
+    """Return the settings of a shipped config with `section__key` changes."""
+    values = load_config(name).to_dict()
+    for key, value in changes.items():
+        *section, leaf = key.split("__")
+        target = values[section[0]] if section else values
+        target[leaf] = value
+    return Settings.from_config(values)
+
+
+def test_json_round_trip():
+    settings = make(process__p_uniform=0.2)
+    assert Settings.from_config(json.loads(settings.to_json())) == settings
+    assert settings.process.p_uniform == 0.2
+
+
+def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
+    assert isinstance(make(optimizer__clip_norm=1).optimizer.clip_norm, float)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model__num_layers": 2.0}, "model.num_layers = 2.0: must be an integer"),
+        ({"model__num_layers": True}, "model.num_layers = True: must be an integer"),
+        ({"model__scan_layers": 1}, "model.scan_layers = 1: must be true or false"),
+        ({"model__name": None}, "model.name = None: must be a string"),
+        ({"optimizer__eps": "1e-9"}, "optimizer.eps = '1e-9': must be a number"),
+        ({"seed": -1}, "seed = -1: must be >= 0"),
+        ({"model": 3}, "model = 3: must be a section of keys"),
+        ({"model__name": "dti"}, "model.name = 'dti': must be dit | llama"),
+        ({"model__attention": "flash"}, "must be '' | xla | cudnn"),
+        ({"model__dtype": "float16"}, "must be float32 | bfloat16"),
+        ({"model__num_layers": 0}, "must be >= 1"),
+        ({"process__p_uniform": 1.0}, "process.p_uniform = 1.0: must be in [0, 1)"),
+        ({"process__p_uniform": -0.1}, "must be in [0, 1)"),
+        ({"process__gamma": 0}, "must be in (0, 2]"),
+        ({"process__gamma": 2.1}, "must be in (0, 2]"),
+        ({"process__t_eps": 0.5}, "must be in (0, 0.5)"),
+        ({"process__p_uniform": float("nan")}, "must be in [0, 1)"),
+        ({"data__mode": "pack"}, "must be crop | packed | padded"),
+        ({"data__validation": "last:0"}, "must be last:COUNT | hash:FRACTION"),
+        ({"data__validation": "hash:1.5"}, "must be last:COUNT | hash:FRACTION"),
+        ({"optimizer__b2": 1.0}, "must be in [0, 1)"),
+        ({"optimizer__learning_rate": 0.0}, "must be > 0"),
+        ({"train__batch_size": 0}, "must be >= 1"),
+        ({"mesh__data": 0}, "must be >= 1, or -1"),
+        ({"checkpoint__max_to_keep": 0}, "must be >= 1"),
+        ({"model__num_layer": 3}, "unknown config key model.num_layer: did you mean num_layers?"),
+        ({"sede": 3}, "unknown config key sede: did you mean seed?"),
+        ({"model__num_heads": 7}, "must be a multiple of 2 * model.num_heads = 14"),
+        ({"model__hidden_size": 12}, "must be a multiple of 2 * model.num_heads = 24"),
+        ({"model__name": "llama"}, "does not fit process.name = hybrid"),
+        ({"process__name": "autoregressive"}, "model.name = dit does not fit"),
+        ({"process__max_log_snr": -9.0}, "must be less than process.max_log_snr"),
+        ({"train__micro_batches": 3}, "must be a multiple of train.micro_batches = 3"),
+        ({"train__min_weight": 3.0}, "must be at most train.max_weight = 2.0"),
+        ({"process__name": "masked"}, "process.name = masked has elbo"),
+        ({"process__name": "log_snr"}, "process.name = log_snr has elbo and clip"),
+        ({"mesh__fsdp": -1}, "at most one of"),
+    ],
+)
+def test_illegal_values_are_named_with_what_is_legal(change, message):
+    with pytest.raises(InputError) as caught:
+        make(**change)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_edges_of_the_legal_ranges():
+    make(process__p_uniform=0.0, process__gamma=2, train__min_weight=2.0, optimizer__b1=0.0)
+    make(data__validation="hash:.01", train__eval_every=0, optimizer__warmup_steps=0)
+    make(data__validation="last:100000", train__micro_batches=512)
+    make(process__name="log_snr", train__weighting="clip", mesh__data=1, mesh__fsdp=-1)
+
+
+def test_a_missing_key_is_named():
+    values = load_config("base").to_dict()
+    del values["train"]["weighting"]
+    with pytest.raises(InputError, match=r"config key train\.weighting is missing"):
+        Settings.from_config(values)
+    del values["train"]
+    with pytest.raises(InputError, match="config key train is missing"):
+        Settings.from_config(values)
+
+
+def test_difference_names_what_a_run_may_not_change():
+    old = make()
+    new = make(
+        model__num_layers=8,
+        seed=1,
+        train__num_steps=7,
+        logging__every=3,
+        checkpoint__every=9,
+        mesh__fsdp=2,
+        train__eval_every=1,
+        train__eval_batches=2,
+        data__num_workers=2,
+    )
+    assert difference(old, new, ignore=MAY_CHANGE_ON_RESUME) == [
+        "seed: 0 -> 1",
+        "model.num_layers: 12 -> 8",
+    ]
+    assert len(difference(old, new)) == 9
+    assert difference(old, old) == []
