@@ -17,6 +17,14 @@ from gidd_jax.errors import InputError
 EMBEDDED = "embedded"
 # Names that mark the ends of a text in a folder that holds nothing but tokenizer.json.
 _BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "<|endoftext|>")
+_VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 _END_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
 
 
@@ -110,22 +118,20 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     name = str(name_or_path)
-    location = str(resources.files("gidd_jax") / "assets/tokenizer") if name == EMBEDDED else name
-    is_local = Path(location).is_dir()
+    folder = Path(name).expanduser()
+    if name == EMBEDDED:
+        folder = Path(str(resources.files("gidd_jax") / "assets/tokenizer"))
+    is_local = name != "" and folder.is_dir()
     if not is_local and _looks_like_path(name):
         raise InputError(
             f"no tokenizer folder {name!r}: give 'embedded', a folder with tokenizer.json, "
             "or a name on the Hugging Face hub"
         )
-    if (
-        is_local
-        and not (Path(location) / "tokenizer.json").is_file()
-        and not _has_vocabulary(location)
-    ):
+    if is_local and not any((folder / n).is_file() for n in _VOCABULARY_FILES):
         raise InputError(f"tokenizer folder {name!r} holds no tokenizer.json")
     try:
         hf = AutoTokenizer.from_pretrained(
-            location, local_files_only=is_local, trust_remote_code=False
+            str(folder) if is_local else name, local_files_only=is_local, trust_remote_code=False
         )
     except Exception as error:  # whatever the hub client or the parser raises
         where = (
@@ -165,17 +171,6 @@ def _looks_like_path(name: str) -> bool:
     is_hub_name = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and name != ""
     parent = Path(name).parent
     return not is_hub_name or (parent != Path(".") and parent.is_dir())
-
-
-def _has_vocabulary(folder: str) -> bool:
-    names = (
-        "vocab.json",
-        "vocab.txt",
-        "tokenizer.model",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-    )
-    return any((Path(folder) / n).is_file() for n in names)
 
 
 def _first_line(error: Exception) -> str:
