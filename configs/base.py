@@ -77,3 +77,17 @@ def get_config() -> ConfigDict:
 
     # data * fsdp * tensor is the number of devices; at most one may be -1, the rest.
     config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # copies of the model, each on its share of the batch: integer >= 1 or -1
+    mesh.fsdp = 1  # as data, with parameters and optimizer state split: integer >= 1 or -1
+    mesh.tensor = 1  # splits heads, hidden units and vocabulary: integer >= 1 or -1
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 5_000  # steps, integer >= 1
+    checkpoint.max_to_keep = 3  # newest checkpoints kept, integer >= 1
+
+    config.logging = logging = ConfigDict()
+    logging.every = 50  # steps, integer >= 1
+    logging.wandb = False  # True needs the extra: pip install 'gidd-jax[wandb]'
+    logging.wandb_project = "gidd_jax"  # not empty
+
+    return config
