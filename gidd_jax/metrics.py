@@ -95,7 +95,12 @@ class MetricWriter:
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = _start_wandb(folder, wandb_project) if wandb_project else None
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        # The suffix keeps apart two starts within one second: files are named by the second.
+        self._events = SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=resume_step + 1,
+            filename_suffix=f".{resume_step}",
+        )
         path = folder / "metrics.jsonl"
         _drop_after(path, resume_step)
         self._file = path.open("a")
