@@ -50,6 +50,8 @@ class _Tensor:
 
 
 def _split(size: int, split: tuple[int, ...]) -> tuple[int, ...]:
+    if size % math.prod(split):
+        raise InputError(f"an axis of {size} does not split into {split}; check the head counts.")
     return (*split, size // math.prod(split))
 
 

@@ -119,7 +119,8 @@ def test_parameter_counts_of_the_paper(name):
 def test_initialisation_is_the_original_one():
     """Uniform within 1/sqrt(fan_in), adaptive layer norms and the output layer zero."""
     model = DiT(vocab_size=300, hidden_size=64, num_layers=2, num_heads=4, cond_dim=32)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1,)))
+    inputs = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1,))
+    variables = jax.jit(model.init)(jax.random.key(0), *inputs)
     params = {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(variables["params"]))

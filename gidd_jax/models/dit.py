@@ -22,7 +22,7 @@ from gidd_jax.models.layers import (
     attention,
     check_heads,
     check_sequence,
-    constrain_batch,
+    constrain,
     layer_stack,
     rotary_frequencies,
     rotary_tables,
@@ -156,7 +156,7 @@ class Block(nn.Module):
         x = x + _gate(gate_attn, self._attend(h, cos, sin))
         h = modulate(self.norm2(x), shift_mlp, scale_mlp).astype(self.dtype)
         h = self.mlp_out(nn.gelu(self.mlp_in(h), approximate=True))
-        return constrain_batch(x + _gate(gate_mlp, h)), None
+        return constrain(x + _gate(gate_mlp, h), "batch", None, None), None
 
     def _attend(self, h: Array, cos: Array, sin: Array) -> Array:
         qkv = self.qkv(h)
@@ -228,7 +228,7 @@ class DiT(nn.Module):
         c = nn.silu(self.time_embed(t))
         frequencies = rotary_frequencies(self.hidden_size // self.num_heads, ROTARY_BASE)
         cos, sin = rotary_tables(jnp.arange(z_t.shape[1]), frequencies)
-        x = constrain_batch(self.vocab_embed(z_t))
+        x = self.vocab_embed(z_t)
         x, _ = self.blocks(x, c, cos, sin)
         parts = self.final_modulation(c)
         return modulate(self.final_norm(x), parts[:, 0], parts[:, 1]).astype(self.dtype)

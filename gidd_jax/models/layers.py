@@ -14,7 +14,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
+from flax.core.spmd import get_logical_axis_rules
 
 from gidd_jax.errors import InputError
 
@@ -38,13 +38,21 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     return init
 
 
-def constrain_batch(x: Array) -> Array:
-    """Keep activations [B, ...] split over the batch axes of the mesh (no-op without a mesh).
+def constrain(x: Array, *names: str | None) -> Array:
+    """Lay x out over the mesh by logical axis names, one per axis; no-op without a mesh.
 
-    Without it the compiler may take over the layout of a sharded embedding table and split the
-    width of the activations instead of their batch.
+    Needs `sharding.activate`. An axis that the mesh does not divide evenly is replicated.
     """
-    return with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
+    rules, sizes = dict(get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
+    if not rules or not sizes:
+        return x
+    axes = [rules[name] if name else None for name in names]
+    ways = [
+        math.prod(sizes[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+        for axis in axes
+    ]
+    spec = [axis if x.shape[i] % ways[i] == 0 else None for i, axis in enumerate(axes)]
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
 
 
 def param(
@@ -54,10 +62,16 @@ def param(
     axes: tuple[str | None, ...],
     shape: tuple[int, ...],
 ) -> Array:
-    """A float32 parameter of `module` that carries the logical axis names `axes`."""
-    return cast(
-        Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-    )
+    """A float32 parameter of `module` that carries the logical axis names `axes`.
+
+    The names only travel with the parameter; its layout is decided where the state is created
+    (`sharding.state_shardings`), not constrained again at every use.
+    """
+    boxed_init = nn.with_logical_partitioning(init, axes)
+    value = module.param(name, boxed_init, shape, jnp.float32, unbox=False)
+    if isinstance(value, nn.meta.AxisMetadata):
+        value = cast(nn.LogicallyPartitioned, value).unbox(apply_constraint=False)
+    return cast(Array, value)
 
 
 class Linear(nn.Module):
@@ -98,7 +112,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding table [rows, width]: ids int32 [...] -> [..., width] in `dtype`."""
+    """Token embedding table [rows, width]: ids int32 [B, L] -> [B, L, width] in `dtype`."""
 
     rows: int
     width: int
@@ -110,7 +124,13 @@ class Embedding(nn.Module):
         self.embedding = param(self, "embedding", self.init, ("vocab", "embed"), shape)
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        # The width of the table is gathered first: looking up in a table split by width would
+        # give activations split by width, which the compiler can only turn into activations
+        # split by batch through a full copy. The cast comes last so that the gradient of a
+        # frequent token (the mask) is summed in float32.
+        table = constrain(self.embedding, "vocab", None)
+        rows = constrain(jnp.take(table, ids, axis=0), "batch", None, None)
+        return rows.astype(self.dtype)
 
     def attend(self, h: Array) -> Array:
         """Logits of a tied output projection, float32: [..., width] -> [..., rows]."""

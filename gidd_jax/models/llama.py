@@ -1,0 +1,235 @@
+"""The autoregressive baseline: a Llama transformer, with a key-value cache for generation.
+
+Same architecture as transformers' LlamaForCausalLM (RMSNorm, SwiGLU, half-split rotary
+positions, grouped-query attention, no biases), so that its checkpoints load (see `hub`).
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.errors import InputError
+from gidd_jax.models.layers import (
+    Array,
+    Embedding,
+    Linear,
+    Llama3RopeScaling,
+    RMSNorm,
+    apply_rotary,
+    attention,
+    check_heads,
+    check_sequence,
+    constrain,
+    layer_stack,
+    rotary_frequencies,
+    rotary_tables,
+)
+
+INIT = nn.initializers.normal(0.02)
+
+
+class Cache(NamedTuple):
+    """Rotated keys and values of every layer, [layers, B, length, kv_heads, head_dim]."""
+
+    keys: Array
+    values: Array
+
+
+class Block(nn.Module):
+    """Causal transformer block: x [B, T, D] -> (x, cache of this layer).
+
+    Without a cache x is the whole sequence. With one, x continues the `position` tokens whose
+    keys and values the cache holds, and the returned cache holds those of x too.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    rms_norm_eps: float
+    dtype: Any
+    attention: str
+
+    def setup(self) -> None:
+        D, M, head_dim = self.hidden_size, self.intermediate_size, self._head_dim
+        self.norm1 = RMSNorm(D, self.rms_norm_eps)
+        self.norm2 = RMSNorm(D, self.rms_norm_eps)
+        self.query = self._heads(self.num_heads)
+        self.key = self._heads(self.num_kv_heads)
+        self.value = self._heads(self.num_kv_heads)
+        self.attn_out = Linear(
+            in_shape=(self.num_heads, head_dim),
+            out_shape=(D,),
+            in_axes=("heads", "kv"),
+            out_axes=("embed",),
+            init=INIT,
+            dtype=self.dtype,
+        )
+        self.mlp_gate = self._mlp(D, M, "embed", "mlp")
+        self.mlp_in = self._mlp(D, M, "embed", "mlp")
+        self.mlp_out = self._mlp(M, D, "mlp", "embed")
+
+    @property
+    def _head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def _heads(self, count: int) -> Linear:
+        return Linear(
+            in_shape=(self.hidden_size,),
+            out_shape=(count, self._head_dim),
+            in_axes=("embed",),
+            out_axes=("heads", "kv"),
+            init=INIT,
+            dtype=self.dtype,
+        )
+
+    def _mlp(self, inputs: int, outputs: int, in_axis: str, out_axis: str) -> Linear:
+        return Linear((inputs,), (outputs,), (in_axis,), (out_axis,), INIT, dtype=self.dtype)
+
+    def __call__(
+        self, x: Array, cos: Array, sin: Array, position: Array | None, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        h = self.norm1(x).astype(self.dtype)
+        q = apply_rotary(self.query(h), cos, sin)
+        k = apply_rotary(self.key(h), cos, sin)
+        v = self.value(h)
+        if cache is None:
+            h = attention(q, k, v, is_causal=True, implementation=self.attention)
+        else:
+            h, cache = _attend_cached(q, k, v, position, cache)
+        x = x + self.attn_out(h)
+        h = self.norm2(x).astype(self.dtype)
+        h = self.mlp_out(nn.silu(self.mlp_gate(h)) * self.mlp_in(h))
+        return constrain(x + h, "batch", None, None), cache
+
+
+def _attend_cached(
+    q: Array, k: Array, v: Array, position: Any, cache: Cache
+) -> tuple[Array, Cache]:
+    def put(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
+
+    cache = Cache(put(cache.keys, k), put(cache.values, v))
+    queries = position + jnp.arange(q.shape[1])
+    mask = jnp.arange(cache.keys.shape[1])[None, :] <= queries[:, None]
+    # A few query rows against a mask: nothing for a flash kernel to win.
+    h = attention(q, cache.keys, cache.values, mask=mask[None, None], implementation="xla")
+    return h, cache
+
+
+class Llama(nn.Module):
+    """Autoregressive language model: ids int32 [B, L] -> float32 logits [B, L, vocab_size].
+
+    `num_kv_heads` and `intermediate_size` default to num_heads and 4 * hidden_size. `dtype` is
+    that of the matrix products and the cache; parameters are float32. `remat` is 'none', 'full'
+    or 'dots', `attention` 'xla', 'cudnn' or '' (see layers.attention).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+    max_seq_len: int = 512
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: str = "none"
+    attention: str = ""
+
+    def setup(self) -> None:
+        D = self.hidden_size
+        check_heads(D, self.num_heads, self._kv_heads)
+        self.vocab_embed = Embedding(self.vocab_size, D, INIT, self.dtype)
+        stack = layer_stack(
+            Block,
+            self.num_layers,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+        )
+        self.blocks = stack(
+            D,
+            self.num_heads,
+            self._kv_heads,
+            self.intermediate_size or 4 * D,
+            self.rms_norm_eps,
+            self.dtype,
+            self.attention,
+        )
+        self.final_norm = RMSNorm(D, self.rms_norm_eps)
+        if not self.tie_embeddings:
+            self.output = Linear(
+                in_shape=(D,),
+                out_shape=(self.vocab_size,),
+                in_axes=("embed",),
+                out_axes=("vocab",),
+                init=INIT,
+                dtype=self.dtype,
+                out_dtype=jnp.float32,
+            )
+
+    @property
+    def _kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def __call__(self, ids: Array) -> Array:
+        return self.project(self.features(ids))
+
+    def features(self, ids: Array) -> Array:
+        """What the output projection reads, [B, L, hidden_size] in `dtype`.
+
+        Raises InputError for a sequence longer than max_seq_len.
+        """
+        check_sequence(ids, self.max_seq_len)
+        h, _ = self._run(ids, jnp.arange(ids.shape[1]), None, None)
+        return h
+
+    def project(self, h: Array) -> Array:
+        """Logits of features h [..., hidden_size], float32 [..., vocab_size]."""
+        return self.vocab_embed.attend(h) if self.tie_embeddings else self.output(h)
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int) -> Cache:
+        """An empty cache for sequences of up to `length` tokens; needs no parameters."""
+        if not 0 < length <= self.max_seq_len:
+            raise InputError(
+                f"the cache length is {length}; use 1 to max_seq_len ({self.max_seq_len})."
+            )
+        head_dim = self.hidden_size // self.num_heads
+        shape = (self.num_layers, batch_size, length, self._kv_heads, head_dim)
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def decode_step(self, ids: Array, cache: Cache, position: Array | int) -> tuple[Array, Cache]:
+        """Logits of the next T tokens, given a cache of the `position` tokens before them.
+
+        ids [B, T], position an integer scalar shared by the rows -> float32 [B, T, vocab_size]
+        and the cache extended by T. position + T must not exceed the cache's length: a traced
+        position cannot be checked, and the cache would be overwritten at its end.
+        """
+        length = cache.keys.shape[2]
+        check_sequence(ids, length)
+        if isinstance(position, int) and position + ids.shape[1] > length:
+            raise InputError(
+                f"position {position} + {ids.shape[1]} tokens exceeds the cache's length "
+                f"{length}; make the cache longer."
+            )
+        positions = position + jnp.arange(ids.shape[1])
+        h, cache = self._run(ids, positions, jnp.asarray(position), cache)
+        return self.project(h), cache
+
+    def _run(
+        self, ids: Array, positions: Array, position: Array | None, cache: Cache | None
+    ) -> tuple[Array, Any]:
+        head_dim = self.hidden_size // self.num_heads
+        frequencies = rotary_frequencies(head_dim, self.rope_theta, self.rope_scaling)
+        cos, sin = rotary_tables(positions, frequencies)
+        x = self.vocab_embed(ids)
+        x, cache = self.blocks(x, cos, sin, position, cache)
+        return self.final_norm(x).astype(self.dtype), cache

@@ -1,0 +1,123 @@
+"""The device mesh and the one table that says which array axis is split over which mesh axis.
+
+A mesh has three axes: `data` (replicas of the model), `fsdp` (the batch and the parameters are
+both split) and `tensor` (heads, the hidden units of the MLP and the vocabulary are split).
+Models name the axes of their parameters; RULES maps the names to mesh axes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.linen.spmd import logical_to_mesh_axes
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gidd_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", BATCH_AXES),
+    ("vocab", "tensor"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("embed", "fsdp"),
+    ("kv", None),
+    ("cond", None),
+    ("layers", None),
+)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh of all (or the given) devices; one size may be -1, which takes the rest.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, count = [data, fsdp, tensor], len(devices)
+    asked = ", ".join(f"mesh.{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise InputError(f"{asked}: use whole numbers from 1, and -1 (the rest) at most once.")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, count // -math.prod(sizes))
+    if math.prod(sizes) != count:
+        raise InputError(
+            f"{asked} do not multiply to the number of devices, {count}; change the sizes or set "
+            "one of them to -1."
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh) -> Iterator[None]:
+    """Make `mesh` and RULES current, so that jitted functions keep activations split by batch."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """InputError unless the global batch (of one micro batch) splits over data * fsdp."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % ways:
+        raise InputError(
+            f"the batch of {batch_size} rows does not split over mesh.data * mesh.fsdp = {ways} "
+            f"devices; use a multiple of {ways}."
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose first axis is the batch: split over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """Shardings of unbox(state), one NamedSharding per array.
+
+    `abstract_state` comes from jax.eval_shape of an initialisation that keeps flax's boxes with
+    logical axis names, also around the moments and averages that follow the parameters. Arrays
+    without names are replicated. An axis that the mesh does not divide evenly (a vocabulary of
+    50,259 over tensor=2) is replicated over that mesh axis: correct, only less sparing.
+    """
+
+    def of_node(node: Any) -> Any:
+        names = node.names if _is_box(node) else ()
+        value = node.value if _is_box(node) else node
+        return jax.tree.map(lambda a: NamedSharding(mesh, _spec(names, a.shape, mesh)), value)
+
+    return jax.tree.map(of_node, abstract_state, is_leaf=_is_box)
+
+
+def unbox(tree: Any) -> Any:
+    """The arrays without flax's boxes of axis names.
+
+    Unlike flax.linen.unbox it lays out nothing: under `activate` that one would constrain every
+    array again, and refuse the axes that the mesh does not divide.
+    """
+    return jax.tree.map(lambda n: n.value if _is_box(n) else n, tree, is_leaf=_is_box)
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nn.LogicallyPartitioned)
+
+
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    # An optimizer may keep arrays of another rank under a parameter's name (preconditioners,
+    # norms); its axis names say nothing about those.
+    if len(names) != len(shape):
+        return P()
+    axes = logical_to_mesh_axes(names, RULES) or P()
+    return P(
+        *(
+            a if a and size % mesh.shape[a] == 0 else None
+            for a, size in zip(axes, shape, strict=True)
+        )
+    )
