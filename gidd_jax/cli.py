@@ -5,6 +5,7 @@ Imports neither jax nor anything heavy, so that `--help` answers at once.
 
 import difflib
 import importlib.util
+import logging as log
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gidd_jax.errors import DivergenceError, InputError
@@ -93,6 +94,7 @@ def run(main: Callable[[list[str]], None], *, examples: str = "") -> NoReturn:
     """
 
     def guarded(argv: list[str]) -> None:
+        _quieten_libraries()
         try:
             main(argv)
         except InputError as error:
@@ -102,6 +104,20 @@ def run(main: Callable[[list[str]], None], *, examples: str = "") -> NoReturn:
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples))
     raise AssertionError("absl's run always exits")
+
+
+def _quieten_libraries() -> None:
+    """Leave INFO lines to this package: Orbax alone writes fifty for each checkpoint."""
+    package = str(resources.files("gidd_jax"))
+
+    def ours(record: log.LogRecord) -> bool:
+        return record.levelno > log.INFO or record.pathname.startswith(package)
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.addFilter(ours)
+    handler.setFormatter(log.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

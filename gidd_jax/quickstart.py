@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.gidd import Gidd
     from gidd_jax.plots import plot_loss
     from gidd_jax.settings import Settings
-    from gidd_jax.train import train
+    from gidd_jax.trainer import train
 
     settings, workdir = Settings.from_config(CONFIG.value), Path(WORKDIR.value)
     figures = train(settings, workdir)

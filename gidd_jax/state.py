@@ -105,10 +105,11 @@ def init_state(
 
 def abstract_params(objective: Objective) -> Params:
     """Return the shapes and dtypes of the parameters as jax.ShapeDtypeStruct."""
-    state = jax.eval_shape(
-        lambda key: init_state(objective, optax.identity(), key, use_ema=False), jax.random.key(0)
-    )
-    return nn.unbox(state.params)
+
+    def params(key: jax.Array) -> Params:
+        return nn.unbox(init_state(objective, optax.identity(), key, use_ema=False).params)
+
+    return jax.eval_shape(params, jax.random.key(0))
 
 
 def split_micro_batches(tree: Any, count: int) -> Any:
@@ -133,10 +134,14 @@ def loss_and_grads(
         tokens, mask = part[0]["tokens"], part[0]["mask"]
         terms = objective.losses(params, tokens, part[1])
         loss = jnp.sum(jnp.where(objective.loss_mask(mask), terms.loss, 0.0)) / loss_count
+        # The two parts of the loss: each divergence with the training weight of its token.
+        both = terms.kl + terms.is_div
+        weights = jnp.where(both > 0, terms.loss / jnp.where(both > 0, both, 1.0), 0.0)
+        parts = {"elbo": terms.elbo, "kl": weights * terms.kl, "is_div": weights * terms.is_div}
         real = objective.metric_mask(mask)
         means = {
             name: jnp.sum(jnp.where(real, value, 0.0)) / token_count
-            for name, value in (("elbo", terms.elbo), ("kl", terms.kl), ("is_div", terms.is_div))
+            for name, value in parts.items()
         }
         return loss, {"loss": loss, **means}
 

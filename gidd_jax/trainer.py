@@ -1,0 +1,287 @@
+"""The training run: built from settings, resumed from its workdir, stopped cleanly."""
+
+import contextlib
+import functools
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from absl import logging
+from clu import parameter_overview
+
+from gidd_jax import sharding
+from gidd_jax.build import build_objective
+from gidd_jax.checkpoint import Checkpointer, check_workdir, find_checkpoint, open_workdir
+from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
+from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.errors import DivergenceError, InputError
+from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
+from gidd_jax.optimizer import learning_rate, make_optimizer
+from gidd_jax.settings import Settings
+from gidd_jax.state import Objective, TrainState, evaluation_step, init_state, train_step
+
+
+def train(settings: Settings, workdir: Path, allow_config_change: bool = False) -> dict[str, Any]:
+    """Train to settings.train.num_steps, going on from the newest checkpoint in the workdir.
+
+    Returns the figures of the last validation. Raises InputError for bad input before anything is
+    written, DivergenceError when a loss is not finite.
+    """
+    check_workdir(workdir, settings, allow_config_change=allow_config_change)
+    num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
+    seq_len = settings.model.max_seq_len
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
+    optimizer = make_optimizer(settings.optimizer, num_steps)
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    sharding.check_batch_size(batch_size // settings.train.micro_batches, mesh)
+    hosts = (jax.process_index(), jax.process_count())
+    data = (settings.data, tokenizer, seq_len, batch_size)
+    batches = TrainBatches(*data, settings.seed, *hosts)
+    validation = validation_batches(*data, *hosts, max_batches=settings.train.eval_batches)
+    init_key, run_key, eval_key = jax.random.split(jax.random.key(settings.seed), 3)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        stack.enter_context(sharding.activate(mesh))
+        stopping = stack.enter_context(stop_requests())
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                workdir,
+                every=settings.checkpoint.every,
+                max_to_keep=settings.checkpoint.max_to_keep,
+                config=settings.to_dict(),
+                tokenizer=tokenizer,
+            )
+        )
+        make_state, abstract_state = state_maker(settings, objective, optimizer, mesh)
+        if checkpointer.latest_step() is None:
+            state = make_state(init_key)
+        else:
+            state, position = checkpointer.restore(abstract_state)
+            batches.set_state(position)
+            logging.info("Going on from step %d of %s", state.step, workdir)
+        open_workdir(workdir, settings, tokenizer)
+        logging.info("\n%s", parameter_overview.get_parameter_overview(state.params))
+
+        first = int(state.step)
+        writer = stack.enter_context(
+            MetricWriter(
+                workdir,
+                resume_step=first,
+                wandb_project=settings.logging.wandb_project if settings.logging.wandb else None,
+            )
+        )
+        writer.write_hparams(settings.to_dict())
+        progress = Progress(
+            num_steps,
+            first,
+            tokens_per_step=batch_size * seq_len,
+            flops_per_token=flops_per_token(settings.model, tokenizer.vocab_size),
+        )
+        stack.enter_context(contextlib.closing(progress))
+        reporter = Reporter(settings, writer, progress, workdir)
+        rate = learning_rate(settings.optimizer, num_steps)
+        step_fn = compile_step(settings, objective, optimizer, rate, abstract_state, mesh)
+        eval_fn = compile_evaluation(objective, abstract_state, mesh)
+        figures: dict[str, Any] = {}
+
+        for step in range(first + 1, num_steps + 1):
+            batch = put_batch(next(batches), mesh)
+            state, metrics = step_fn(state, batch, run_key)
+            reporter.add(step, metrics)
+            stop = stopping() or step == num_steps
+            every = settings.train.eval_every
+            if step == num_steps or (every and step % every == 0):
+                reporter.flush()
+                figures = evaluate(eval_fn, state, validation, eval_key, mesh)
+                writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
+                progress.restart(step)
+            if stop or step % settings.checkpoint.every == 0:
+                reporter.flush()  # a state whose loss is not finite is not saved
+                checkpointer.save(step, state, batches.get_state(), force=stop)
+            if stopping():
+                checkpointer.wait()
+                logging.info("Stopped after step %d: the same command goes on from there", step)
+                break
+        if not figures and first == num_steps:
+            figures = evaluate(eval_fn, state, validation, eval_key, mesh)
+        return figures
+
+
+def state_maker(
+    settings: Settings,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
+    """Return the jitted initialisation (key -> state on the mesh) and the state's description.
+
+    The description holds a jax.ShapeDtypeStruct with its sharding for every array.
+    """
+
+    def init(key: jax.Array) -> Any:
+        return init_state(objective, optimizer, key, use_ema=settings.optimizer.ema_decay > 0)
+
+    def unboxed_init(key: jax.Array) -> Any:
+        return nn.unbox(init(key))
+
+    key = jax.random.key(0)
+    shardings = sharding.state_shardings(jax.eval_shape(init, key), mesh)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(unboxed_init, key),
+        shardings,
+    )
+    return jax.jit(unboxed_init, out_shardings=shardings), abstract
+
+
+def compile_step(
+    settings: Settings,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    rate: Callable[[Any], Any],
+    abstract_state: TrainState,
+    mesh: jax.sharding.Mesh,
+) -> Callable[..., Any]:
+    """Return the jitted step (state, batch, run key) -> (state, metrics); state is donated."""
+
+    def step(state: TrainState, batch: Any, run_key: jax.Array) -> Any:
+        new_state, metrics = train_step(
+            objective,
+            optimizer,
+            settings.optimizer.ema_decay,
+            settings.train.micro_batches,
+            state,
+            batch,
+            run_key,
+        )
+        metrics["learning_rate"] = rate(state.step)
+        return new_state, StepMetrics.single_from_model_output(**metrics)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def compile_evaluation(
+    objective: Objective, abstract_state: TrainState, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """Return the jitted evaluation (parameters, batch, key) -> sums over the batch."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.params)
+    return jax.jit(
+        functools.partial(evaluation_step, objective),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Make global arrays of this process's rows."""
+    return jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), batch)
+
+
+def evaluate(
+    eval_fn: Callable[..., Any],
+    state: TrainState,
+    validation: ValidationBatches,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """Return loss and bound in nats per token, perplexity and bits per byte of the validation set.
+
+    Uses the moving average of the parameters where there is one.
+    """
+    params = state.params if state.ema is None else state.ema
+    sums: Any = None
+    for number, batch in enumerate(validation):
+        part = eval_fn(params, put_batch(batch, mesh), jax.random.fold_in(key, number))
+        sums = part if sums is None else jax.tree.map(lambda a, b: a + b, sums, part)
+    sums = {name: float(value) for name, value in sums.items()}
+    tokens = sums.pop("tokens")
+    figures = {name: value / tokens for name, value in sums.items()}
+    # An autoregressive model does not score the first token of a row: nor do its bytes count.
+    num_bytes = validation.num_bytes * tokens / validation.num_tokens
+    figures["perplexity"] = math.exp(min(figures["nelbo"], 700.0))
+    figures["bits_per_byte"] = sums["nelbo"] / (num_bytes * math.log(2))
+    return figures
+
+
+class Reporter:
+    """Averages the metrics of steps and writes them, one step late: the device never waits."""
+
+    def __init__(
+        self, settings: Settings, writer: MetricWriter, progress: Progress, workdir: Path
+    ) -> None:
+        self._every = settings.logging.every
+        self._writer, self._progress, self._workdir = writer, progress, workdir
+        self._pending: tuple[int, Any] | None = None
+        self._average: Any = None
+
+    def add(self, step: int, metrics: Any) -> None:
+        """Take the metrics of a step that may still run, and report the step before it."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Report the last step; raises DivergenceError if its loss is not finite."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        loss = float(metrics.loss.compute())
+        if not math.isfinite(loss):
+            raise DivergenceError(
+                f"the loss of step {step} is {loss}: the run stopped; {self._advice(step)}"
+            )
+        self._average = metrics if self._average is None else self._average.merge(metrics)
+        if step % self._every == 0:
+            values = {name: float(value) for name, value in self._average.compute().items()}
+            values |= self._progress.update(step, values["loss"])
+            self._writer.write_scalars(step, {f"train/{name}": v for name, v in values.items()})
+            self._average = None
+
+    def _advice(self, step: int) -> str:
+        try:
+            good = find_checkpoint(self._workdir).folder
+        except InputError:
+            return "there is no checkpoint yet; lower optimizer.learning_rate"
+        return (
+            f"the last good checkpoint is {good}; lower optimizer.learning_rate and go on from it"
+        )
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether SIGTERM or Ctrl-C asked the run to stop after its step.
+
+    A second signal acts at once. Under jax.distributed SIGTERM stays with JAX's own handler.
+    """
+    stop = threading.Event()
+    handled = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []
+    old = {number: signal.getsignal(number) for number in handled}
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        stop.set()
+        signal.signal(number, old[signal.Signals(number)])
+
+    for number in handled:
+        signal.signal(number, handle)
+    try:
+        yield stop.is_set
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
