@@ -314,7 +314,7 @@ def _check_together(settings: Settings) -> None:
 
 _WEIGHTINGS = {
     "hybrid": ("elbo", "clip", "dynamic", "dynamic_v1_1"),
-    "log_snr": ("elbo", "clip"),
+    "log_snr": ("elbo", "clip", "dynamic"),
     "masked": ("elbo",),  # the MDLM loss is its bound
     "autoregressive": ("elbo",),  # the exact likelihood
 }

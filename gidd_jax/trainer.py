@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter as clock
 from typing import Any
 
 import flax.linen as nn
@@ -92,10 +93,15 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
         eval_fn = compile_evaluation(objective, abstract_state, mesh)
         figures: dict[str, Any] = {}
 
+        started = clock()
         for step in range(first + 1, num_steps + 1):
             batch = put_batch(next(batches), mesh)
             state, metrics = step_fn(state, batch, run_key)
             reporter.add(step, metrics)
+            if step == first + 1:
+                jax.block_until_ready(state)
+                logging.info("Compiled and ran the first step in %.1f s", clock() - started)
+                progress.restart(step)
             stop = stopping() or step == num_steps
             every = settings.train.eval_every
             if step == num_steps or (every and step % every == 0):
