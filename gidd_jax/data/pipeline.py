@@ -23,6 +23,7 @@ MAX_TEXT_BYTES = 256 << 20
 # The unigram baseline counts at most this many training tokens.
 MAX_UNIGRAM_TOKENS = 20_000_000
 _ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time
+_NUM_ROWS = 1 << 48
 _STATE_KEY = "global_next_index"
 
 
@@ -100,7 +101,9 @@ class TrainBatches:
         import grain
 
         process_index, process_count = self._process
-        dataset = grain.MapDataset.source(self._records).seed(self._seed).shuffle().repeat()
+        dataset = grain.MapDataset.source(self._records).seed(self._seed).shuffle()
+        # Without an end for all purposes; grain's endless repeat overflows with batches of one.
+        dataset = dataset.repeat(_NUM_ROWS // len(self._records) + 1)
         if self._is_cropped:  # before the slices: the crop depends on the global index alone
             dataset = dataset.random_map(_Crop(self._seq_len))
         dataset = dataset.map(_Pad(self._seq_len, self._pad_id))
@@ -225,23 +228,24 @@ class _Pad:
         self._pad_id = pad_id
 
     def __call__(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return rows.pad(ids[: self._seq_len], self._seq_len, self._pad_id)
+        return rows.pad(ids, self._seq_len, self._pad_id)
 
 
 class _TokenisedOnTheFly:
-    """Framed documents, each tokenised when it is read."""
+    """Framed documents, each tokenised when it is read; in mode 'padded' cut to `seq_len`."""
 
-    def __init__(self, documents: Documents, tokenizer: Tokenizer, mode: str):
+    def __init__(self, documents: Documents, tokenizer: Tokenizer, mode: str, seq_len: int):
         self._documents = documents
         self._tokenizer = tokenizer
         self._mode = mode
+        self._limit = seq_len if mode == "padded" else None
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> np.ndarray:
         (ids,) = self._tokenizer.encode([self._documents[index]])
-        return rows.frame(ids, self._tokenizer, self._mode)[0]
+        return rows.frame(ids, self._tokenizer, self._mode)[0][: self._limit]
 
 
 def _train_records(
@@ -255,11 +259,11 @@ def _train_records(
     documents = _open(settings).train
     is_large = documents.num_bytes > MAX_TEXT_BYTES
     if is_large and settings.mode != "packed" and documents.is_random_access:
-        return _TokenisedOnTheFly(documents, tokenizer, settings.mode), True
+        return _TokenisedOnTheFly(documents, tokenizer, settings.mode, seq_len), True
     tokenised = _tokenise_all(documents, tokenizer, settings, "training")
-    if settings.mode == "packed":
-        return rows.cut(tokenised, settings.mode, seq_len), False
-    return tokenised, False
+    if settings.mode == "crop":
+        return tokenised.whole(), False
+    return rows.cut(tokenised, settings.mode, seq_len), False
 
 
 def _validation_records(

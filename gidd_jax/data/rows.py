@@ -74,12 +74,6 @@ class TokenisedDocuments:
         self.offsets = offsets
         self.num_bytes = num_bytes
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.ids[self.offsets[index] : self.offsets[index + 1]]
-
     def whole(self) -> "Windows":
         """One window per document, however long."""
         return Windows(self.ids, self.offsets[:-1], self.offsets[1:])
