@@ -67,7 +67,10 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
         ({"train__micro_batches": 3}, "must be a multiple of train.micro_batches = 3"),
         ({"train__min_weight": 3.0}, "must be at most train.max_weight = 2.0"),
         ({"process__name": "masked"}, "process.name = masked has elbo"),
-        ({"process__name": "log_snr"}, "process.name = log_snr has elbo and clip"),
+        (
+            {"process__name": "log_snr", "train__weighting": "dynamic_v1_1"},
+            "process.name = log_snr has elbo and clip and dynamic",
+        ),
         ({"mesh__fsdp": -1}, "at most one of"),
     ],
 )
