@@ -13,6 +13,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 # A forgotten axis must fail instead of broadcasting.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings that our own code causes are errors; those of libraries about themselves are not."""
+    config.addinivalue_line("filterwarnings", r"error:::gidd_jax\.")
+
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 

@@ -10,8 +10,10 @@ import pytest
 from conftest import GOLDEN
 
 from gidd_jax.errors import InputError
-from gidd_jax.hub import dit_params_from_torch
+from gidd_jax.hub import dit_params_from_torch, dit_params_to_torch
+from gidd_jax.loss import gidd_loss, token_mean
 from gidd_jax.models.dit import SIZES, DiT, padded_vocab_size, time_features
+from gidd_jax.process import HybridProcess
 
 SMALL = {
     "vocab_size": 67,
@@ -162,6 +164,32 @@ def test_switches_do_not_change_gradients(params, plain_gradient, z_t, t, scan_l
     found = gradient_of(params, z_t, t, scan_layers=scan_layers, remat=remat)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain_gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5)
+
+
+def test_gradients_equal_the_original(params, golden, arrays, z_t, t):
+    """Of the original's loss by every parameter: sensitive to every path of the backward pass."""
+    process = HybridProcess(vocab_size=67, mask_id=66, p_uniform=0.1)
+    x = jnp.asarray(arrays["input_ids"], jnp.int32)
+
+    def loss_of(p):
+        loss = gidd_loss(
+            process,
+            logits_of(p, z_t, t),
+            x,
+            z_t,
+            t,
+            weighting="dynamic_v1_1",
+            keep_padding_columns=True,
+        )
+        return token_mean(loss.loss)
+
+    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(params)
+    np.testing.assert_allclose(loss, arrays["strong/loss_f64arith"], rtol=2e-6)
+    found, expected = dit_params_to_torch(gradient), golden("c05_dit_strong_grads.safetensors")
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        scale = np.abs(array).max()
+        np.testing.assert_allclose(found[name], array, atol=2e-5 * scale, rtol=0, err_msg=name)
 
 
 def saved_bytes(params, z_t, t, **changes):

@@ -35,11 +35,10 @@ MODELS = {
 
 
 def boxed_params(model, inputs):
-    """Parameters with their axis names, none of them zero."""
-    leaves, structure = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0), *inputs)["params"])
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noise = [0.1 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [p + n for p, n in zip(leaves, noise, strict=True)])
+    """Random parameters with their axis names, none of them zero."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype), boxed)
 
 
 def loss_and_logits(model, inputs):
