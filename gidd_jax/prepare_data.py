@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -206,6 +207,15 @@ def _initialise_worker(job: _Job, splits: "dict[str, Documents]") -> None:
     global _worker
     _worker = (job, splits)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """End a worker whose command was killed; it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _write_shard(task: _Task) -> None:
@@ -215,7 +225,8 @@ def _write_shard(task: _Task) -> None:
     from gidd_jax.data import rows, shards
 
     job, splits = _worker
-    part = job.folder / (task.file + ".part")
+    # Named by process: a worker may outlive a killed command and meet the next one here.
+    part = job.folder / f"{task.file}.{os.getpid()}.part"
     lots = [
         rows.tokenise(texts, job.tokenizer, job.mode)
         for texts in _lots(splits[task.split], task.start, task.stop)
@@ -235,14 +246,14 @@ def _write_shard(task: _Task) -> None:
         file=task.file,
         size=part.stat().st_size,
         sha256=shards.sha256(part),
-        documents=len(documents),
+        documents=task.stop - task.start,
         records=len(records),
         tokens=len(documents.ids),
         bytes=int(documents.num_bytes.sum()),
     )
     part.replace(job.folder / task.file)
     note = _note(job.folder, task)
-    temporary = note.with_suffix(".part")
+    temporary = note.with_suffix(f".{os.getpid()}.part")
     temporary.write_text(json.dumps(dataclasses.asdict(shard)))
     temporary.replace(note)
 

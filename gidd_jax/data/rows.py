@@ -33,8 +33,11 @@ def frame(ids: np.ndarray, tokenizer: Tokenizer, mode: str) -> tuple[np.ndarray,
     front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if mode == "packed" and tokenizer.bos_id == tokenizer.eos_id:
         front = []
-    framed = np.array([*front, *ids, tokenizer.eos_id])
-    return framed.astype(ids_dtype(tokenizer.vocab_size)), len(front)
+    framed = np.empty(len(front) + len(ids) + 1, ids_dtype(tokenizer.vocab_size))
+    framed[: len(front)] = front
+    framed[len(front) : -1] = ids
+    framed[-1] = tokenizer.eos_id
+    return framed, len(front)
 
 
 def window_starts(num_tokens: int, seq_len: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Tokenizers: any fast transformers tokenizer behind one small picklable wrapper."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -49,12 +50,12 @@ class Tokenizer:
         self.__dict__.update(state)
         self.__post_init__()  # pickling loses encode_special_tokens
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Number of ids, special and added tokens included (one more than the largest id)."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides which ids a text gets and what they mean."""
         spec = json.loads(self.backend.to_str())
