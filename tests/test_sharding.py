@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gidd_jax.errors import InputError
+from gidd_jax.models import dit, llama
 from gidd_jax.models.dit import DiT
-from gidd_jax.models.layers import constrain
+from gidd_jax.models.layers import Embedding, constrain, rotary_frequencies, rotary_tables
 from gidd_jax.models.llama import Llama
 from gidd_jax.sharding import (
     MESH_AXES,
@@ -178,6 +179,34 @@ def test_constrain_lays_activations_out():
     assert spec(x, "batch", None, "mlp") == P(("data", "fsdp"), None, "tensor")
     assert spec(x[:3], "batch", "mlp", "embed") == P(None, None, "fsdp")
     assert constrain(x, "batch", None, None) is x
+
+
+X = jax.random.normal(jax.random.key(3), (8, 16, 64))
+ANGLES = rotary_tables(jnp.arange(16), rotary_frequencies(16, 1e4))
+PARTS = {
+    "embedding": (Embedding(67, 64, nn.initializers.normal(1.0)), (IDS,)),
+    "dit block": (
+        dit.Block(64, 4, 32, jnp.float32, "xla"),
+        (X, jnp.ones((8, 32)), *ANGLES),
+    ),
+    "llama block": (
+        llama.Block(64, 4, 2, 96, 1e-6, jnp.float32, "xla"),
+        (X, *ANGLES, None, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_activations_are_split_by_batch(part):
+    """Whatever the layout of its input, each device computes its own rows."""
+    model, inputs = PARTS[part]
+    mesh = make_mesh(2, 2, 2)
+    boxed = boxed_params(model, inputs)
+    params = jax.device_put(unbox(boxed), state_shardings(boxed, mesh))
+    with activate(mesh):
+        run = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs))
+        found = jax.tree.leaves(run(params, *jax.device_put(inputs, replicated(mesh))))[0]
+    assert found.addressable_shards[0].data.shape[0] == 2
 
 
 def test_embedding_lookup_keeps_the_batch_split(capfd):

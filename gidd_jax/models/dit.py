@@ -68,7 +68,7 @@ def _modulation(cond_dim: int, parts: int, width: int) -> Linear:
         out_shape=(parts, width),
         in_axes=("cond",),
         out_axes=(None, "embed"),
-        init=nn.initializers.zeros_init(),
+        kernel_init=nn.initializers.zeros_init(),
         bias_init=nn.initializers.zeros_init(),
         precision=jax.lax.Precision.HIGHEST,
     )
@@ -90,7 +90,7 @@ class TimeEmbedding(nn.Module):
             out_shape=(self.cond_dim,),
             in_axes=(axis,),
             out_axes=("cond" if axis is None else None,),
-            init=uniform_fan_in(width),
+            kernel_init=uniform_fan_in(width),
             bias_init=uniform_fan_in(width),
             precision=jax.lax.Precision.HIGHEST,
             name=name,
@@ -117,7 +117,7 @@ class Block(nn.Module):
             out_shape=(3, H, head_dim),
             in_axes=("embed",),
             out_axes=(None, "heads", "kv"),
-            init=uniform_fan_in(D),
+            kernel_init=uniform_fan_in(D),
             dtype=self.dtype,
         )
         self.attn_out = Linear(
@@ -125,7 +125,7 @@ class Block(nn.Module):
             out_shape=(D,),
             in_axes=("heads", "kv"),
             out_axes=("embed",),
-            init=uniform_fan_in(D),
+            kernel_init=uniform_fan_in(D),
             dtype=self.dtype,
         )
         self.mlp_in = Linear(
@@ -133,7 +133,7 @@ class Block(nn.Module):
             out_shape=(M,),
             in_axes=("embed",),
             out_axes=("mlp",),
-            init=uniform_fan_in(D),
+            kernel_init=uniform_fan_in(D),
             bias_init=uniform_fan_in(D),
             dtype=self.dtype,
         )
@@ -142,7 +142,7 @@ class Block(nn.Module):
             out_shape=(D,),
             in_axes=("mlp",),
             out_axes=("embed",),
-            init=uniform_fan_in(M),
+            kernel_init=uniform_fan_in(M),
             bias_init=uniform_fan_in(M),
             dtype=self.dtype,
         )
@@ -208,7 +208,7 @@ class DiT(nn.Module):
             out_shape=(rows,),
             in_axes=("embed",),
             out_axes=("vocab",),
-            init=nn.initializers.zeros_init(),
+            kernel_init=nn.initializers.zeros_init(),
             bias_init=nn.initializers.zeros_init(),
             dtype=self.dtype,
             out_dtype=jnp.float32,

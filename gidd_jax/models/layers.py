@@ -77,7 +77,7 @@ def param(
 class Linear(nn.Module):
     """Affine map of the last len(in_shape) axes of x to out_shape, [..., *in] -> [..., *out].
 
-    `init` draws the kernel and `bias_init` the bias (None: no bias). The result has `dtype`
+    `kernel_init` draws the kernel and `bias_init` the bias (None: no bias). The result has `dtype`
     unless `out_dtype` says otherwise.
     """
 
@@ -85,7 +85,7 @@ class Linear(nn.Module):
     out_shape: tuple[int, ...]
     in_axes: tuple[str | None, ...]
     out_axes: tuple[str | None, ...]
-    init: Initializer
+    kernel_init: Initializer
     bias_init: Initializer | None = None
     dtype: Any = jnp.float32
     out_dtype: Any = None
@@ -94,7 +94,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         axes, shape = self.in_axes + self.out_axes, self.in_shape + self.out_shape
-        kernel = param(self, "kernel", self.init, axes, shape)
+        kernel = param(self, "kernel", self.kernel_init, axes, shape)
         n = len(self.in_shape)
         y = jnp.tensordot(
             x.astype(self.dtype),
@@ -116,12 +116,12 @@ class Embedding(nn.Module):
 
     rows: int
     width: int
-    init: Initializer
+    embedding_init: Initializer
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
         shape = (self.rows, self.width)
-        self.embedding = param(self, "embedding", self.init, ("vocab", "embed"), shape)
+        self.embedding = param(self, "embedding", self.embedding_init, ("vocab", "embed"), shape)
 
     def __call__(self, ids: Array) -> Array:
         # The width of the table is gathered first: looking up in a table split by width would

@@ -64,7 +64,7 @@ class Block(nn.Module):
             out_shape=(D,),
             in_axes=("heads", "kv"),
             out_axes=("embed",),
-            init=INIT,
+            kernel_init=INIT,
             dtype=self.dtype,
         )
         self.mlp_gate = self._mlp(D, M, "embed", "mlp")
@@ -81,7 +81,7 @@ class Block(nn.Module):
             out_shape=(count, self._head_dim),
             in_axes=("embed",),
             out_axes=("heads", "kv"),
-            init=INIT,
+            kernel_init=INIT,
             dtype=self.dtype,
         )
 
@@ -170,7 +170,7 @@ class Llama(nn.Module):
                 out_shape=(self.vocab_size,),
                 in_axes=("embed",),
                 out_axes=("vocab",),
-                init=INIT,
+                kernel_init=INIT,
                 dtype=self.dtype,
                 out_dtype=jnp.float32,
             )
