@@ -234,3 +234,14 @@ def test_bad_input_is_named(params, z_t, t):
         logits_of(params, z_t, t, attention="flash")
     with pytest.raises(InputError, match="hidden_size 64 with num_heads 5"):
         logits_of(params, z_t, t, num_heads=5)
+
+
+def test_padding_beyond_the_lengths_is_not_seen(params, z_t, t):
+    lengths = jnp.int32([5, 9, 32])[: len(z_t)]
+    model = DiT(**SMALL)
+    apply = jax.jit(model.apply)
+    with jax.default_matmul_precision("highest"):
+        logits = apply({"params": params}, z_t, t, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            alone = apply({"params": params}, z_t[row : row + 1, :length], t[row : row + 1])
+            np.testing.assert_allclose(logits[row, :length], alone[0], atol=1e-5, rtol=0)

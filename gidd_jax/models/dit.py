@@ -147,22 +147,25 @@ class Block(nn.Module):
             dtype=self.dtype,
         )
 
-    def __call__(self, x: Array, c: Array, cos: Array, sin: Array) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, c: Array, cos: Array, sin: Array, lengths: Array | None
+    ) -> tuple[Array, None]:
         parts = self.modulation(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
             parts[:, i] for i in range(6)
         )
         h = modulate(self.norm1(x), shift_attn, scale_attn).astype(self.dtype)
-        x = x + _gate(gate_attn, self._attend(h, cos, sin))
+        x = x + _gate(gate_attn, self._attend(h, cos, sin, lengths))
         h = modulate(self.norm2(x), shift_mlp, scale_mlp).astype(self.dtype)
         h = self.mlp_out(nn.gelu(self.mlp_in(h), approximate=True))
         return constrain(x + _gate(gate_mlp, h), "batch", None, None), None
 
-    def _attend(self, h: Array, cos: Array, sin: Array) -> Array:
+    def _attend(self, h: Array, cos: Array, sin: Array, lengths: Array | None) -> Array:
         qkv = self.qkv(h)
         q = apply_rotary(qkv[:, :, 0], cos, sin)
         k = apply_rotary(qkv[:, :, 1], cos, sin)
-        return self.attn_out(attention(q, k, qkv[:, :, 2], implementation=self.attention))
+        h = attention(q, k, qkv[:, :, 2], lengths=lengths, implementation=self.attention)
+        return self.attn_out(h)
 
 
 def _gate(gate: Array, h: Array) -> Array:
@@ -198,7 +201,7 @@ class DiT(nn.Module):
             self.num_layers,
             scan_layers=self.scan_layers,
             remat=self.remat,
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast,) * 4,
         )
         self.blocks = stack(D, self.num_heads, self.cond_dim, self.dtype, self.attention)
         self.final_norm = LayerNorm(D)
@@ -214,12 +217,13 @@ class DiT(nn.Module):
             out_dtype=jnp.float32,
         )
 
-    def __call__(self, z_t: Array, t: Array) -> Array:
-        return self.project(self.features(z_t, t))
+    def __call__(self, z_t: Array, t: Array, lengths: Array | None = None) -> Array:
+        return self.project(self.features(z_t, t, lengths))
 
-    def features(self, z_t: Array, t: Array) -> Array:
+    def features(self, z_t: Array, t: Array, lengths: Array | None = None) -> Array:
         """What the output projection reads, [B, L, hidden_size] in `dtype`.
 
+        lengths int32 [B]: positions from there on are padding, which no other position sees.
         Raises InputError for a sequence longer than max_seq_len or a t of another shape.
         """
         check_sequence(z_t, self.max_seq_len)
@@ -229,7 +233,7 @@ class DiT(nn.Module):
         frequencies = rotary_frequencies(self.hidden_size // self.num_heads, ROTARY_BASE)
         cos, sin = rotary_tables(jnp.arange(z_t.shape[1]), frequencies)
         x = self.vocab_embed(z_t)
-        x, _ = self.blocks(x, c, cos, sin)
+        x, _ = self.blocks(x, c, cos, sin, lengths)
         parts = self.final_modulation(c)
         return modulate(self.final_norm(x), parts[:, 0], parts[:, 1]).astype(self.dtype)
 

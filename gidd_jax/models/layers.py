@@ -224,11 +224,13 @@ def attention(
     implementation: str,
     is_causal: bool = False,
     mask: Array | None = None,
+    lengths: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention, q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim].
 
     `implementation` is 'xla', 'cudnn' or '': cuDNN's flash kernel where it can run (a GPU and a
-    16-bit dtype), XLA elsewhere. `mask` is boolean, broadcast to [B, heads, T, S].
+    16-bit dtype), XLA elsewhere. `mask` is boolean, broadcast to [B, heads, T, S]; `lengths`
+    int32 [B]: keys and values from there on are padding, which nothing attends to.
     """
     if implementation not in ("", "xla", "cudnn"):
         raise InputError(f"attention is {implementation!r}; use 'xla', 'cudnn' or '' (automatic).")
@@ -241,6 +243,7 @@ def attention(
         v,
         mask=mask,
         is_causal=is_causal,
+        key_value_seq_lengths=lengths,
         implementation=implementation,  # pyright: ignore[reportArgumentType]
     )
 
