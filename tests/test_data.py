@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from gidd_jax.data import files, pipeline, rows
-from gidd_jax.data.corpus import open_corpus
+from gidd_jax.data.build_assets import split_chapters
+from gidd_jax.data.corpus import list_files, open_corpus
 from gidd_jax.data.pipeline import TrainBatches, unigram_bits_per_byte, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
@@ -261,7 +262,9 @@ def test_rows_of_each_mode(tokenizer):
     framed = [end + i + end for i in ids]
     tokenised = rows.tokenise(texts, tokenizer, "crop")
     assert [tokenised.whole()[i].tolist() for i in range(3)] == framed
-    assert tokenised.num_bytes.sum() == len("".join(texts))
+    # BOS and EOS stand for no bytes.
+    sizes = [[0, *(len(tokenizer.decode([i])) for i in d), 0] for d in ids]
+    assert tokenised.num_bytes.tolist() == [size for document in sizes for size in document]
     exact = len(framed[0])  # the document that exactly fills a row gains no other row
     padded = rows.cut(tokenised, "padded", exact)
     assert [padded[i].tolist() for i in range(len(padded))] == [f[:exact] for f in framed]
@@ -417,6 +420,8 @@ def test_tfds_batches(tokenizer, tfds_folder):
     assert sorted(t[:10] for t in texts) == sorted(t[:10] for t in TEXTS)
     held = validation_batches(config, tokenizer, SEQ_LEN, 4)
     assert (len(held), held.num_bytes) == (1, 4)
+    part = open_corpus(f"tfds:{tfds_folder}", "split:test[:100%]", "text", "line")
+    assert contents(part.validation) == ["held"]
 
 
 def test_bad_batches(tmp_path, tokenizer, monkeypatch):
@@ -507,7 +512,16 @@ def test_unigram_bits_per_byte(tmp_path, tokenizer):
     assert found == pytest.approx(bits / len("the cat sat"), rel=1e-12)
 
 
-def test_embedded_corpus(tokenizer):
+def test_embedded_corpus_is_three_novels_by_chapter():
+    (file,) = list_files("embedded")
+    assert file.stat().st_size < 2_000_000
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    novels = Counter(r["id"][:-3] for r in records)
+    assert novels == {"persuasion": 24, "pride-and-prejudice": 61, "sense-and-sensibility": 50}
+    assert split_chapters("\n\n".join(r["text"] for r in records)) == records
+
+
+def test_embedded_corpus_batches_and_baseline(tokenizer):
     config = settings("embedded", validation="hash:0.05", mode="packed")
     train = TrainBatches(config, tokenizer, 512, 2, seed=0)
     train.close()
