@@ -187,7 +187,7 @@ PARTS = {
     "embedding": (Embedding(67, 64, nn.initializers.normal(1.0)), (IDS,)),
     "dit block": (
         dit.Block(64, 4, 32, jnp.float32, "xla"),
-        (X, jnp.ones((8, 32)), *ANGLES),
+        (X, jnp.ones((8, 32)), *ANGLES, None),
     ),
     "llama block": (
         llama.Block(64, 4, 2, 96, 1e-6, jnp.float32, "xla"),
