@@ -1,4 +1,7 @@
-"""Losses against golden arrays, float64 definitions, finite gradients and properties."""
+"""Losses against golden arrays, float64 definitions, finite gradients and properties.
+
+Shapes repeat on purpose (the golden [3, 7] tokens, 23 or 128 columns): operations compile once.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +10,12 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from test_process import COSINE, COSINE_ORACLE, GOLDEN_SETTINGS, LOG_SNR_SETTINGS, PROCESSES
 
 from gidd_jax.errors import InputError
 from gidd_jax.loss import (
     autoregressive_loss,
-    gidd_divergences,
     gidd_loss,
     itakura_saito,
     masked_logits,
@@ -47,14 +50,14 @@ def value_and_grad(loss, logits):
     return terms, np.asarray(grad)
 
 
-def random_case(process, seed: int, rows: int = 6, length: int = 5, scale: float = 2.0):
-    """Logits [B, L, V], x, z_t (all kinds of pairs, only reachable ones) and t [B]."""
+def random_case(process, seed: int, scale: float = 2.0, middle: float = 0.4):
+    """Logits [3, 7, 23], x, z_t (all kinds of pairs, only reachable ones) and t [3], both ends."""
     rng = np.random.default_rng(seed)
     tokens = [v for v in range(process.vocab_size) if v != process.mask_id]
-    t = np.float32(np.linspace(process.t_min * 1.01, process.t_max * 0.999, rows))
-    logits = np.float32(scale * rng.standard_normal((rows, length, process.vocab_size)))
-    x = rng.choice(tokens, (rows, length))
-    z_t = np.where(rng.random(x.shape) < 0.4, x, rng.choice(tokens, x.shape))
+    t = np.float32([process.t_min * 1.01, middle, process.t_max * 0.999])
+    logits = np.float32(scale * rng.standard_normal((3, 7, process.vocab_size)))
+    x = rng.choice(tokens, (3, 7))
+    z_t = np.where(rng.random(x.shape) < 0.5, x, rng.choice(tokens, x.shape))
     if isinstance(process, MaskedProcess):
         z_t = x.copy()
     z_t = np.where(rng.random(x.shape) < 0.3, process.mask_id, z_t)
@@ -146,15 +149,18 @@ def test_log_snr_loss_matches_original(golden, tag):
     data = golden("c10_easydel_schedule_loss.npz")
     shift, scale = LOG_SNR_SETTINGS[tag]
     process = LogSnrProcess(23, 3, shift=shift, scale=scale)
-    x, z_t = data["loss/labels"], data["loss/input_ids"]
-    want = {k: data[f"{tag}/loss/{k}/f64"] for k in ("loss", "elbo", "kl_loss", "is_loss")}
+    columns = [0, 1, 2, 3, 4, 5, 0]  # seven tokens, as in the other tests
+    x, z_t = (data[f"loss/{k}"][:, columns] for k in ("labels", "input_ids"))
+    want = {
+        k: data[f"{tag}/loss/{k}/f64"][:, columns] for k in ("loss", "elbo", "kl_loss", "is_loss")
+    }
     with jax.enable_x64(True):
-        t = jax.nn.sigmoid(-data["loss/log_snr"])  # [B, L]: a time for every token
+        t = jax.nn.sigmoid(-data["loss/log_snr"][:, columns])  # [B, L]: a time for every token
         terms, grad = value_and_grad(
             lambda logits: gidd_loss(
                 process, logits, x, z_t, t, weighting="dynamic", max_weight=1e3
             ),
-            data["loss/logits"],
+            data["loss/logits"][:, columns],
         )
         weights = process.loss_weights(x, z_t, t, max_weight=1e3)
     # The original adds 1e-12 to the divisor inside the IS term, clips the ELBO weights at 0, and
@@ -165,6 +171,7 @@ def test_log_snr_loss_matches_original(golden, tag):
     np.testing.assert_allclose(is_loss[token], want["is_loss"][token], rtol=rtol, atol=2e-5)
     np.testing.assert_allclose(terms.loss, want["loss"], rtol=rtol, atol=1e-12)
     np.testing.assert_allclose(np.maximum(terms.elbo, 0), want["elbo"], rtol=rtol, atol=1e-8)
+    grad = grad[:, :6] * 21 / 18
     np.testing.assert_allclose(grad, data[f"{tag}/loss/grad_mean/jax_f64"], rtol=1e-6, atol=1e-10)
 
 
@@ -172,7 +179,7 @@ def test_log_snr_loss_matches_original(golden, tag):
 
 ORACLES = {name: (process, oracle.of(process)) for name, process in PROCESSES.items()}
 ORACLES["cosine"] = (COSINE, COSINE_ORACLE)
-STEEP = LogSnrProcess(7, 1, scale=2.0, shift=0.5)
+STEEP = LogSnrProcess(23, 1, scale=2.0, shift=0.5)
 ORACLES["log-snr-scale2"] = (STEEP, oracle.of(STEEP))
 
 
@@ -203,7 +210,7 @@ def test_gidd_loss_equals_the_definition(name, rtol):
 @pytest.mark.parametrize("name", ["hybrid", "hybrid-skewed", "masked", "log-snr-uniform"])
 def test_gradient_equals_finite_differences_of_the_definition(name):
     process, reference = ORACLES[name]
-    logits, x, z_t, t = random_case(process, seed=2, rows=3, length=4)
+    logits, x, z_t, t = random_case(process, seed=2)
     weights = np.asarray(process.loss_weights(x, z_t, t, weighting="clip"))
     with jax.enable_x64(True):
         _, grad = value_and_grad(
@@ -223,16 +230,16 @@ def test_gradient_equals_finite_differences_of_the_definition(name):
 
 def test_mask_only_hybrid_is_mdlm(rtol):
     # Both bounds are -log x_hat_x / t on masks: of alpha = 1 - t and of alpha = 1 - (1 - eps) t.
-    hybrid, masked = HybridProcess(7, 3, p_uniform=0.0), MaskedProcess(7, 3, eps=1e-3)
+    hybrid, masked = HybridProcess(23, 3, p_uniform=0.0), MaskedProcess(23, 3, eps=1e-3)
     logits, x, z_t, t = random_case(masked, seed=3)
     values = jnp.asarray(logits)
     mdlm = mdlm_loss(masked, values, x, z_t, t).elbo
-    probs = oracle.softmax(logits, oracle.excluded_columns(masked, 7))
+    probs = oracle.softmax(logits, oracle.excluded_columns(masked, 23))
     want = np.where(z_t == 3, -np.log(oracle.at(probs, x)) / t[:, None], 0)
     np.testing.assert_allclose(mdlm, want, rtol=rtol)
     got = gidd_loss(hybrid, values, x, z_t, t, weighting="elbo").elbo
     np.testing.assert_allclose(got[z_t == 3], want[z_t == 3], rtol=2e-5)
-    np.testing.assert_allclose(got[z_t != 3], 0.0, atol=1e-3)
+    np.testing.assert_allclose(got[z_t != 3], 0.0, atol=1e-2)  # p_uniform is floored, not 0
     got = gidd_loss(masked, values, x, z_t, t, weighting="clip", max_weight=1e9)
     np.testing.assert_allclose(got.loss, want, rtol=rtol)
 
@@ -244,7 +251,7 @@ def test_mask_only_hybrid_is_mdlm(rtol):
 def test_padding_columns_take_no_part(name, rtol):
     process, _ = ORACLES[name]
     logits, x, z_t, t = random_case(process, seed=4)
-    padded = np.concatenate([logits, 5 + np.zeros((*x.shape, 9))], axis=-1)
+    padded = np.concatenate([logits, 5 + np.zeros((*x.shape, 105))], axis=-1)
     losses = [gidd_loss] if name != "masked" else [gidd_loss, mdlm_loss]
     for loss in losses:
         options = {"weighting": "clip"} if loss is gidd_loss else {}
@@ -256,16 +263,14 @@ def test_padding_columns_take_no_part(name, rtol):
         got, grad = value_and_grad(terms_of, padded)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol / 100)
-        np.testing.assert_allclose(grad[..., :7], want_grad, rtol=rtol, atol=rtol / 100)
-        np.testing.assert_array_equal(grad[..., 7:], 0.0)
+        np.testing.assert_allclose(grad[..., :23], want_grad, rtol=rtol, atol=rtol / 100)
+        np.testing.assert_array_equal(grad[..., 23:], 0.0)
         np.testing.assert_array_equal(grad[..., process.mask_id], 0.0)
         kept = terms_of(jnp.asarray(padded), keep_padding_columns=True)
-        assert np.all(
-            np.asarray(kept.kl)[z_t == process.mask_id]
-            > np.asarray(want.kl)[z_t == process.mask_id]
-        )
+        on_mask = z_t == process.mask_id
+        assert (np.asarray(kept.kl)[on_mask] > np.asarray(want.kl)[on_mask]).all()
     columns = np.isneginf(masked_logits(process, jnp.asarray(padded)))
-    assert (columns == oracle.excluded_columns(process, 16)).all()
+    assert (columns == oracle.excluded_columns(process, 128)).all()
 
 
 # Extreme logits.
@@ -283,7 +288,7 @@ def test_gradients_of_extreme_logits_are_finite_and_right(name, scale):
 
     terms, grad = value_and_grad(loss, jnp.asarray(logits, jnp.bfloat16))
     assert terms.loss.dtype == jnp.float32
-    exact = oracle.softmax(logits, oracle.excluded_columns(process, 7))
+    exact = oracle.softmax(logits, oracle.excluded_columns(process, 23))
     assert (oracle.at(exact, x) < 1e-38).any()  # the case is extreme
     _, grad32 = value_and_grad(loss, logits)
     with jax.enable_x64(True):
@@ -300,7 +305,7 @@ def test_gradients_of_extreme_logits_are_finite_and_right(name, scale):
 def test_small_divergences_keep_their_accuracy(gap):
     process = PROCESSES["hybrid"]
     _, x, z_t, t = random_case(process, seed=6)
-    logits = gap * np.eye(7)[x]
+    logits = gap * np.eye(23)[x]
     terms = gidd_loss(process, jnp.asarray(logits), x, z_t, t, weighting="elbo")
     with jax.enable_x64(True):
         want = gidd_loss(process, jnp.asarray(logits), x, z_t, t, weighting="elbo")
@@ -310,45 +315,37 @@ def test_small_divergences_keep_their_accuracy(gap):
 
 def test_itakura_saito_is_accurate(rtol):
     d = np.array([1e-6, 1e-4, 0.01, 0.2, 0.2499, 0.2501, 0.5, 2.0, 20.0, 60.0])
-    d = np.float32(np.concatenate([-d, d])).astype(np.float64)
+    d = np.float32(np.concatenate([-d, d, [0.0]])).astype(np.float64).reshape(3, 7)
     series, term = np.zeros_like(d), d.copy()
     for k in range(2, 30):
         term = term * d / k
         series += term
     want = np.where(np.abs(d) < 1, series, np.exp(d) - d - 1)
     np.testing.assert_allclose(itakura_saito(jnp.asarray(d)), want, rtol=rtol / 10)
-    assert itakura_saito(jnp.zeros(())) == 0
     assert jax.grad(itakura_saito)(0.0) == 0
 
 
 # Properties.
 
-divergences = jax.jit(gidd_divergences, static_argnums=0)
 
-
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(["hybrid", "hybrid-skewed", "masked", "log-snr-uniform"]),
-    logits=st.lists(st.floats(-60, 60, width=32), min_size=7, max_size=7),
-    ids=st.tuples(st.integers(0, 5), st.integers(0, 6)),
+    logits=arrays(np.float32, (3, 7, 23), elements=st.floats(-60, 60, width=32)),
+    seed=st.integers(0, 2**16),
     time=st.floats(2e-4, 1 - 2e-4),
 )
-def test_divergences_are_not_negative_and_vanish_for_the_truth(name, logits, ids, time):
+def test_divergences_are_not_negative_and_vanish_for_the_truth(name, logits, seed, time):
     process = PROCESSES[name]
-    tokens = [v for v in range(7) if v != process.mask_id]
-    x, z_t = jnp.array([[tokens[ids[0]]]]), jnp.array([[ids[1]]])
-    if name == "masked":
-        z_t = jnp.where(z_t == process.mask_id, z_t, x)
-    t = jnp.array([time], jnp.float32)
-    values = masked_logits(process, jnp.asarray(logits, jnp.float32)[None, None])
-    kl, is_div = divergences(process, jax.nn.log_softmax(values), x, z_t, t)
-    assert kl[0, 0] >= -1e-6
-    assert is_div[0, 0] >= 0
-    assert np.isfinite(is_div).all()
-    truth = jnp.where(jnp.arange(7)[None, None] == x[..., None], 0.0, -jnp.inf)
-    kl, is_div = divergences(process, truth, x, z_t, t)
-    np.testing.assert_allclose(kl, 0.0, atol=1e-6)
-    np.testing.assert_array_equal(is_div, 0.0)
+    _, x, z_t, t = random_case(process, seed=seed, middle=time)
+    terms = gidd_loss(process, jnp.asarray(logits), x, z_t, t, weighting="elbo")
+    assert (np.asarray(terms.kl) >= -1e-6).all()
+    assert (np.asarray(terms.is_div) >= 0).all()
+    assert np.isfinite(terms.elbo).all()
+    truth = np.where(np.eye(23)[x] == 1, 0.0, -np.inf).astype(np.float32)
+    terms = gidd_loss(process, jnp.asarray(truth), x, z_t, t, weighting="elbo")
+    np.testing.assert_allclose(terms.kl, 0.0, atol=1e-6)
+    np.testing.assert_array_equal(terms.is_div, 0.0)
 
 
 # The baseline, and reductions.
