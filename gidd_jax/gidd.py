@@ -1,38 +1,44 @@
 """A trained model as one object: texts in, texts out.
 
-    from gidd_jax import Gidd
-    model = Gidd.from_pretrained("outputs/quickstart")
-    print(model.generate(num_samples=4).texts[0])
+from gidd_jax import Gidd
+model = Gidd.from_pretrained("outputs/quickstart")
+print(model.generate(num_samples=4, num_steps=64).texts[0])
+print(model.generate(prompts=["It was"], method="psi", top_p=0.9).texts[0])
+print(model.infill([["It was the best of ", 3, ", it was the worst of times"]]).texts[0])
+print(model.correct(["It was the the best of times"]).texts[0])
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gidd_jax.autoregressive import check_autoregressive, sample_autoregressive
 from gidd_jax.build import build_objective
 from gidd_jax.checkpoint import find_checkpoint, load_params
+from gidd_jax.cli import nearest
+from gidd_jax.correct import Correction, CorrectionOptions, proposals, self_correct
 from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
+from gidd_jax.likelihood import Denoiser
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
+from gidd_jax.options import SamplerOptions
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.sampler import SamplerOptions, row_keys, sample_autoregressive, sample_diffusion
+from gidd_jax.prompts import Piece, Rows, continuations, empty_rows, infillings, whole_texts
+from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
+from gidd_jax.samples import Corrected, Samples
 from gidd_jax.settings import Settings
-from gidd_jax.sharding import batch_sharding, make_mesh
+from gidd_jax.sharding import batch_sharding, make_mesh, replicated
 from gidd_jax.state import abstract_params
 
-
-class Samples(NamedTuple):
-    """Generated sequences: ids int32 [N, L] and their texts."""
-
-    ids: np.ndarray
-    texts: list[str]
+Options = TypeVar("Options", SamplerOptions, CorrectionOptions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,85 +77,258 @@ class Gidd:
 
     def generate(
         self,
-        num_samples: int = 4,
+        num_samples: int | None = None,
         *,
-        batch_size: int = 16,
+        prompts: Sequence[str] | None = None,
         length: int | None = None,
+        new_tokens: int | None = None,
+        batch_size: int = 16,
         seed: int = 0,
         options: SamplerOptions | None = None,
+        **changes: Any,
     ) -> Samples:
-        """Draw token sequences of `length` (default: the context) and decode them.
+        """Draw `num_samples` sequences (default 4), or one continuation of each prompt.
 
-        Batches are split over the local devices. A sample depends on the seed and its number, not
-        on the batch size. Raises InputError for a length beyond the context.
+        length: tokens of a sequence, prompt included (default: the context); new_tokens: how many
+        to add to each prompt instead of filling the length. `changes` are fields of `options`,
+        such as num_steps=64. Batches are split over the local devices; a sample depends on the
+        seed, its number and its prompt, not on the batch. Raises InputError for options outside
+        their range, and prompts that do not fit.
         """
         length = self.max_seq_len if length is None else length
         if not 1 <= length <= self.max_seq_len:
             raise InputError(f"length must lie in [1, {self.max_seq_len}], the context: {length}")
-        if num_samples < 1 or batch_size < 1:
-            raise InputError(
-                f"num_samples and batch_size must be at least 1: {num_samples}, {batch_size}"
-            )
-        devices = jax.local_device_count()
-        rows = -(-min(batch_size, num_samples) // devices) * devices
-        draw = self._compiled(options or SamplerOptions(), length)
-        key = jax.random.key(seed)
-        parts = []
-        for start in range(0, num_samples, rows):
-            keys = row_keys(key, jnp.arange(start, start + rows))
-            parts.append(np.asarray(draw(self.params, keys)))
-        ids = np.concatenate(parts)[:num_samples]
-        return Samples(ids, [self.decode(row) for row in ids])
+        if new_tokens is not None and (prompts is None or new_tokens < 1):
+            raise InputError(f"new_tokens must be at least 1, and needs prompts: {new_tokens}")
+        if prompts is not None and num_samples is not None:
+            raise InputError("give num_samples or prompts: each prompt gets one continuation")
+        if prompts is None:
+            count = 4 if num_samples is None else num_samples
+            if count < 1:
+                raise InputError(f"num_samples must be at least 1: {count}")
+            rows = empty_rows(self.tokenizer, count, length, begin=self.process is None)
+        else:
+            _check_some(prompts, "prompts")
+            rows = continuations(self.tokenizer, prompts, length, new_tokens)
+        return self._draw(rows, batch_size, seed, _options(options or SamplerOptions(), changes))
+
+    def infill(
+        self,
+        texts: Sequence[Sequence[Piece]],
+        *,
+        batch_size: int = 16,
+        seed: int = 0,
+        options: SamplerOptions | None = None,
+        **changes: Any,
+    ) -> Samples:
+        """Fill gaps in texts: each is a list of pieces, texts and numbers of tokens to generate.
+
+        Other arguments as in `generate`. Raises InputError for autoregressive models, and for
+        texts without gaps or longer than the context.
+        """
+        if self.process is None:
+            raise InputError("infilling needs a diffusion model: this one is autoregressive")
+        _check_some(texts, "texts")
+        rows = infillings(self.tokenizer, texts, self.max_seq_len)
+        return self._draw(rows, batch_size, seed, _options(options or SamplerOptions(), changes))
+
+    def correct(
+        self,
+        texts: Sequence[str] | np.ndarray,
+        *,
+        batch_size: int = 16,
+        seed: int = 0,
+        options: CorrectionOptions | None = None,
+        **changes: Any,
+    ) -> Corrected:
+        """Improve texts, or token ids int [N, L], by self-correction (see `correct`).
+
+        `changes` are fields of `options`, such as temperature=0.2. Raises InputError for
+        autoregressive models and texts that are empty or longer than the context.
+        """
+        if self.process is None:
+            raise InputError("self-correction needs a diffusion model: this one is autoregressive")
+        _check_some(texts, "texts")
+        if isinstance(texts, np.ndarray):
+            if texts.shape[1] > self.max_seq_len:
+                raise InputError(
+                    f"sequences of {texts.shape[1]} tokens exceed the context {self.max_seq_len}"
+                )
+            lengths = np.full(len(texts), texts.shape[1], np.int32)
+            rows = Rows(texts.astype(np.int32), np.ones(texts.shape, bool), lengths)
+        else:
+            rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
+        settings = _options(options or CorrectionOptions(), changes)
+        parts = [
+            _correct(*batch, network=self.network, process=self.process, options=settings)
+            for batch in self._batches(rows, batch_size, seed)
+        ]
+        calls = sum(int(np.max(part.num_steps)) for part in parts)
+        result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
+        return Corrected(
+            **result._asdict(), texts=self._decode_rows(result.ids, rows), network_calls=calls
+        )
 
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of one sequence of ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _compiled(
-        self, options: SamplerOptions, length: int
-    ) -> Callable[[Any, jax.Array], jax.Array]:
+    def _decode_rows(self, ids: np.ndarray, rows: Rows) -> list[str]:
+        return [self.decode(row[:length]) for row, length in zip(ids, rows.lengths, strict=True)]
+
+    def _draw(self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions) -> Samples:
+        batches = self._batches(rows, batch_size, seed)
+        if self.process is None:
+            check_autoregressive(options)
+            special = _SpecialIds(
+                self.tokenizer.eos_id,
+                self.tokenizer.pad_id,
+                self.tokenizer.mask_id,
+                self.tokenizer.vocab_size,
+            )
+            parts = [
+                _autoregressive(*batch, network=self.network, special=special, options=options)
+                for batch in batches
+            ]
+        else:
+            # Where the schedule does not depend on it, any number of tokens shares one program.
+            depends = options.block_length > 0 or options.method == "first_hitting"
+            parts = [
+                _diffusion(
+                    *batch,
+                    network=self.network,
+                    process=self.process,
+                    options=options,
+                    num_free=int(rows.free.sum(-1).max()) if depends else rows.ids.shape[1],
+                )
+                for batch in batches
+            ]
+        calls = sum(int(part.network_calls) for part in parts)
+        ids, log_probs, drawn_at = (
+            np.concatenate(leaves)[: len(rows.ids)]
+            for leaves in zip(*(part[:3] for part in parts), strict=True)
+        )
+        if np.isnan(log_probs).any():
+            raise InputError(
+                "the network's output is not a number: its parameters are damaged, "
+                "use an older checkpoint"
+            )
+        return Samples(ids, self._decode_rows(ids, rows), log_probs, drawn_at, calls)
+
+    def _batches(self, rows: Rows, batch_size: int, seed: int) -> Iterator["_Batch"]:
+        """Yield the rows in batches of one size, split over the local devices."""
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1: {batch_size}")
         mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
-        rows = batch_sharding(mesh)
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        draw = self._draw_diffusion if self.process is not None else self._draw_autoregressive
-        return jax.jit(
-            functools.partial(draw, options, length),
-            in_shardings=(replicated, rows),
-            out_shardings=rows,
-        )
+        params = jax.device_put(self.params, replicated(mesh))
+        size = -(-min(batch_size, len(rows.ids)) // mesh.size) * mesh.size
+        for start in range(0, len(rows.ids), size):
+            numbers = np.arange(start, start + size)
+            part = jax.tree.map(lambda a, n=numbers: a[np.minimum(n, len(a) - 1)], rows)
+            arrays = (
+                row_keys(jax.random.key(seed), jnp.asarray(numbers)),
+                part.ids,
+                part.free,
+                part.lengths if rows.is_ragged else None,
+            )
+            yield _Batch(params, *jax.device_put(arrays, batch_sharding(mesh)))
 
-    def _draw_diffusion(
-        self, options: SamplerOptions, length: int, params: Any, keys: jax.Array
-    ) -> jax.Array:
-        assert self.process is not None
 
-        def denoise(z_t: jax.Array, t: jax.Array) -> jax.Array:
-            return self.network.apply({"params": params}, z_t, t)  # pyright: ignore
+class _Batch(NamedTuple):
+    """Parameters, and for each row its key, ids, free positions and length (None: all full)."""
 
-        options = dataclasses.replace(options, keep_padding_columns=self.keep_padding_columns)
-        return sample_diffusion(self.process, denoise, options, keys, length)
+    params: Any
+    keys: jax.Array
+    ids: jax.Array
+    free: jax.Array
+    lengths: jax.Array | None
 
-    def _draw_autoregressive(
-        self, options: SamplerOptions, length: int, params: Any, keys: jax.Array
-    ) -> jax.Array:
-        network = self.network
-        assert isinstance(network, Llama)
 
-        def decode(ids: jax.Array, cache: Any, position: jax.Array) -> Any:
-            return network.apply({"params": params}, ids, cache, position, method="decode_step")
+class _SpecialIds(NamedTuple):
+    eos: int
+    pad: int
+    mask: int
+    vocab_size: int
 
-        tokenizer = self.tokenizer
-        bos_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        return sample_autoregressive(
-            decode,
-            network.init_cache(keys.shape[0], length),
-            keys,
-            length,
-            temperature=options.temperature,
-            min_p=options.min_p,
-            bos_id=bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            vocab_size=tokenizer.vocab_size,
-            excluded_ids=(tokenizer.mask_id, tokenizer.pad_id),
-        )
+
+def _denoiser(network: Any, params: Any, lengths: jax.Array | None) -> Denoiser:
+    return lambda z_t, t: network.apply({"params": params}, z_t, t, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free"))
+def _diffusion(
+    params: Any,
+    keys: jax.Array,
+    ids: jax.Array,
+    free: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    network: Any,
+    process: InterpolatingProcess,
+    options: SamplerOptions,
+    num_free: int,
+) -> Drawn:
+    denoise, prompt = _denoiser(network, params, lengths), Prompt(ids, free)
+    return sample_diffusion(process, denoise, options, keys, ids.shape[1], prompt, num_free)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "special", "options"))
+def _autoregressive(
+    params: Any,
+    keys: jax.Array,
+    ids: jax.Array,
+    free: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    network: Any,
+    special: _SpecialIds,
+    options: SamplerOptions,
+) -> Drawn:
+    del lengths  # padding comes last: no token before it sees it
+
+    def decode(token: jax.Array, cache: Any, position: jax.Array) -> Any:
+        return network.apply({"params": params}, token, cache, position, method="decode_step")
+
+    return sample_autoregressive(
+        decode,
+        network.init_cache(*ids.shape),
+        options,
+        keys,
+        Prompt(ids, free),
+        eos_id=special.eos,
+        pad_id=special.pad,
+        vocab_size=special.vocab_size,
+        excluded_ids=(special.mask, special.pad),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("network", "process", "options"))
+def _correct(
+    params: Any,
+    keys: jax.Array,
+    ids: jax.Array,
+    free: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    network: Any,
+    process: InterpolatingProcess,
+    options: CorrectionOptions,
+) -> Correction:
+    denoise = _denoiser(network, params, lengths)
+    return self_correct(process, denoise, options, ids, free, proposals(keys))
+
+
+def _check_some(texts: Sequence[Any] | np.ndarray, name: str) -> None:
+    if isinstance(texts, str):
+        raise InputError(f"{name} must be a list of texts, not one text")
+    if len(texts) == 0:
+        raise InputError(f"{name} is empty: give at least one")
+
+
+def _options(options: Options, changes: dict[str, Any]) -> Options:
+    """Return the options with fields changed; InputError names an unknown one."""
+    legal = [field.name for field in dataclasses.fields(options)]
+    for name in changes:
+        if name not in legal:
+            raise InputError(f"unknown option {name}: {nearest(name, legal)}")
+    return dataclasses.replace(options, **changes)

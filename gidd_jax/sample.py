@@ -2,60 +2,80 @@
 
 Examples:
   python -m gidd_jax.sample --checkpoint=outputs/quickstart --num_samples=4 --num_steps=128
-  python -m gidd_jax.sample --checkpoint=RUN --num_samples=64 --min_p=0.001 --out=samples.npz
+  python -m gidd_jax.sample --checkpoint=RUN --prompt="It was" --prompt="Call me" --top_p=0.9
+  python -m gidd_jax.sample --checkpoint=RUN --num_samples=64 --method=psi --out=samples.npz
 
-The npz file holds `ids` (int32 [N, L]) and `texts` (N strings).
+The npz file holds `ids` (int32 [N, L]), `texts` (N strings), `log_probs` and `drawn_at` (of each
+token: its log-probability in the network call that put it there, and the number of that call),
+`network_calls` and the fingerprint of the tokenizer.
 """
-
-from pathlib import Path
 
 from absl import flags
 
 from gidd_jax.cli import run
 from gidd_jax.errors import InputError
 
+METHODS = "ancestral psi remdm_cap remdm_rescale remdm_loop confidence adaptive first_hitting"
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "Sequences to draw.", lower_bound=1)
-NUM_STEPS = flags.DEFINE_integer(
-    "num_steps", 128, "Denoising steps, each one network call (diffusion only).", lower_bound=1
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", None, "Sequences to draw. Default: 16, or one for each prompt.", lower_bound=1
 )
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be repeated.")
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .npz.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the predicted distribution; 0 is greedy.")
-MIN_P = flags.DEFINE_float("min_p", 0.0, "Drop tokens below this posterior probability.")
-GRID = flags.DEFINE_enum(
-    "grid", "uniform", ["uniform", "reference"], "Time grid; reference: the original's."
-)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+
+# The rest are fields of SamplerOptions; what is not given keeps the default there.
+OPTIONS = {
+    "num_steps": flags.DEFINE_integer(
+        "num_steps", None, "Denoising steps, each one network call. Default: 128."
+    ),
+    "method": flags.DEFINE_enum("method", None, METHODS.split(), "Default: ancestral."),
+    "grid": flags.DEFINE_enum(
+        "grid", None, ["uniform", "cosine", "reference"], "Times; reference: the original's."
+    ),
+    "temperature": flags.DEFINE_float(
+        "temperature", None, "Of the predicted distribution; 0 is greedy. Default: 1."
+    ),
+    "top_k": flags.DEFINE_integer("top_k", None, "Draw from the top_k most probable tokens."),
+    "top_p": flags.DEFINE_float("top_p", None, "Draw from the most probable tokens of this sum."),
+    "min_p": flags.DEFINE_float("min_p", None, "Drop tokens below this posterior probability."),
+    "block_length": flags.DEFINE_integer(
+        "block_length", None, "Generate blocks of so many tokens from left to right."
+    ),
+    "tokens_per_step": flags.DEFINE_integer(
+        "tokens_per_step", None, "method=adaptive: tokens redrawn in a step."
+    ),
+    "kappa": flags.DEFINE_float("kappa", None, "method=psi: weight of the posterior."),
+    "eta": flags.DEFINE_float("eta", None, "method=remdm_*: strength of remasking."),
+    "loop_from": flags.DEFINE_float("loop_from", None, "method=remdm_loop: start of the loop."),
+    "loop_to": flags.DEFINE_float("loop_to", None, "method=remdm_loop: end of the loop."),
+    "loop_alpha": flags.DEFINE_float("loop_alpha", None, "method=remdm_loop: alpha in the loop."),
+}
 
 
 def main(argv: list[str]) -> None:
     del argv
-    out = Path(OUT.value) if OUT.value else None
-    if out is not None:
-        if out.suffix != ".npz":
-            raise InputError(f"--out must end in .npz: {out}")
-        if out.parent.exists() and not out.parent.is_dir():
-            raise InputError(f"--out: {out.parent} is not a folder")
-
-    import numpy as np
-
     from gidd_jax.gidd import Gidd
-    from gidd_jax.sampler import SamplerOptions
+    from gidd_jax.options import SamplerOptions
+    from gidd_jax.samples import check_output, save_samples
 
-    options = SamplerOptions(
-        num_steps=NUM_STEPS.value,
-        temperature=TEMPERATURE.value,
-        min_p=MIN_P.value,
-        grid=GRID.value,
-    )
+    out = check_output(OUT.value, ".npz") if OUT.value else None
+    given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
+    options = SamplerOptions(**given)
+    num_samples = NUM_SAMPLES.value
+    if PROMPT.value and num_samples is not None:
+        raise InputError("give --num_samples or --prompt: each prompt gets one continuation")
+    if not PROMPT.value and num_samples is None:
+        num_samples = 16
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     samples = model.generate(
-        NUM_SAMPLES.value,
+        num_samples,
+        prompts=PROMPT.value or None,
         batch_size=BATCH_SIZE.value,
         length=LENGTH.value,
         seed=SEED.value,
@@ -63,9 +83,9 @@ def main(argv: list[str]) -> None:
     )
     for number, text in enumerate(samples.texts):
         print(f"--- sample {number} ---\n{text}\n")
+    print(f"{samples.network_calls} network calls")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(out, ids=samples.ids, texts=np.array(samples.texts))
+        save_samples(out, samples, model.tokenizer)
         print(f"wrote {out}")
 
 

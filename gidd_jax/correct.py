@@ -1,0 +1,160 @@
+"""Self-correction: a trained denoiser improves finished samples (arXiv 2503.04482, section 5.3).
+
+Each step draws a token for every position from the tempered x_hat of the current sequence, taken
+as slightly noisy (time t), and replaces the tokens whose replacement is most probable. Rows run
+side by side in one compiled loop, and each stops by itself.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.draws import categorical, fold_in
+from gidd_jax.errors import InputError
+from gidd_jax.filters import temper
+from gidd_jax.likelihood import Denoiser
+from gidd_jax.loss import masked_logits
+from gidd_jax.process import InterpolatingProcess
+from gidd_jax.steps import highest, probs_at
+
+# (number of the step, probabilities [B, L, V]) -> token ids [B, L]
+Propose = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectionOptions:
+    """How samples are corrected; raises InputError for values outside their range."""
+
+    num_steps: int = 128  # most network calls
+    temperature: float = 0.1  # of the proposals
+    tokens_per_step: int = 1  # most tokens replaced in a step
+    patience: int = 32  # stop a row after more than so many steps without a better accuracy
+    t: float = 0.01  # the time the network is told, 0 to 1
+
+    def __post_init__(self):
+        for name, least in (("num_steps", 1), ("tokens_per_step", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}: {getattr(self, name)}")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
+        if not 0 < self.t < 1:
+            raise InputError(f"t must lie in (0, 1): {self.t}")
+
+
+class Correction(NamedTuple):
+    """Corrected ids int32 [B, L] and, for each row [B], how it went.
+
+    Self-accuracy: share of the positions whose token is the network's most probable one, measured
+    after a step with the logits before it. initial_accuracy and final_accuracy are those of the
+    first and of the last step, also where stopping early dropped that step's changes; num_changes
+    counts the positions that differ from the input; converged: a step changed nothing;
+    stopped_early: the patience ran out; num_steps: steps the row took part in.
+    """
+
+    ids: jax.Array
+    initial_accuracy: jax.Array
+    final_accuracy: jax.Array
+    num_changes: jax.Array
+    converged: jax.Array
+    stopped_early: jax.Array
+    num_steps: jax.Array
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    z: jax.Array
+    initial: jax.Array
+    latest: jax.Array
+    best: jax.Array
+    stalled: jax.Array  # steps since the best accuracy
+    converged: jax.Array
+    stopped: jax.Array
+    num_steps: jax.Array
+
+
+def correction_step(
+    probs: jax.Array,
+    proposal: jax.Array,
+    z: jax.Array,
+    free: jax.Array,
+    tokens_per_step: int,
+) -> jax.Array:
+    """Replace the tokens of highest score: the proposal's probability where it is a change, else 0.
+
+    probs [B, L, V]: what the proposal [B, L] was drawn from; only free positions are replaced.
+    """
+    score = jnp.where(proposal != z, probs_at(probs, proposal), 0.0)
+    count = jnp.full(z.shape[:1], tokens_per_step)
+    return jnp.where(highest(score, free, count), proposal, z)
+
+
+def self_correct(
+    process: InterpolatingProcess,
+    denoise: Denoiser,
+    options: CorrectionOptions,
+    z: jax.Array,
+    free: jax.Array,
+    propose: Propose,
+) -> Correction:
+    """Correct rows of token ids z [B, L] at their free positions [B, L]; one while_loop.
+
+    `propose` draws the replacements, see `proposals`. A row stops when a step changes nothing, or
+    when its accuracy has not exceeded its best one for more than `patience` steps; the changes of
+    that last step are dropped, as in the original.
+    """
+    rows, columns = z.shape[0], process.vocab_size
+
+    def body(state: _State) -> _State:
+        t = jnp.full((rows,), options.t, jnp.float32)
+        logits = masked_logits(process, denoise(state.z, t))[..., :columns]
+        probs = jnp.exp(temper(jax.nn.log_softmax(logits), options.temperature))
+        proposal = propose(state.step, probs)
+        z_next = correction_step(probs, proposal, state.z, free, options.tokens_per_step)
+        right = free & (z_next == jnp.argmax(logits, axis=-1))
+        accuracy = jnp.sum(right, axis=-1) / jnp.maximum(jnp.sum(free, axis=-1), 1)
+        return _advance(state, z_next, accuracy.astype(jnp.float32), options.patience)
+
+    def goes_on(state: _State) -> jax.Array:
+        return (state.step < options.num_steps) & jnp.any(~state.converged & ~state.stopped)
+
+    zeros, false = jnp.zeros((rows,), jnp.float32), jnp.zeros((rows,), bool)
+    count = jnp.zeros((rows,), jnp.int32)
+    start = _State(jnp.int32(0), z, zeros, zeros, zeros - 1, count, false, false, count)
+    end = jax.lax.while_loop(goes_on, body, start)
+    return Correction(
+        ids=end.z,
+        initial_accuracy=end.initial,
+        final_accuracy=end.latest,
+        num_changes=jnp.sum(end.z != z, axis=-1),
+        converged=end.converged,
+        stopped_early=end.stopped,
+        num_steps=end.num_steps,
+    )
+
+
+def _advance(state: _State, z_next: jax.Array, accuracy: jax.Array, patience: int) -> _State:
+    """Take one step over for the rows that still run."""
+    runs = ~state.converged & ~state.stopped
+    better = accuracy > state.best
+    stalled = jnp.where(better, 0, state.stalled + 1)
+    stops = runs & (stalled > patience)
+    same = jnp.all(z_next == state.z, axis=-1)
+    return _State(
+        step=state.step + 1,
+        z=jnp.where((runs & ~stops)[:, None], z_next, state.z),
+        initial=jnp.where(state.step == 0, accuracy, state.initial),
+        latest=jnp.where(runs, accuracy, state.latest),
+        best=jnp.where(runs & better, accuracy, state.best),
+        stalled=jnp.where(runs, stalled, state.stalled),
+        converged=state.converged | (runs & ~stops & same),
+        stopped=state.stopped | stops,
+        num_steps=state.num_steps + runs,
+    )
+
+
+def proposals(keys: jax.Array) -> Propose:
+    """Return a `propose` that draws each row from its key [B] and the number of the step."""
+    return lambda step, probs: categorical(fold_in(keys, step), probs)

@@ -1,0 +1,57 @@
+"""Filters on distributions over tokens, in float32: temperature, top-k, top-p and min-p.
+
+Each keeps at least the most probable token. Distributions lie along the last axis.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def temper(log_probs: jax.Array, temperature: float) -> jax.Array:
+    """Return log-probabilities proportional to p^(1/temperature); 0 puts all on the largest."""
+    if temperature == 1.0:
+        return log_probs
+    if temperature == 0.0:
+        best = jnp.argmax(log_probs, axis=-1)
+        return jnp.where(jax.nn.one_hot(best, log_probs.shape[-1], dtype=bool), 0.0, -jnp.inf)
+    return jax.nn.log_softmax(log_probs / temperature)
+
+
+def keep_top_k(log_probs: jax.Array, top_k: int) -> jax.Array:
+    """Return the log-probabilities of the top_k most probable tokens (and ties), normalised."""
+    if top_k >= log_probs.shape[-1]:
+        return log_probs
+    smallest = jax.lax.top_k(log_probs, top_k)[0][..., -1:]
+    return jax.nn.log_softmax(jnp.where(log_probs >= smallest, log_probs, -jnp.inf))
+
+
+def keep_top_p(log_probs: jax.Array, top_p: float) -> jax.Array:
+    """Return the smallest set of most probable tokens whose sum exceeds top_p, normalised.
+
+    A token stays while the sum of those before it is at most top_p (nucleus sampling, arXiv
+    1904.09751); tokens as probable as the last of the set stay too.
+    """
+    ordered = -jnp.sort(-jnp.exp(log_probs), axis=-1)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    count = jnp.sum(before <= top_p, axis=-1, keepdims=True)
+    smallest = jnp.take_along_axis(ordered, count - 1, axis=-1)
+    return jax.nn.log_softmax(jnp.where(jnp.exp(log_probs) >= smallest, log_probs, -jnp.inf))
+
+
+def keep_min_p(probs: jax.Array, min_p: float) -> jax.Array:
+    """Return probs without the entries below min_p, normalised; the largest one always stays."""
+    largest = jnp.max(probs, axis=-1, keepdims=True)
+    kept = jnp.where(probs >= jnp.minimum(min_p, largest), probs, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def filter_log_probs(
+    log_probs: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
+    """Apply temperature, then top_k (0: all), then top_p (1: all); normalised log-probabilities."""
+    log_probs = temper(log_probs, temperature)
+    if top_k > 0:
+        log_probs = keep_top_k(log_probs, top_k)
+    if top_p < 1.0:
+        log_probs = keep_top_p(log_probs, top_p)
+    return log_probs

@@ -1,0 +1,108 @@
+"""What can be chosen about sampling, checked before anything is compiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.errors import InputError
+from gidd_jax.process import InterpolatingProcess
+
+REMASKING = ("remdm_cap", "remdm_rescale", "remdm_loop")
+METHODS = ("ancestral", "psi", *REMASKING, "confidence", "adaptive", "first_hitting")
+MASK_ONLY = (*REMASKING, "first_hitting")
+GRIDS = ("uniform", "cosine", "reference")
+# Options that only some methods read: setting one for another method is an error.
+READ_BY = {
+    "num_steps": tuple(m for m in METHODS if m != "first_hitting"),
+    "grid": tuple(m for m in METHODS if m not in ("first_hitting", "remdm_loop")),
+    "kappa": ("psi",),
+    "eta": REMASKING,
+    "loop_from": ("remdm_loop",),
+    "loop_to": ("remdm_loop",),
+    "loop_alpha": ("remdm_loop",),
+    "tokens_per_step": ("adaptive",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """How samples are drawn; raises InputError for values outside their range.
+
+    Autoregressive models read temperature, top_k, top_p and min_p alone.
+    """
+
+    num_steps: int = 128  # network calls for the sequence, or for each block
+    method: str = "ancestral"  # one of METHODS
+    grid: str = "uniform"  # times of the steps, see time_grid
+    temperature: float = 1.0  # of x_hat; 0: the most probable token
+    top_k: int = 0  # keep the top_k most probable tokens of x_hat; 0: all
+    top_p: float = 1.0  # keep the most probable tokens of x_hat with this sum; 1: all
+    min_p: float = 0.0  # drop what is less probable from the distribution that is drawn from
+    block_length: int = 0  # generate blocks of so many tokens from left to right; 0: all at once
+    kappa: float = 0.95  # psi: weight of the posterior against the marginal
+    eta: float = 0.02  # remdm: cap of the remasking probability, or its share of the largest legal
+    loop_from: float = 0.55  # remdm_loop: the loop takes the steps from here ...
+    loop_to: float = 0.05  # ... to here (1: first step, 0: last), as t_on and t_off of the paper
+    loop_alpha: float = 0.9  # remdm_loop: alpha during the loop
+    tokens_per_step: int = 0  # adaptive: positions redrawn per step; 0: enough to draw each once
+    fill_masks: bool = True  # draw what is still masked after the last step from x_hat
+
+    def __post_init__(self):
+        for name, legal in (("method", METHODS), ("grid", GRIDS)):
+            if getattr(self, name) not in legal:
+                raise InputError(
+                    f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(legal)}"
+                )
+        for name, least in (("num_steps", 1), ("top_k", 0), ("block_length", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}: {getattr(self, name)}")
+        if self.tokens_per_step < 0:
+            raise InputError(f"tokens_per_step must not be negative: {self.tokens_per_step}")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
+        for name in ("min_p", "kappa", "eta", "loop_to", "loop_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in [0, 1]: {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must lie in (0, 1]: {self.top_p}")
+        if not 0 < self.loop_alpha < 1:
+            raise InputError(f"loop_alpha must lie in (0, 1): {self.loop_alpha}")
+        if self.loop_to > self.loop_from:
+            raise InputError(f"loop_to must not exceed loop_from: {self.loop_to}, {self.loop_from}")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        for field in dataclasses.fields(self):
+            readers = READ_BY.get(field.name, METHODS)
+            if getattr(self, field.name) != field.default and self.method not in readers:
+                raise InputError(
+                    f"{field.name} has no effect with method {self.method!r}: "
+                    f"it belongs to {', '.join(readers)}"
+                )
+
+    def check_process(self, process: InterpolatingProcess) -> None:
+        """Raise InputError when the method cannot sample this process."""
+        if self.method in MASK_ONLY and not is_mask_only(process):
+            raise InputError(
+                f"method {self.method!r} needs a process whose only noise is the mask: "
+                "use 'psi', 'adaptive' or 'ancestral'"
+            )
+        if self.method == "confidence" and prior_mask(process) < 0.99:
+            raise InputError(
+                "method 'confidence' needs a process that starts from masks: "
+                "use 'adaptive', 'psi' or 'ancestral'"
+            )
+
+
+def prior_mask(process: InterpolatingProcess) -> float:
+    """Return the probability of the mask in the prior."""
+    with jax.ensure_compile_time_eval():
+        return float(process.prior().mask)
+
+
+def is_mask_only(process: InterpolatingProcess) -> bool:
+    """Return whether noise other than the mask has at most 1e-6 of the mass at any time."""
+    with jax.ensure_compile_time_eval():
+        t = jnp.linspace(process.t_min, process.t_max, 101)
+        return bool(jnp.max(process.beta_pi(t).uniform) * process.num_noise_tokens <= 1e-6)

@@ -1,0 +1,121 @@
+"""From texts to rows of tokens: what is given, what is to be generated, and where a row ends."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.errors import InputError
+
+Piece = str | int  # a text, or a number of tokens to generate
+
+
+class Rows(NamedTuple):
+    """Rows of several lengths: ids int32 [N, L], free bool [N, L] where a token is to be
+    generated, lengths int32 [N]; from its length on a row is padding."""
+
+    ids: np.ndarray
+    free: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def is_ragged(self) -> bool:
+        return bool(np.any(self.lengths != self.ids.shape[1]))
+
+
+def empty_rows(tokenizer: Tokenizer, count: int, length: int, *, begin: bool) -> Rows:
+    """Return rows with nothing given; begin: but the token that begins a text."""
+    ids = np.full((count, length), tokenizer.pad_id, np.int32)
+    free = np.ones((count, length), bool)
+    if begin:
+        ids[:, 0], free[:, 0] = begin_id(tokenizer), False
+    return Rows(ids, free, np.full(count, length, np.int32))
+
+
+def continuations(
+    tokenizer: Tokenizer, prompts: Sequence[str], length: int, new_tokens: int | None
+) -> Rows:
+    """Return rows that begin with the prompts and go on to `length`, or for `new_tokens` tokens.
+
+    Raises InputError for a prompt that is empty or leaves no room.
+    """
+    rows = []
+    for number, (prompt, ids) in enumerate(
+        zip(prompts, tokenizer.encode(prompts), strict=True), start=1
+    ):
+        if not prompt:
+            raise InputError(f"prompt {number} is empty: give some text, or no prompts at all")
+        count = length - 1 - len(ids) if new_tokens is None else new_tokens
+        if count < 1 or 1 + len(ids) + count > length:
+            raise InputError(
+                f"prompt {number} has {len(ids)} tokens: with the one that begins a text and "
+                f"{max(count, 1)} to generate it exceeds the length {length}"
+            )
+        rows.append([ids, count])
+    return join_pieces(tokenizer, rows)
+
+
+def infillings(tokenizer: Tokenizer, texts: Sequence[Sequence[Piece]], length: int) -> Rows:
+    """Return rows of pieces: the texts are given, a number stands for so many tokens to generate.
+
+    Raises InputError for a row without a gap, an impossible piece, or one longer than `length`.
+    """
+    rows = []
+    for number, pieces in enumerate(texts, start=1):
+        if isinstance(pieces, str) or not any(isinstance(piece, int) for piece in pieces):
+            raise InputError(
+                f"text {number} has nothing to fill in: give a list such as "
+                '["It was ", 5, " of times"], numbers of tokens among texts'
+            )
+        for piece in pieces:
+            if not isinstance(piece, str) and not (isinstance(piece, int) and piece > 0):
+                raise InputError(f"text {number}: a piece is a text or a number above 0: {piece!r}")
+        encoded = iter(tokenizer.encode([p for p in pieces if isinstance(p, str)]))
+        row = [next(encoded) if isinstance(p, str) else p for p in pieces]
+        size = 1 + sum(p if isinstance(p, int) else len(p) for p in row)
+        if size > length:
+            raise InputError(
+                f"text {number} has {size} tokens with its gaps and the token that begins a text: "
+                f"the longest possible is {length}"
+            )
+        rows.append(row)
+    return join_pieces(tokenizer, rows)
+
+
+def whole_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Rows:
+    """Return rows whose texts may be changed everywhere, but for the token that begins a text."""
+    rows = tokenizer.encode(texts)
+    for number, ids in enumerate(rows, start=1):
+        if not 0 < len(ids) < length:
+            raise InputError(
+                f"text {number} has {len(ids)} tokens: give 1 to {length - 1}, the context less "
+                "the token that begins a text"
+            )
+    given = join_pieces(tokenizer, [[ids] for ids in rows])
+    within = np.arange(given.ids.shape[1]) < given.lengths[:, None]
+    within[:, 0] = False
+    return given._replace(free=within)
+
+
+def join_pieces(tokenizer: Tokenizer, rows: Sequence[Sequence[np.ndarray | int]]) -> Rows:
+    """Return one row for each list of pieces, after the token that begins a text."""
+    ids, free = [], []
+    for pieces in rows:
+        sizes = [p if isinstance(p, int) else len(p) for p in pieces]
+        parts = [np.full(p, tokenizer.pad_id) if isinstance(p, int) else p for p in pieces]
+        ids.append(np.concatenate([[begin_id(tokenizer)], *parts]))
+        gaps = [isinstance(p, int) for p in pieces]
+        free.append(np.concatenate([[False], np.repeat(gaps, sizes)]))
+    lengths = np.array([len(row) for row in ids], np.int32)
+    shape = (len(ids), int(lengths.max()))
+    rows_out = Rows(np.full(shape, tokenizer.pad_id, np.int32), np.zeros(shape, bool), lengths)
+    for number, length in enumerate(lengths):
+        rows_out.ids[number, :length] = ids[number]
+        rows_out.free[number, :length] = free[number]
+    return rows_out
+
+
+def begin_id(tokenizer: Tokenizer) -> int:
+    """Return the token that begins a text."""
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

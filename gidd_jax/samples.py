@@ -1,0 +1,94 @@
+"""Generated and corrected texts, and the files that hold them."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.errors import InputError
+
+
+class Samples(NamedTuple):
+    """Generated sequences: ids int32 [N, L] (padded where rows are shorter) and their texts.
+
+    log_probs float32 [N, L]: log-probability of each token in the network call that put it there,
+    before temperature and filters; drawn_at int32 [N, L]: the number of that call; both are 0 for
+    given tokens. network_calls: calls of the network, each on one batch.
+    """
+
+    ids: np.ndarray
+    texts: list[str]
+    log_probs: np.ndarray
+    drawn_at: np.ndarray
+    network_calls: int
+
+
+class Corrected(NamedTuple):
+    """Corrected sequences, and for each of the N how it went (see `correct.Correction`)."""
+
+    ids: np.ndarray
+    texts: list[str]
+    initial_accuracy: np.ndarray
+    final_accuracy: np.ndarray
+    num_changes: np.ndarray
+    converged: np.ndarray
+    stopped_early: np.ndarray
+    num_steps: np.ndarray
+    network_calls: int
+
+
+def check_output(path: str | Path, suffix: str) -> Path:
+    """Return the path of a file to be written; InputError unless it ends in suffix in a folder."""
+    path = Path(path)
+    if path.suffix != suffix:
+        raise InputError(f"--out must end in {suffix}: {path}")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--out={path}: {parent} is not a folder")
+    if path.is_dir():
+        raise InputError(f"--out={path} is a folder: name a file")
+    return path
+
+
+def save_samples(path: str | Path, samples: Samples | Corrected, tokenizer: Tokenizer) -> None:
+    """Write samples as .npz, readable without pickle; never half a file.
+
+    Besides the fields of `samples` it holds `tokenizer`, the fingerprint of what the ids mean.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = samples._asdict() | {"texts": np.array(samples.texts, dtype=np.str_)}
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez(file, allow_pickle=False, tokenizer=np.array(tokenizer.fingerprint), **fields)
+    os.replace(part, path)
+
+
+def load_ids(path: str | Path, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the token ids int32 [N, L] of a file of samples.
+
+    Raises InputError when it is no such file, or was made with another tokenizer.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in ("ids", "tokenizer") if name in file}
+    except FileNotFoundError as error:
+        raise InputError(f"no file of samples {path}") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no file of samples (.npz with ids): {error}") from error
+    ids = data.get("ids")
+    if ids is None or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"{path} holds no token ids [N, L]: write it with gidd_jax.sample --out")
+    known = str(data.get("tokenizer", tokenizer.fingerprint))
+    outside = not ids.size or ids.min() < 0 or ids.max() >= tokenizer.vocab_size
+    if known != tokenizer.fingerprint or outside:
+        raise InputError(
+            f"{path} was made with another tokenizer than that of the checkpoint: "
+            "sample with this checkpoint, or give the texts"
+        )
+    return ids.astype(np.int32)

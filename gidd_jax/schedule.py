@@ -1,0 +1,113 @@
+"""The network calls of a run: their times, and what else a step needs to know about its place."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gidd_jax.errors import InputError
+from gidd_jax.options import GRIDS, REMASKING, SamplerOptions
+from gidd_jax.process import InterpolatingProcess
+
+
+def time_grid(
+    process: InterpolatingProcess, num_steps: int, grid: str = "uniform"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the times t and s of each step, float32 [num_steps], noisiest first.
+
+    uniform: num_steps equal transitions from t_max to t_min. cosine: smaller ones at both ends,
+    t = (1 - cos(pi u)) / 2, as in arXiv 2512.10858. reference: the original's pairs, which leave
+    out the noisiest point and end with a step from t_min to itself.
+    Raises InputError for an unknown grid or num_steps < 1.
+    """
+    if grid not in GRIDS:
+        raise InputError(f"unknown grid {grid!r}: use one of {', '.join(GRIDS)}")
+    if num_steps < 1:
+        raise InputError(f"num_steps must be at least 1: {num_steps}")
+    u = np.linspace(0.0, 1.0, num_steps + 1)
+    u = 0.5 - 0.5 * np.cos(np.pi * u) if grid == "cosine" else u
+    points = (process.t_min + (process.t_max - process.t_min) * u).astype(np.float32)
+    if grid == "reference":
+        return points[-2::-1], np.concatenate([points[-3::-1], points[:1]])
+    return points[:0:-1], points[-2::-1]
+
+
+def loop_grid(
+    process: InterpolatingProcess, options: SamplerOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the times of ReMDM-loop: down to alpha = loop_alpha, there for a while, then on."""
+    steps_before = round(options.num_steps * (1 - options.loop_from))
+    steps_after = round(options.num_steps * options.loop_to)
+    held = time_of_alpha(process, options.loop_alpha)
+    before = np.linspace(process.t_max, held, steps_before + 1)
+    after = np.linspace(held, process.t_min, steps_after + 1)
+    stay = np.full(options.num_steps - steps_before - steps_after, held)
+    t = np.concatenate([before[:-1], stay, after[:-1]])
+    s = np.concatenate([before[1:], stay, after[1:]])
+    return t.astype(np.float32), s.astype(np.float32)
+
+
+def time_of_alpha(process: InterpolatingProcess, alpha: float) -> float:
+    """Return the time in [t_min, t_max] at which the signal mass is alpha, by bisection."""
+    low, high = process.t_min, process.t_max
+    with jax.ensure_compile_time_eval():
+        for _ in range(30):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if process.alpha(middle) > alpha else (low, middle)
+    return 0.5 * (low + high)
+
+
+class Schedule(NamedTuple):
+    """The network calls of a run, arrays [num_calls] in the order of the calls.
+
+    t and s: times before and after; sigma: remasking probability; step: number of the call within
+    its block; block: which block of positions may change.
+    """
+
+    t: np.ndarray
+    s: np.ndarray
+    sigma: np.ndarray
+    step: np.ndarray
+    block: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.step[-1]) + 1
+
+
+def make_schedule(
+    process: InterpolatingProcess, options: SamplerOptions, num_free: int
+) -> Schedule:
+    """Return the schedule for rows with at most `num_free` tokens to generate."""
+    block_length = min(options.block_length or num_free, num_free)
+    num_blocks = -(-num_free // block_length)
+    if options.method == "first_hitting":  # draws its own times
+        t = s = np.full(block_length, process.t_max, np.float32)
+    elif options.method == "remdm_loop":
+        t, s = loop_grid(process, options)
+    else:
+        t, s = time_grid(process, options.num_steps, options.grid)
+    one = Schedule(t, s, remasking(process, options, t, s), np.arange(len(t)), np.zeros(len(t)))
+    blocks = np.repeat(np.arange(num_blocks), len(t)).astype(np.int32)
+    return Schedule(*(np.tile(a, num_blocks) for a in one))._replace(block=blocks)
+
+
+def remasking(
+    process: InterpolatingProcess, options: SamplerOptions, t: np.ndarray, s: np.ndarray
+) -> np.ndarray:
+    """Return sigma of every step (section 4 of arXiv 2503.00307), float32; 0 without remasking.
+
+    cap: min(eta, sigma_max), rescale: eta sigma_max, sigma_max = min(1, (1 - alpha_s) / alpha_t);
+    loop: the cap, where time stands still.
+    """
+    if options.method not in REMASKING:
+        return np.zeros_like(t)
+    with jax.ensure_compile_time_eval():
+        masked, alpha = np.asarray(process.beta_pi(s).mask), np.asarray(process.alpha(t))
+    largest = np.minimum(1.0, masked / alpha)
+    if options.method == "remdm_rescale":
+        return (options.eta * largest).astype(np.float32)
+    capped = np.minimum(options.eta, largest)
+    if options.method == "remdm_loop":
+        capped = np.where(t == s, capped, 0.0)
+    return capped.astype(np.float32)

@@ -1,0 +1,95 @@
+"""Improve generated texts by self-correction with a trained diffusion model.
+
+Examples:
+  python -m gidd_jax.self_correct --checkpoint=RUN --samples=samples.npz --out=corrected.npz
+  python -m gidd_jax.self_correct --checkpoint=RUN --samples=texts.txt --out=corrected.npz
+
+--samples: a file of gidd_jax.sample (all tokens of its sequences may change), or a .txt file with
+one text a line. In each step (arXiv 2503.04482, section 5.3) the network proposes a token for
+every position and the most probable changes are made; every text stops by itself. Writes the
+corrected ids and texts, and beside them a .csv file with one line a text: initial and final
+self-accuracy (share of tokens that are the network's first choice), number of changed tokens,
+steps, whether it converged and whether it was stopped early by --patience.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gidd_jax.cli import run
+from gidd_jax.errors import InputError
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
+)
+SAMPLES = flags.DEFINE_string(
+    "samples", None, "File of samples (.npz), or of texts (.txt, one a line).", required=True
+)
+OUT = flags.DEFINE_string("out", None, "File to write, ending in .npz.", required=True)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Texts corrected together.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the proposals.", lower_bound=0)
+EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+
+# The rest are fields of CorrectionOptions; what is not given keeps the default there.
+OPTIONS = {
+    "num_steps": flags.DEFINE_integer("num_steps", None, "Most steps. Default: 128."),
+    "temperature": flags.DEFINE_float("temperature", None, "Of the proposals. Default: 0.1."),
+    "tokens_per_step": flags.DEFINE_integer(
+        "tokens_per_step", None, "Most tokens changed in a step. Default: 1."
+    ),
+    "patience": flags.DEFINE_integer(
+        "patience", None, "Steps without better self-accuracy before a text stops. Default: 32."
+    ),
+    "t": flags.DEFINE_float("t", None, "Time that the network is told. Default: 0.01."),
+}
+COLUMNS = (
+    "initial_accuracy",
+    "final_accuracy",
+    "num_changes",
+    "num_steps",
+    "converged",
+    "stopped_early",
+)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax.correct import CorrectionOptions
+    from gidd_jax.gidd import Gidd
+    from gidd_jax.samples import check_output, load_ids, save_samples
+
+    out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value)
+    if source.suffix not in (".npz", ".txt"):
+        raise InputError(f"--samples must end in .npz or .txt: {source}")
+    if not source.is_file():
+        raise InputError(f"--samples: no such file: {source}")
+    given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
+    options = CorrectionOptions(**given)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    texts = load_ids(source, model.tokenizer) if source.suffix == ".npz" else read_lines(source)
+    result = model.correct(texts, batch_size=BATCH_SIZE.value, seed=SEED.value, options=options)
+    for number, text in enumerate(result.texts):
+        print(f"--- text {number} ---\n{text}\n")
+    columns = {name: getattr(result, name) for name in COLUMNS}
+    lines = [",".join(("text", *columns))]
+    for number, values in enumerate(zip(*columns.values(), strict=True)):
+        lines.append(",".join([str(number), *(f"{float(value):g}" for value in values)]))
+    table = out.with_suffix(".csv")
+    save_samples(out, result, model.tokenizer)
+    write_atomically(table, "\n".join(lines) + "\n")
+    for name, values in columns.items():
+        print(f"{name:>18}: mean {values.mean():.4g}, from {values.min():g} to {values.max():g}")
+    print(f"{result.network_calls} network calls; wrote {out} and {table}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank; InputError if it is no UTF-8 text."""
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--samples: {path} is no UTF-8 text file: {error}") from error
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,192 @@
+"""One denoising step of every sampler: from z_t at time t to z_s at time s < t.
+
+All take one key per row [B], x_hat float32 [B, L, V] (a distribution over clean tokens), token ids
+int32 [B, L], and times float32 [] or [B]. Ancestral, psi and remasking steps draw all positions
+independently; the ordered ones (confidence, adaptive, first hitting) choose positions first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from gidd_jax.draws import categorical, fold_in, uniforms
+from gidd_jax.process import InterpolatingProcess, expand_time
+
+
+def probs_at(probs: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the probability of each token id, [B, L]."""
+    return jnp.take_along_axis(probs, ids[..., None], axis=-1)[..., 0]
+
+
+def draw_noise(process: InterpolatingProcess, keys: jax.Array, length: int) -> jax.Array:
+    """Draw background tokens [B, length], each row from its key."""
+    return jax.vmap(lambda key: process.sample_background(key, (length,)))(keys)
+
+
+def draw_marginal(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    u: jax.Array,
+    x_hat: jax.Array,
+    s: ArrayLike,
+) -> jax.Array:
+    """Draw from q_s = alpha_s x_hat + beta_s pi_s: u [B, L] picks x_hat, the mask or noise."""
+    s = expand_time(s, u)
+    alpha, mass = process.alpha(s), process.beta_pi(s)
+    clean = categorical(fold_in(keys, 0), x_hat)
+    noise = draw_noise(process, fold_in(keys, 1), u.shape[1])
+    noise = jnp.where(u < alpha + mass.mask, process.mask_id, noise)
+    return jnp.where(u < alpha, clean, noise).astype(jnp.int32)
+
+
+def ancestral_step(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    x_hat: jax.Array,
+    z_t: jax.Array,
+    t: ArrayLike,
+    s: ArrayLike,
+    kappa: float = 1.0,
+) -> jax.Array:
+    """Draw z_s ~ kappa q(.|z_t, x_hat) + (1 - kappa) q_s(.|x_hat), [B, L], without the posterior.
+
+    q(z_s|z_t) is a mixture: z_t stays with probability alpha_{t|s} q_s(z_t)/q_t(z_t), otherwise
+    z_s ~ q_s = alpha_s x_hat + beta_s pi_s. The distribution is that of `transition_probs`.
+    kappa < 1 is the psi-posterior (arXiv 2602.21185): it draws anew, whatever z_t is, with
+    probability 1 - kappa, and has the marginals of the process for every kappa.
+    """
+    u = uniforms(fold_in(keys, 0), z_t.shape[1], 3)
+    t = expand_time(t, z_t)
+    _, step_mass = process.transition(t, expand_time(s, z_t))
+    q_t = process.alpha(t) * probs_at(x_hat, z_t) + process.mass_at(process.beta_pi(t), z_t)
+    redraw = u[..., 0] * q_t < process.mass_at(step_mass, z_t)
+    redraw |= u[..., 1] >= kappa
+    return jnp.where(redraw, draw_marginal(process, fold_in(keys, 1), u[..., 2], x_hat, s), z_t)
+
+
+def transition_probs(
+    process: InterpolatingProcess,
+    x_hat: jax.Array,
+    z_t: jax.Array,
+    t: ArrayLike,
+    s: ArrayLike,
+    kappa: float = 1.0,
+) -> jax.Array:
+    """Return the distribution that `ancestral_step` draws from, dense [B, L, V]."""
+    posterior = process.posterior_probs(x_hat, z_t, t, s)
+    if kappa == 1.0:
+        return posterior
+    return kappa * posterior + (1 - kappa) * process.marginal_probs(x_hat, s)
+
+
+def remask_step(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    x_hat: jax.Array,
+    z_t: jax.Array,
+    t: ArrayLike,
+    s: ArrayLike,
+    sigma: ArrayLike,
+) -> jax.Array:
+    """Draw z_s from ReMDM's posterior (arXiv 2503.00307, section 3) of a mask-only process.
+
+    A token becomes the mask with probability sigma; the mask stays one with probability
+    (1 - alpha_s - sigma alpha_t) / (1 - alpha_t), which keeps the marginals, else it is drawn from
+    x_hat. sigma = 0 is the ancestral step; sigma must not exceed (1 - alpha_s) / alpha_t.
+    """
+    u = uniforms(fold_in(keys, 0), z_t.shape[1], 1)[..., 0]
+    t, s = expand_time(t, z_t), expand_time(s, z_t)
+    masked_t, masked_s = process.beta_pi(t).mask, process.beta_pi(s).mask
+    stays = u * masked_t < masked_s - sigma * process.alpha(t)
+    clean = categorical(fold_in(keys, 1), x_hat)
+    from_mask = jnp.where(stays, process.mask_id, clean)
+    from_token = jnp.where(u < sigma, process.mask_id, z_t)
+    return jnp.where(z_t == process.mask_id, from_mask, from_token).astype(jnp.int32)
+
+
+def highest(scores: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Array:
+    """Return where the `count` [B] eligible positions of highest score are, bool [B, L].
+
+    Equal scores are taken from left to right; positions that are not eligible never count.
+    """
+    order = jnp.argsort(-jnp.where(eligible, scores, -jnp.inf), axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+    return eligible & (rank < count[:, None])
+
+
+def confidence_step(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    x_hat: jax.Array,
+    confidence_probs: jax.Array,
+    z_t: jax.Array,
+    active: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """Unmask the `count` [B] active masks whose drawn tokens are most probable.
+
+    A token is drawn from x_hat at every mask; those of highest probability under
+    `confidence_probs` (the network's distribution before temperature and filters) are kept, as in
+    MaskGIT (arXiv 2202.04200) without its noise, and LLaDA (arXiv 2502.09992).
+    """
+    drawn = categorical(keys, x_hat)
+    masked = active & (z_t == process.mask_id)
+    chosen = highest(probs_at(confidence_probs, drawn), masked, count)
+    return jnp.where(chosen, drawn, z_t)
+
+
+def adaptive_step(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    x_hat: jax.Array,
+    confidence_probs: jax.Array,
+    z_t: jax.Array,
+    active: jax.Array,
+    t: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """Redraw from x_hat the `count` [B] active positions that can improve most.
+
+    The improvement of a position is (max_v p(v) - p(z_t)) times the noise mass of z_t at time t,
+    with p = `confidence_probs`: how much more probable the best token is, times how likely the
+    token there is noise (adaptive sampling of arXiv 2512.10858). Masks and tokens alike.
+    """
+    gain = jnp.max(confidence_probs, axis=-1) - probs_at(confidence_probs, z_t)
+    noise = process.mass_at(process.beta_pi(expand_time(t, z_t)), z_t)
+    chosen = highest(gain * noise, active, count)
+    return jnp.where(chosen, categorical(keys, x_hat), z_t)
+
+
+def hitting_time(
+    process: InterpolatingProcess, keys: jax.Array, t: jax.Array, num_masked: jax.Array
+) -> jax.Array:
+    """Draw the time [B] at which the next of `num_masked` [B] masks is lifted, going down from t.
+
+    Each mask is still one at time tau with probability m_tau/m_t, m the mask mass: the first of n
+    is lifted at m_tau = m_t u^(1/n) (arXiv 2409.02908). Rows without masks keep t. Mask-only.
+    """
+    u = uniforms(keys, 1, 1)[:, 0, 0]
+    target = process.beta_pi(t).mask * u ** (1 / jnp.maximum(num_masked, 1))
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        below = process.beta_pi(middle).mask < target
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 40, halve, (jnp.full_like(t, process.t_min), t))
+    return jnp.where(num_masked > 0, 0.5 * (low + high), t)
+
+
+def first_hitting_step(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    x_hat: jax.Array,
+    z_t: jax.Array,
+    active: jax.Array,
+) -> jax.Array:
+    """Replace one active mask of each row, any with equal probability, by a draw from x_hat."""
+    masked = active & (z_t == process.mask_id)
+    scores = uniforms(fold_in(keys, 0), z_t.shape[1], 1)[..., 0]
+    one = jnp.ones(z_t.shape[0], jnp.int32)
+    return jnp.where(highest(scores, masked, one), categorical(fold_in(keys, 1), x_hat), z_t)
