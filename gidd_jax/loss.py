@@ -128,6 +128,13 @@ def gidd_loss(
     return GiddLoss(loss=weights * (kl + is_div), elbo=elbo, kl=kl, is_div=is_div)
 
 
+def mdlm_weights(process: InterpolatingProcess, z_t: jax.Array, t: jax.Array) -> jax.Array:
+    """Return MDLM's weight of -log x_hat_x, -alpha'/(1-alpha) on masks and 0 elsewhere, [B, L]."""
+    t = expand_time(t, z_t)
+    weights = process.alpha(t) * process.noise_rate(t).mask / process.beta_pi(t).mask
+    return jnp.where(z_t == process.mask_id, weights, 0.0)
+
+
 def mdlm_loss(
     process: InterpolatingProcess,
     logits: jax.Array,
@@ -142,11 +149,10 @@ def mdlm_loss(
     The bound of a process whose only noise is the mask; loss and elbo are the same.
     """
     log_x_hat = jax.nn.log_softmax(masked_logits(process, logits, keep_padding_columns))
-    time = expand_time(t, x)
-    alpha = process.alpha(time)
-    weights = process.noise_rate(time).mask / process.beta_pi(time).mask
-    kl = jnp.where(z_t == process.mask_id, -alpha * log_probs_at(log_x_hat, x), 0.0)
-    return GiddLoss(loss=weights * kl, elbo=weights * kl, kl=kl, is_div=jnp.zeros_like(kl))
+    nll = -log_probs_at(log_x_hat, x)
+    loss = mdlm_weights(process, z_t, t) * nll
+    kl = jnp.where(z_t == process.mask_id, process.alpha(expand_time(t, x)) * nll, 0.0)
+    return GiddLoss(loss=loss, elbo=loss, kl=kl, is_div=jnp.zeros_like(kl))
 
 
 def autoregressive_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:

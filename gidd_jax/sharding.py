@@ -20,9 +20,10 @@ from gidd_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+VOCAB_AXIS = "tensor"
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", BATCH_AXES),
-    ("vocab", "tensor"),
+    ("vocab", VOCAB_AXIS),
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("embed", "fsdp"),

@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from gidd_jax.likelihood import autoregressive_nelbo, nelbo
-from gidd_jax.loss import GiddLoss, autoregressive_loss, gidd_loss, mdlm_loss
-from gidd_jax.process import InterpolatingProcess, MaskedProcess
+from gidd_jax.loss import GiddLoss, autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weights
+from gidd_jax.models.dit import DiT
+from gidd_jax.models.llama import Llama
+from gidd_jax.ops.fused_loss import fused_loss
+from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
+from gidd_jax.sharding import BATCH_AXES, VOCAB_AXIS
 
 Params = Any
 Batch = Mapping[str, jax.Array]  # tokens int32 [B, L], mask bool [B, L] (False on padding)
@@ -38,7 +42,7 @@ class Noised(NamedTuple):
 class Objective:
     """What a network is trained on: a process and a loss (process None: autoregressive)."""
 
-    model: nn.Module
+    model: DiT | Llama
     process: InterpolatingProcess | None
     weighting: str
     min_weight: float
@@ -76,6 +80,51 @@ class Objective:
             max_weight=self.max_weight,
             keep_padding_columns=self.keep_padding_columns,
         )
+
+    def summed_loss(
+        self, params: Params, x: jax.Array, noised: Noised, coefficient: jax.Array
+    ) -> tuple[jax.Array, GiddLoss]:
+        """Return sum(coefficient * loss) and the per-token losses, without a tensor of logits.
+
+        The same numbers as `losses`, by the fused projection; only the sum can be differentiated.
+        """
+        z_t, t = noised
+        inputs = (x,) if self.process is None else (z_t, t)
+        h: Any = self.model.apply({"params": params}, *inputs, method="features")
+        weights = elbo_weights = jnp.ones((), jnp.float32)
+        scale = jnp.ones((), jnp.float32)  # of the cross-entropy in the KL
+        if self.process is None:
+            h, x, z_t = h[:, :-1], x[:, 1:], x[:, 1:]
+        elif isinstance(self.process, MaskedProcess):
+            alpha = self.process.alpha(expand_time(t, x))
+            weights = elbo_weights = mdlm_weights(self.process, z_t, t)
+            scale = jnp.where(z_t == self.process.mask_id, alpha, 0.0)
+        else:
+            weights = self.process.loss_weights(
+                x,
+                z_t,
+                t,
+                weighting=self.weighting,
+                min_weight=self.min_weight,
+                max_weight=self.max_weight,
+            )
+            elbo_weights = self.process.elbo_weights(x, z_t, t)
+        loss, (kl, is_div) = fused_loss(
+            self.process,
+            h,
+            *self.model.output_weights(params),
+            x,
+            z_t,
+            t,
+            coefficient * weights,
+            cross_entropy=self.process is None or isinstance(self.process, MaskedProcess),
+            vocab_size=self.model.vocab_size,
+            keep_padding_columns=self.keep_padding_columns,
+            batch_axes=BATCH_AXES,
+            vocab_axis=VOCAB_AXIS,
+        )
+        both = kl + is_div
+        return loss, GiddLoss(weights * both, elbo_weights * both, scale * kl, is_div)
 
     def loss_mask(self, mask: jax.Array) -> jax.Array:
         """Return which positions the training loss averages over, bool, shaped as the losses."""
@@ -132,8 +181,8 @@ def loss_and_grads(
 
     def part_loss(params: Params, part: tuple[Batch, Noised]):
         tokens, mask = part[0]["tokens"], part[0]["mask"]
-        terms = objective.losses(params, tokens, part[1])
-        loss = jnp.sum(jnp.where(objective.loss_mask(mask), terms.loss, 0.0)) / loss_count
+        coefficient = objective.loss_mask(mask) / loss_count
+        loss, terms = objective.summed_loss(params, tokens, part[1], coefficient)
         # The two parts of the loss: each divergence with the training weight of its token.
         both = terms.kl + terms.is_div
         weights = jnp.where(both > 0, terms.loss / jnp.where(both > 0, both, 1.0), 0.0)
@@ -210,7 +259,6 @@ def evaluation_step(
             lambda z_t, t: objective.apply(params, z_t, t),
             bound_key,
             x,
-            stratified=objective.stratified,
             keep_padding_columns=objective.keep_padding_columns,
         )
         real = mask

@@ -10,7 +10,6 @@ from pathlib import Path
 from time import perf_counter as clock
 from typing import Any
 
-import flax.linen as nn
 import jax
 import optax
 from absl import logging
@@ -136,7 +135,7 @@ def state_maker(
         return init_state(objective, optimizer, key, use_ema=settings.optimizer.ema_decay > 0)
 
     def unboxed_init(key: jax.Array) -> Any:
-        return nn.unbox(init(key))
+        return sharding.unbox(init(key))
 
     key = jax.random.key(0)
     shardings = sharding.state_shardings(jax.eval_shape(init, key), mesh)

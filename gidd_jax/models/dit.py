@@ -240,3 +240,8 @@ class DiT(nn.Module):
     def project(self, h: Array) -> Array:
         """Logits of features h [..., hidden_size], float32 [..., padded vocabulary]."""
         return self.output(h)
+
+    @nn.nowrap
+    def output_weights(self, params: Any) -> tuple[Array, Array | None]:
+        """Kernel [hidden_size, padded vocabulary] and bias of `project`, out of the parameters."""
+        return params["output"]["kernel"], params["output"]["bias"]

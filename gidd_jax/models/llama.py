@@ -196,6 +196,13 @@ class Llama(nn.Module):
         return self.vocab_embed.attend(h) if self.tie_embeddings else self.output(h)
 
     @nn.nowrap
+    def output_weights(self, params: Any) -> tuple[Array, Array | None]:
+        """Kernel [hidden_size, vocab_size] of `project` (no bias), out of the parameters."""
+        if self.tie_embeddings:
+            return params["vocab_embed"]["embedding"].T, None
+        return params["output"]["kernel"], None
+
+    @nn.nowrap
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for sequences of up to `length` tokens; needs no parameters."""
         if not 0 < length <= self.max_seq_len:
