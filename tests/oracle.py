@@ -6,6 +6,7 @@ derivatives in t are exact (complex step), divergences are sums over the vocabul
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +14,17 @@ from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess,
 
 COMPLEX_STEP = 1e-30
 
+Array = Any  # of NumPy; its scalar types are not ndarrays to a type checker
+
 
 @dataclass(frozen=True)
 class Oracle:
     """alpha(t) and noise(t)[..., V] for float64 t of any shape; both accept complex t."""
 
-    alpha: Callable[[np.ndarray], np.ndarray]
-    noise: Callable[[np.ndarray], np.ndarray]
+    alpha: Callable[[Array], Array]
+    noise: Callable[[Array], Array]
 
-    def marginal(self, probs: np.ndarray, t: np.ndarray) -> np.ndarray:
+    def marginal(self, probs: Array, t: Array) -> Array:
         """q_t(.|probs) for probs [..., C >= V] and t [...]; extra columns get no noise."""
         noise = self.noise(t)
         noise = np.concatenate(
@@ -29,20 +32,18 @@ class Oracle:
         )
         return self.alpha(t)[..., None] * probs + noise
 
-    def rate(self, t: np.ndarray) -> np.ndarray:
+    def rate(self, t: Array) -> Array:
         """R_t = (beta pi)' - (alpha'/alpha) beta pi, [..., V]."""
         d_alpha = self.alpha(t + 1j * COMPLEX_STEP).imag / COMPLEX_STEP
         d_noise = self.noise(t + 1j * COMPLEX_STEP).imag / COMPLEX_STEP
         return d_noise - (d_alpha / self.alpha(t))[..., None] * self.noise(t)
 
-    def weights(self, x: np.ndarray, z_t: np.ndarray, t: np.ndarray) -> np.ndarray:
+    def weights(self, x: Array, z_t: Array, t: Array) -> Array:
         """ELBO weights R_t(z_t) / q_t(z_t|x); x, z_t and t of one shape."""
         onehot = np.eye(self.noise(t).shape[-1])[x]
         return at(self.rate(t), z_t) / at(self.marginal(onehot, t), z_t)
 
-    def divergences(
-        self, probs: np.ndarray, x: np.ndarray, z_t: np.ndarray, t: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def divergences(self, probs: Array, x: Array, z_t: Array, t: Array) -> tuple[Array, Array]:
         """KL and Itakura-Saito divergence of q_t(.|x) from q_t(.|probs), by their definitions."""
         q = self.marginal(np.eye(probs.shape[-1])[x], t)
         p = self.marginal(probs, t)
@@ -51,31 +52,36 @@ class Oracle:
         ratio_z = at(q, z_t) / at(p, z_t)
         return kl, ratio_z - np.log(ratio_z) - 1
 
-    def transition(self, t: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def transition(self, t: Array, s: Array) -> tuple[Array, Array]:
         """alpha_{t|s} and beta_{t|s} pi_{t|s} [..., V], from the difference that defines it."""
         alpha_ts = self.alpha(t) / self.alpha(s)
         return alpha_ts, self.noise(t) - alpha_ts[..., None] * self.noise(s)
 
 
-def at(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def float32_values(values: Array) -> Array:
+    """Round to float32 and widen again: a float32 computation then sees the same numbers."""
+    return np.asarray(values, np.float32).astype(np.float64)
+
+
+def at(values: Array, ids: Array) -> Array:
     """values[..., ids]."""
     return np.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
 
 
-def softmax(logits: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+def softmax(logits: Array, excluded: Array) -> Array:
     """Softmax over the last axis with the given columns left out."""
     logits = np.where(excluded, -np.inf, np.asarray(logits, np.float64))
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
-def excluded_columns(process: InterpolatingProcess, columns: int) -> np.ndarray:
+def excluded_columns(process: InterpolatingProcess, columns: int) -> Array:
     """True at the mask and at the columns beyond the vocabulary."""
     ids = np.arange(columns)
     return (ids == process.mask_id) | (ids >= process.vocab_size)
 
 
-def token_distribution(process: InterpolatingProcess) -> np.ndarray:
+def token_distribution(process: InterpolatingProcess) -> Array:
     """The distribution u of the noise that is not the mask."""
     if process.background is not None:
         return np.asarray(process.background)
@@ -84,7 +90,7 @@ def token_distribution(process: InterpolatingProcess) -> np.ndarray:
     return u
 
 
-def mixture(process: InterpolatingProcess, mask_mass, token_mass) -> np.ndarray:
+def mixture(process: InterpolatingProcess, mask_mass, token_mass) -> Array:
     """mask_mass * m + token_mass * u over the vocabulary."""
     onehot = np.eye(process.vocab_size)[process.mask_id]
     return mask_mass[..., None] * onehot + token_mass[..., None] * token_distribution(process)

@@ -22,7 +22,7 @@ from gidd_jax.loss import (
     mdlm_loss,
     token_mean,
 )
-from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
+from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 
 WEIGHTINGS = {"dynamic": "dynamic_v1_1", "clip": "clip", "none": "elbo"}  # original's name: ours
 
@@ -50,18 +50,20 @@ def value_and_grad(loss, logits):
     return terms, np.asarray(grad)
 
 
-def random_case(process, seed: int, scale: float = 2.0, middle: float = 0.4):
+def random_case(
+    process: InterpolatingProcess, seed: int, scale: float = 2.0, middle: float = 0.4
+) -> tuple[oracle.Array, ...]:
     """Logits [3, 7, 23], x, z_t (all kinds of pairs, only reachable ones) and t [3], both ends."""
     rng = np.random.default_rng(seed)
     tokens = [v for v in range(process.vocab_size) if v != process.mask_id]
-    t = np.float32([process.t_min * 1.01, middle, process.t_max * 0.999])
-    logits = np.float32(scale * rng.standard_normal((3, 7, process.vocab_size)))
+    t = oracle.float32_values([process.t_min * 1.01, middle, process.t_max * 0.999])
+    logits = oracle.float32_values(scale * rng.standard_normal((3, 7, process.vocab_size)))
     x = rng.choice(tokens, (3, 7))
     z_t = np.where(rng.random(x.shape) < 0.5, x, rng.choice(tokens, x.shape))
     if isinstance(process, MaskedProcess):
         z_t = x.copy()
     z_t = np.where(rng.random(x.shape) < 0.3, process.mask_id, z_t)
-    return logits.astype(np.float64), x, z_t, t.astype(np.float64)
+    return logits, x, z_t, t
 
 
 # Golden arrays of the original implementation.
@@ -315,7 +317,7 @@ def test_small_divergences_keep_their_accuracy(gap):
 
 def test_itakura_saito_is_accurate(rtol):
     d = np.array([1e-6, 1e-4, 0.01, 0.2, 0.2499, 0.2501, 0.5, 2.0, 20.0, 60.0])
-    d = np.float32(np.concatenate([-d, d, [0.0]])).astype(np.float64).reshape(3, 7)
+    d = oracle.float32_values(np.concatenate([-d, d, [0.0]])).reshape(3, 7)
     series, term = np.zeros_like(d), d.copy()
     for k in range(2, 30):
         term = term * d / k
@@ -354,12 +356,15 @@ def test_divergences_are_not_negative_and_vanish_for_the_truth(name, logits, see
 def test_autoregressive_loss_is_the_cross_entropy_of_the_next_token(rtol):
     rng = np.random.default_rng(0)
     logits, ids = 3 * rng.standard_normal((2, 5, 11)), rng.integers(0, 11, (2, 5))
-    logits = np.float32(logits).astype(np.float64)
+    logits = oracle.float32_values(logits)
     probs = oracle.softmax(logits, np.zeros(11, bool))
     want = np.stack([-np.log(oracle.at(probs[:, i], ids[:, i + 1])) for i in range(4)], axis=1)
     got = autoregressive_loss(jnp.asarray(logits), jnp.asarray(ids))
     np.testing.assert_allclose(got, want, rtol=rtol)
-    assert autoregressive_loss(jnp.asarray(logits, jnp.bfloat16), ids).dtype == jnp.float32
+    assert (
+        autoregressive_loss(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(ids)).dtype
+        == jnp.float32
+    )
 
 
 def test_token_mean_counts_the_positions_of_the_mask():

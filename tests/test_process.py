@@ -54,8 +54,9 @@ PROCESSES = {
     "log-snr-skewed": LogSnrProcess(23, 2, scale=0.5, shift=-1.0, background=SKEWED),
 }
 # float32 values, both ends included: what is tested is the arithmetic, not the rounding of t.
-TIMES = np.float32(np.r_[1e-4, 2e-4, 1e-3, np.linspace(0.01, 0.99, 27), 0.999, 1 - 2e-4, 1 - 1e-4])
-TIMES = TIMES.astype(np.float64)
+TIMES = oracle.float32_values(
+    np.r_[1e-4, 2e-4, 1e-3, np.linspace(0.01, 0.99, 27), 0.999, 1 - 2e-4, 1 - 1e-4]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def golden_process(tag: str) -> HybridProcess:
     return HybridProcess(23, mask_id, p_uniform=p_uniform, gamma=gamma)
 
 
-def case_ids(process: InterpolatingProcess) -> tuple[np.ndarray, np.ndarray]:
+def case_ids(process: InterpolatingProcess) -> tuple[oracle.Array, oracle.Array]:
     """x, z_t [33, 6] with every kind of pair: kept, masked, and four replaced tokens."""
     tokens = np.array([i for i in range(process.vocab_size) if i != process.mask_id])
     first = np.arange(len(TIMES)) % len(tokens)
@@ -106,15 +107,15 @@ def case_ids(process: InterpolatingProcess) -> tuple[np.ndarray, np.ndarray]:
     return x, z_t
 
 
-def per_token(t: np.ndarray) -> np.ndarray:
+def per_token(t: oracle.Array) -> oracle.Array:
     """t [33] repeated to [33, 6]."""
     return np.repeat(t[:, None], 6, axis=1)
 
 
-def inside(process: InterpolatingProcess) -> np.ndarray:
+def inside(process: InterpolatingProcess) -> oracle.Array:
     """TIMES clipped to what the process draws (float32 values)."""
     t = np.clip(TIMES, process.t_min * (1 + 1e-6), process.t_max * (1 - 2e-7))
-    return np.float32(t).astype(np.float64)
+    return oracle.float32_values(t)
 
 
 def distributions(process: InterpolatingProcess, rows: int, seed: int = 0) -> np.ndarray:
@@ -330,8 +331,8 @@ def test_dynamic_weights_of_the_paper(weighting, rtol):
 # Steps s -> t of three sizes, both ends too: differences that define the noise cancel in float32.
 STEPS = np.repeat([0.3, 1e-3, 1e-4], 11)
 STEPS_T = np.clip(np.tile(np.r_[2e-4, np.linspace(0.02, 0.98, 9), 0.9995], 3), STEPS + 2e-4, 1)
-STEPS_T = np.float32(STEPS_T).astype(np.float64)
-STEPS_S = np.float32(STEPS_T - STEPS).astype(np.float64)
+STEPS_T = oracle.float32_values(STEPS_T)
+STEPS_S = oracle.float32_values(STEPS_T - STEPS)
 
 
 def transition_matrices(process: InterpolatingProcess, t, s) -> np.ndarray:
@@ -355,7 +356,7 @@ def test_transitions_of_close_times_are_accurate(process, rtol):
 
 def test_chapman_kolmogorov(process, rtol):
     t, s = STEPS_T, STEPS_S
-    r = np.float32(np.maximum(s - STEPS / 2, 1.3e-4)).astype(np.float64)
+    r = oracle.float32_values(np.maximum(s - STEPS / 2, 1.3e-4))
     s_r, t_s, t_r = (transition_matrices(process, *pair) for pair in ((s, r), (t, s), (t, r)))
     np.testing.assert_allclose(s_r @ t_s, t_r, rtol=max(rtol, 1e-9), atol=1e-15)
     clean = jnp.asarray(distributions(process, 66).reshape(33, 2, 23))
@@ -365,7 +366,7 @@ def test_chapman_kolmogorov(process, rtol):
 
 def test_posterior_is_bayes_by_enumeration(process, rtol):
     reference, rng = oracle.of(process), np.random.default_rng(1)
-    t, s = (np.float32(u).astype(np.float64) for u in ([0.02, 0.5, 0.97], [0.01, 0.1, 0.96]))
+    t, s = (oracle.float32_values(u) for u in ([0.02, 0.5, 0.97], [0.01, 0.1, 0.96]))
     x_hat = distributions(process, 21).reshape(3, 7, 23)
     z_t = rng.integers(0, 23, (3, 7))
     z_t[:, 0] = process.mask_id

@@ -28,9 +28,6 @@ SETTINGS = {
 }
 BACKGROUND = (0.1, 0.5, 0.0, 0.05, 0.05, 0.3)
 PROCESSES: dict[str, InterpolatingProcess] = {
-    tag: HybridProcess(V, mask_id, p_uniform=p_uniform, gamma=gamma)
-    for tag, (p_uniform, gamma, mask_id) in SETTINGS.items()
-} | {
     "skewed": HybridProcess(V, 2, p_uniform=0.4, background=BACKGROUND),
     "masked": MaskedProcess(V, 5),
     "log-snr-masks": LogSnrProcess(V, 5, shift=-1000.0),
@@ -39,6 +36,8 @@ PROCESSES: dict[str, InterpolatingProcess] = {
     "log-snr-scale2": LogSnrProcess(V, 2, scale=2.0, shift=0.5),
     "log-snr-skewed": LogSnrProcess(V, 2, scale=0.5, shift=1.0, background=BACKGROUND),
 }
+for tag, (p_uniform, gamma, mask_id) in SETTINGS.items():
+    PROCESSES[tag] = HybridProcess(V, mask_id, p_uniform=p_uniform, gamma=gamma)
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +169,7 @@ def test_boundary_terms_of_hybrid_noise_are_not_small():
 
 
 def test_mdlm_bound_of_one_token(golden):
-    data, process = golden("c09_exact_elbo.npz"), PROCESSES["masked"]
+    data, process = golden("c09_exact_elbo.npz"), MaskedProcess(V, 5)
     p_data = np.append(data["mdlm/p_data"], 0.0)
     for i, (t0, t1) in enumerate(data["ranges"]):
         t, weights = nodes(t0, t1)
