@@ -54,11 +54,10 @@ class SamplerOptions:
                 raise InputError(
                     f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(legal)}"
                 )
-        for name, least in (("num_steps", 1), ("top_k", 0), ("block_length", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}: {getattr(self, name)}")
-        if self.tokens_per_step < 0:
-            raise InputError(f"tokens_per_step must not be negative: {self.tokens_per_step}")
+        least = {"num_steps": 1, "top_k": 0, "block_length": 0, "tokens_per_step": 0}
+        for name, least_value in least.items():
+            if getattr(self, name) < least_value:
+                raise InputError(f"{name} must be at least {least_value}: {getattr(self, name)}")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
         for name in ("min_p", "kappa", "eta", "loop_to", "loop_from"):
