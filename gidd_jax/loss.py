@@ -99,8 +99,10 @@ def gidd_divergences(
     kl = (alpha + at_x) * ratio_x - others
 
     ratio_z = -jnp.log1p(alpha * jnp.exp(log_probs_at(log_x_hat, z_t)) / positive(at_z))
-    is_div = itakura_saito(jnp.where(z_t == x, ratio_x, ratio_z))
-    return kl, jnp.where(z_t == process.mask_id, 0.0, is_div)
+    # A token without noise mass has rate 0: its (possibly infinite) IS is no part of the bound.
+    scored = (z_t != process.mask_id) & (at_z > 0)
+    ratio = jnp.where(scored, jnp.where(z_t == x, ratio_x, ratio_z), 0.0)
+    return kl, itakura_saito(ratio)
 
 
 def gidd_loss(
@@ -131,8 +133,9 @@ def gidd_loss(
 def mdlm_weights(process: InterpolatingProcess, z_t: jax.Array, t: jax.Array) -> jax.Array:
     """Return MDLM's weight of -log x_hat_x, -alpha'/(1-alpha) on masks and 0 elsewhere, [B, L]."""
     t = expand_time(t, z_t)
-    weights = process.alpha(t) * process.noise_rate(t).mask / process.beta_pi(t).mask
-    return jnp.where(z_t == process.mask_id, weights, 0.0)
+    # All noise is the mask: 1 - alpha is its mass.
+    mass, d_mass = jax.jvp(lambda time: process.beta_pi(time).mask, (t,), (jnp.ones_like(t),))
+    return jnp.where(z_t == process.mask_id, d_mass / mass, 0.0)
 
 
 def mdlm_loss(

@@ -239,7 +239,7 @@ def update(
     ema = None
     if state.ema is not None:
         ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 

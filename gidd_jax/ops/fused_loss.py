@@ -8,6 +8,7 @@ products, as many as any version needs.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ Array = jax.Array
 
 # Logits of one chunk: few enough to stay near the processor, enough to keep its matrix units busy.
 CHUNK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 28, "tpu": 1 << 27}
+SUM_BLOCK = 64
 MIN_CHUNK = 256  # tokens: below, reading the projection's weights again for each chunk shows
 
 
@@ -75,7 +77,14 @@ class FusedLoss:
         return jnp.expand_dims(a, 1 - self.v_axis)
 
     def sum(self, a: Array) -> Array:
-        return self.total(jnp.sum(a, axis=self.v_axis))
+        """Sum over the vocabulary, [n]."""
+        if self.v_axis == 1:
+            return self.total(jnp.sum(a, axis=1))
+        # On CPU this is one long sequential sum per token, too inexact in float32: sum blocks, then
+        # their sums. The barrier keeps the compiler from making one sum of them again.
+        block = math.gcd(a.shape[0], SUM_BLOCK)
+        partial = jnp.sum(a.reshape(-1, block, a.shape[1]), axis=1)
+        return self.total(jnp.sum(jax.lax.optimization_barrier(partial), axis=0))
 
     def total(self, a: Array) -> Array:
         return a if self.vocab_axis is None else jax.lax.psum(a, self.vocab_axis)
@@ -103,9 +112,9 @@ class FusedLoss:
         if self.vocab_axis is not None:
             largest = jax.lax.pmax(largest, self.vocab_axis)
         shifted = logits - self.tokens(largest)
-        log_total = jnp.log(self.sum(jnp.exp(shifted)))
-        log_x_hat = shifted - self.tokens(log_total)
-        return jnp.exp(log_x_hat), log_x_hat
+        unnormalised = jnp.exp(shifted)
+        total = self.sum(unnormalised)
+        return unnormalised / self.tokens(total), shifted - self.tokens(jnp.log(total))
 
     def chunk(
         self, h: Array, kernel: Array, bias: Array, targets: Targets, with_gradient: bool
@@ -153,9 +162,10 @@ class FusedLoss:
 
         is_z = self.columns(ids) == self.tokens(z)
         x_hat_z = self.sum(jnp.where(is_z, x_hat, 0.0))
-        log_ratio_z = jnp.where(z == x, log_ratio_x, -jnp.log1p(alpha * x_hat_z / positive(at_z)))
-        scored = z != process.mask_id
-        is_div = jnp.where(scored, itakura_saito(log_ratio_z), 0.0)
+        ratio_z = -jnp.log1p(alpha * x_hat_z / positive(at_z))
+        scored = (z != process.mask_id) & (at_z > 0)
+        log_ratio_z = jnp.where(scored, jnp.where(z == x, log_ratio_x, ratio_z), 0.0)
+        is_div = itakura_saito(log_ratio_z)
         if not with_gradient:
             return Terms(kl, is_div), None
 
@@ -163,9 +173,7 @@ class FusedLoss:
         g = jnp.where(noisy, -signal * safe / (safe + signal), 0.0)
         x_hat_x = jnp.exp(log_at_x)
         g_x = -q_x * alpha * x_hat_x / (alpha * x_hat_x + at_x)
-        g_z = jnp.where(scored, alpha * x_hat_z / (alpha * x_hat_z + positive(at_z)), 0.0)
-        g_z = g_z * -jnp.expm1(log_ratio_z)
-        g_z = jnp.where((at_z > 0) | (z == x), g_z, 0.0)
+        g_z = alpha * x_hat_z / (alpha * x_hat_z + positive(at_z)) * -jnp.expm1(log_ratio_z)
         total = self.sum(g) + g_x + g_z
         dl = g + jnp.where(is_x, self.tokens(g_x), 0.0) + jnp.where(is_z, self.tokens(g_z), 0.0)
         dl = self.tokens(coefficient) * (dl - x_hat * self.tokens(total))
@@ -181,6 +189,14 @@ class FusedLoss:
 
 def _log(mass: Array) -> Array:
     return jnp.where(mass > 0, jnp.log(positive(mass)), -jnp.inf)
+
+
+def pairwise_sum(values: Array) -> Array:
+    """Sum a vector in pairs: a single loss of thousands of nats swallows no digits of others."""
+    while values.shape[0] > 1:
+        values = jnp.pad(values, (0, values.shape[0] % 2))
+        values = values[0::2] + values[1::2]
+    return values[0]
 
 
 def _run(
@@ -208,27 +224,28 @@ def _run(
     def step(carry: Any, part: tuple[Array, Targets]) -> tuple[Any, Any]:
         h, targets = part
         terms, dl = config.chunk(h, low_kernel, bias, targets, with_gradient)
-        loss = jnp.sum(targets.coefficient * (terms.kl + terms.is_div))
+        losses = targets.coefficient * (terms.kl + terms.is_div)
         if dl is None:
-            return (carry[0] + loss,), (terms, None)
+            return carry, (losses, terms, None)
         low = dl.astype(h.dtype)
         product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
         v, n = config.v_axis, 1 - config.v_axis
         dh = product(low, low_kernel, (((v,), (1,)), ((), ())))
-        d_kernel = carry[1] + product(h, low, (((0,), (n,)), ((), ())))
-        return (carry[0] + loss, d_kernel, carry[2] + jnp.sum(dl, axis=n)), (terms, dh)
+        d_kernel = carry[0] + product(h, low, (((0,), (n,)), ((), ())))
+        return (d_kernel, carry[1] + jnp.sum(dl, axis=n)), (losses, terms, dh)
 
-    zeros = (jnp.zeros((), jnp.float32),)
+    zeros = None
     if with_gradient:
-        zeros += (jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
+        zeros = (jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
     targets = jax.tree.map(split, targets)
     coefficient = jnp.where(counts.reshape(chunks, size), targets.coefficient, 0.0)
     parts = (split(h), targets._replace(coefficient=coefficient))
-    carry, (terms, dh) = jax.lax.scan(step, zeros, parts)
+    carry, (losses, terms, dh) = jax.lax.scan(step, zeros, parts)
+    loss = pairwise_sum(losses.reshape(-1))
     terms = Terms(*(a.reshape(-1)[:count] for a in terms))
     if not with_gradient:
-        return carry[0], terms, None
-    return carry[0], terms, (dh.reshape(-1, width)[:count], carry[1], carry[2])
+        return loss, terms, None
+    return loss, terms, (dh.reshape(-1, width)[:count], *carry)
 
 
 @dataclasses.dataclass(frozen=True)
