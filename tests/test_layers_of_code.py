@@ -1,0 +1,174 @@
+"""The layers of the code base: each module imports only from its own layer and those below it."""
+
+import ast
+import graphlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gidd_jax"
+# From the bottom. A package stands for all of its modules. Modules that can be run are entries.
+LAYERS = {
+    "foundation": {"errors", "cli"},
+    "maths": {"process", "loss", "ops", "draws"},
+    "networks": {"models"},
+    "generation": {
+        "autoregressive",
+        "correct",
+        "filters",
+        "likelihood",
+        "options",
+        "sampler",
+        "schedule",
+        "steps",
+    },
+    "machinery": {
+        "build",
+        "checkpoint",
+        "data",
+        "metrics",
+        "optimizer",
+        "settings",
+        "sharding",
+        "state",
+        "trainer",
+    },
+    "interop": {"gidd", "hub", "plots", "prompts", "samples"},
+    "entries": set(),
+}
+ORDER = list(LAYERS)
+HEAVY = {
+    "jax",
+    "flax",
+    "optax",
+    "orbax",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "tensorflow_datasets",
+    "matplotlib",
+    "pyarrow",
+    "clu",
+}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}
+ENTRIES = [name for name in FILES if '__name__ == "__main__"' in FILES[name].read_text("utf-8")]
+
+
+def layer(module: str) -> str:
+    """The layer of a module; fails when nobody said which."""
+    if module == "gidd_jax" or module in ENTRIES:
+        return "entries"
+    part = module.split(".")[1]
+    found = [name for name, members in LAYERS.items() if part in members]
+    assert found, f"gidd_jax/{part} has no layer: add it to LAYERS, where it belongs"
+    return found[0]
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, those in functions too, but not what only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from runtime_nodes(node)
+
+
+def imports(module: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    found = set()
+    for node in runtime_nodes(TREES[module]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} uses a relative import: {ast.unparse(node)}"
+            assert node.module is not None
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
+            found |= inside or {node.module}
+    return {name for name in found if name.split(".")[0] == "gidd_jax"}
+
+
+def test_the_modules_of_the_plan_are_there():
+    assert len(FILES) >= 25  # else the tests below look at the wrong folder
+    assert {f"gidd_jax.{name}" for name in ("process", "loss", "state", "trainer")} <= FILES.keys()
+    assert {"gidd_jax.train", "gidd_jax.sample", "gidd_jax.quickstart"} <= set(ENTRIES)
+    assert imports("gidd_jax.trainer") >= {"gidd_jax.state", "gidd_jax.sharding"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_down(module):
+    for imported in imports(module):
+        assert ORDER.index(layer(imported)) <= ORDER.index(layer(module)), (
+            f"{module} ({layer(module)}) imports {imported} ({layer(imported)})"
+        )
+        assert imported not in ENTRIES, f"{module} imports the command {imported}"
+
+
+def test_no_circles():
+    graph = {name: imports(name) - {"gidd_jax"} for name in FILES if name != "gidd_jax"}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_modules_have_a_concern_and_fit_in_a_head(module):
+    assert not {"utils", "util", "helpers", "common", "misc"} & set(module.split("."))
+    assert not re.search(r"_v\d+$", module)
+    assert len(FILES[module].read_text("utf-8").splitlines()) <= 500
+    assert module == "gidd_jax.ops" or ast.get_docstring(TREES[module]), f"{module}: no docstring"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_defaults_live_in_the_base_config_alone(module):
+    """A `config.get(key, default)` would keep a second default, and swallow a misspelt key."""
+    for node in runtime_nodes(TREES[module]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            is_config = re.search(r"(config|settings)(\.\w+)*$", owner)
+            assert not (node.func.attr == "get" and is_config), ast.unparse(node)
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if layer(name) != "entries"])
+def test_only_entries_see_the_command_line_or_print(module):
+    if module in ("gidd_jax.cli", "gidd_jax.settings"):  # the door
+        return
+    for node in runtime_nodes(TREES[module]):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("print", "sys.exit"), ast.unparse(node)
+        names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        assert not names & {"ConfigDict", "flags", "config_flags"}, ast.unparse(node)
+
+
+def loaded_modules(script: str) -> set[str]:
+    """Top-level names in sys.modules after `script` in a new interpreter."""
+    report = (
+        "import atexit, json, sys\natexit.register(lambda: print(json.dumps([*sys.modules])))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", report + script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return {name.split(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert not loaded_modules("import gidd_jax") & HEAVY
+
+
+@pytest.mark.parametrize("module", ENTRIES)
+def test_help_loads_nothing_heavy(module):
+    run = f"runpy.run_module('{module}', run_name='__main__')"
+    loaded = loaded_modules(f"import runpy\nsys.argv = ['x', '--help']\n{run}")
+    assert "absl" in loaded
+    assert not loaded & HEAVY
