@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gidd_jax.draws import categorical, fold_in, uniforms
+from gidd_jax.draws import categorical, fold_in, index_from_uniforms, num_levels, uniforms
 from gidd_jax.process import InterpolatingProcess, expand_time
 
 
@@ -23,20 +23,13 @@ def draw_noise(process: InterpolatingProcess, keys: jax.Array, length: int) -> j
     return jax.vmap(lambda key: process.sample_background(key, (length,)))(keys)
 
 
-def draw_marginal(
-    process: InterpolatingProcess,
-    keys: jax.Array,
-    u: jax.Array,
-    x_hat: jax.Array,
-    s: ArrayLike,
-) -> jax.Array:
-    """Draw from q_s = alpha_s x_hat + beta_s pi_s: u [B, L] picks x_hat, the mask or noise."""
-    s = expand_time(s, u)
-    alpha, mass = process.alpha(s), process.beta_pi(s)
-    clean = categorical(fold_in(keys, 0), x_hat)
-    noise = draw_noise(process, fold_in(keys, 1), u.shape[1])
-    noise = jnp.where(u < alpha + mass.mask, process.mask_id, noise)
-    return jnp.where(u < alpha, clean, noise).astype(jnp.int32)
+def coins_and_tokens(
+    keys: jax.Array, x_hat: jax.Array, num_coins: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return uniforms [B, L, num_coins] and tokens [B, L] drawn from x_hat, independent."""
+    count = num_coins + num_levels(x_hat.shape[-1])
+    u = uniforms(keys, x_hat.shape[1], count)  # at once: generators are slow to compile
+    return u[..., :num_coins], index_from_uniforms(x_hat, u[..., num_coins:])
 
 
 def ancestral_step(
@@ -55,13 +48,18 @@ def ancestral_step(
     kappa < 1 is the psi-posterior (arXiv 2602.21185): it draws anew, whatever z_t is, with
     probability 1 - kappa, and has the marginals of the process for every kappa.
     """
-    u = uniforms(fold_in(keys, 0), z_t.shape[1], 3)
-    t = expand_time(t, z_t)
-    _, step_mass = process.transition(t, expand_time(s, z_t))
+    u, clean = coins_and_tokens(fold_in(keys, 0), x_hat, 3)
+    noise = draw_noise(process, fold_in(keys, 1), z_t.shape[1])
+    t, s = expand_time(t, z_t), expand_time(s, z_t)
+    _, step_mass = process.transition(t, s)
     q_t = process.alpha(t) * probs_at(x_hat, z_t) + process.mass_at(process.beta_pi(t), z_t)
     redraw = u[..., 0] * q_t < process.mass_at(step_mass, z_t)
     redraw |= u[..., 1] >= kappa
-    return jnp.where(redraw, draw_marginal(process, fold_in(keys, 1), u[..., 2], x_hat, s), z_t)
+
+    alpha_s, mass_s = process.alpha(s), process.beta_pi(s)
+    noise = jnp.where(u[..., 2] < alpha_s + mass_s.mask, process.mask_id, noise)
+    marginal = jnp.where(u[..., 2] < alpha_s, clean, noise)
+    return jnp.where(redraw, marginal, z_t).astype(jnp.int32)
 
 
 def transition_probs(
@@ -94,11 +92,10 @@ def remask_step(
     (1 - alpha_s - sigma alpha_t) / (1 - alpha_t), which keeps the marginals, else it is drawn from
     x_hat. sigma = 0 is the ancestral step; sigma must not exceed (1 - alpha_s) / alpha_t.
     """
-    u = uniforms(fold_in(keys, 0), z_t.shape[1], 1)[..., 0]
-    t, s = expand_time(t, z_t), expand_time(s, z_t)
+    coins, clean = coins_and_tokens(keys, x_hat, 1)
+    u, t, s = coins[..., 0], expand_time(t, z_t), expand_time(s, z_t)
     masked_t, masked_s = process.beta_pi(t).mask, process.beta_pi(s).mask
     stays = u * masked_t < masked_s - sigma * process.alpha(t)
-    clean = categorical(fold_in(keys, 1), x_hat)
     from_mask = jnp.where(stays, process.mask_id, clean)
     from_token = jnp.where(u < sigma, process.mask_id, z_t)
     return jnp.where(z_t == process.mask_id, from_mask, from_token).astype(jnp.int32)
@@ -187,6 +184,6 @@ def first_hitting_step(
 ) -> jax.Array:
     """Replace one active mask of each row, any with equal probability, by a draw from x_hat."""
     masked = active & (z_t == process.mask_id)
-    scores = uniforms(fold_in(keys, 0), z_t.shape[1], 1)[..., 0]
+    scores, drawn = coins_and_tokens(keys, x_hat, 1)
     one = jnp.ones(z_t.shape[0], jnp.int32)
-    return jnp.where(highest(scores, masked, one), categorical(fold_in(keys, 1), x_hat), z_t)
+    return jnp.where(highest(scores[..., 0], masked, one), drawn, z_t)
