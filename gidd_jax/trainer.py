@@ -1,7 +1,6 @@
 """The training run: built from settings, resumed from its workdir, stopped cleanly."""
 
 import contextlib
-import functools
 import math
 import signal
 import threading
@@ -11,6 +10,7 @@ from time import perf_counter as clock
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from absl import logging
 from clu import parameter_overview
@@ -24,14 +24,21 @@ from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
 from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.settings import Settings
-from gidd_jax.state import Objective, TrainState, evaluation_step, init_state, train_step
+from gidd_jax.state import (
+    Objective,
+    TrainState,
+    evaluation_step,
+    init_state,
+    split_micro_batches,
+    train_step,
+)
 
 
 def train(settings: Settings, workdir: Path, allow_config_change: bool = False) -> dict[str, Any]:
     """Train to settings.train.num_steps, going on from the newest checkpoint in the workdir.
 
     Returns the figures of the last validation. Raises InputError for bad input before anything is
-    written, DivergenceError when a loss is not finite.
+    written, DivergenceError when a loss or a gradient is not finite.
     """
     check_workdir(workdir, settings, allow_config_change=allow_config_change)
     num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
@@ -89,7 +96,7 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
         reporter = Reporter(settings, writer, progress, workdir)
         rate = learning_rate(settings.optimizer, num_steps)
         step_fn = compile_step(settings, objective, optimizer, rate, abstract_state, mesh)
-        eval_fn = compile_evaluation(objective, abstract_state, mesh)
+        eval_fn = compile_evaluation(settings, objective, abstract_state, mesh)
         figures: dict[str, Any] = {}
 
         started = clock()
@@ -101,21 +108,21 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
                 jax.block_until_ready(state)
                 logging.info("Compiled and ran the first step in %.1f s", clock() - started)
                 progress.restart(step)
-            stop = stopping() or step == num_steps
             every = settings.train.eval_every
             if step == num_steps or (every and step % every == 0):
                 reporter.flush()
                 figures = evaluate(eval_fn, state, validation, eval_key, mesh)
                 writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
                 progress.restart(step)
-            if stop or step % settings.checkpoint.every == 0:
-                reporter.flush()  # a state whose loss is not finite is not saved
-                checkpointer.save(step, state, batches.get_state(), force=stop)
-            if stopping():
+            stop = stopping()  # asked once: a signal after this line is heard after the next step
+            if stop or step == num_steps or step % settings.checkpoint.every == 0:
+                reporter.flush()  # a state made of numbers that are not finite is not saved
+                checkpointer.save(step, state, batches.get_state(), force=True)
+            if stop:
                 checkpointer.wait()
                 logging.info("Stopped after step %d: the same command goes on from there", step)
                 break
-        if not figures and first == num_steps:
+        if first >= num_steps:
             figures = evaluate(eval_fn, state, validation, eval_key, mesh)
         return figures
 
@@ -180,12 +187,25 @@ def compile_step(
 
 
 def compile_evaluation(
-    objective: Objective, abstract_state: TrainState, mesh: jax.sharding.Mesh
+    settings: Settings, objective: Objective, abstract_state: TrainState, mesh: jax.sharding.Mesh
 ) -> Callable[..., Any]:
-    """Return the jitted evaluation (parameters, batch, key) -> sums over the batch."""
+    """Return the jitted evaluation (parameters, batch, key) -> sums over the batch.
+
+    It works on as many rows at a time as a training step does: their logits must fit.
+    """
+    parts = settings.train.micro_batches
+
+    def evaluation(params: Any, batch: Any, key: jax.Array) -> Any:
+        def part_sums(part: Any) -> Any:
+            number, rows = part
+            return evaluation_step(objective, params, rows, jax.random.fold_in(key, number))
+
+        sums = jax.lax.map(part_sums, (jnp.arange(parts), split_micro_batches(batch, parts)))
+        return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
+
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.params)
     return jax.jit(
-        functools.partial(evaluation_step, objective),
+        evaluation,
         in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
         out_shardings=sharding.replicated(mesh),
     )
@@ -239,16 +259,17 @@ class Reporter:
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Report the last step; raises DivergenceError if its loss is not finite."""
+        """Report the last step; raises DivergenceError if its loss or gradient is not finite."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
-        loss = float(metrics.loss.compute())
-        if not math.isfinite(loss):
-            raise DivergenceError(
-                f"the loss of step {step} is {loss}: the run stopped; {self._advice(step)}"
-            )
+        loss, norm = float(metrics.loss.compute()), float(metrics.grad_norm.compute())
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise DivergenceError(
+                    f"the {name} of step {step} is {value}: the run stopped; {self._advice()}"
+                )
         self._average = metrics if self._average is None else self._average.merge(metrics)
         if step % self._every == 0:
             values = {name: float(value) for name, value in self._average.compute().items()}
@@ -256,7 +277,7 @@ class Reporter:
             self._writer.write_scalars(step, {f"train/{name}": v for name, v in values.items()})
             self._average = None
 
-    def _advice(self, step: int) -> str:
+    def _advice(self) -> str:
         try:
             good = find_checkpoint(self._workdir).folder
         except InputError:
