@@ -47,11 +47,12 @@ class CorrectionOptions:
 class Correction(NamedTuple):
     """Corrected ids int32 [B, L] and, for each row [B], how it went.
 
-    Self-accuracy: share of the positions whose token is the network's most probable one, measured
-    after a step with the logits before it. initial_accuracy and final_accuracy are those of the
-    first and of the last step, also where stopping early dropped that step's changes; num_changes
+    Self-accuracy: share of the positions whose token is the network's most probable one.
+    initial_accuracy is that of the input; final_accuracy that after the last step, measured with
+    the logits before it, also where stopping early dropped the changes of that step. num_changes
     counts the positions that differ from the input; converged: a step changed nothing;
-    stopped_early: the patience ran out; num_steps: steps the row took part in.
+    stopped_early: the patience ran out; num_steps: steps the row took part in. These are the
+    original's conventions.
     """
 
     ids: jax.Array
@@ -91,6 +92,12 @@ def correction_step(
     return jnp.where(highest(score, free, count), proposal, z)
 
 
+def self_accuracy(first_choice: jax.Array, z: jax.Array, free: jax.Array) -> jax.Array:
+    """Return the share of each row's free positions that hold the first choice, float32 [B]."""
+    right = jnp.sum(free & (z == first_choice), axis=-1)
+    return (right / jnp.maximum(jnp.sum(free, axis=-1), 1)).astype(jnp.float32)
+
+
 def self_correct(
     process: InterpolatingProcess,
     denoise: Denoiser,
@@ -113,9 +120,11 @@ def self_correct(
         probs = jnp.exp(temper(jax.nn.log_softmax(logits), options.temperature))
         proposal = propose(state.step, probs)
         z_next = correction_step(probs, proposal, state.z, free, options.tokens_per_step)
-        right = free & (z_next == jnp.argmax(logits, axis=-1))
-        accuracy = jnp.sum(right, axis=-1) / jnp.maximum(jnp.sum(free, axis=-1), 1)
-        return _advance(state, z_next, accuracy.astype(jnp.float32), options.patience)
+        first_choice = jnp.argmax(logits, axis=-1)
+        before = self_accuracy(first_choice, state.z, free)
+        after = self_accuracy(first_choice, z_next, free)
+        state = state._replace(initial=jnp.where(state.step == 0, before, state.initial))
+        return _advance(state, z_next, after, options.patience)
 
     def goes_on(state: _State) -> jax.Array:
         return (state.step < options.num_steps) & jnp.any(~state.converged & ~state.stopped)
@@ -145,7 +154,7 @@ def _advance(state: _State, z_next: jax.Array, accuracy: jax.Array, patience: in
     return _State(
         step=state.step + 1,
         z=jnp.where((runs & ~stops)[:, None], z_next, state.z),
-        initial=jnp.where(state.step == 0, accuracy, state.initial),
+        initial=state.initial,
         latest=jnp.where(runs, accuracy, state.latest),
         best=jnp.where(runs & better, accuracy, state.best),
         stalled=jnp.where(runs, stalled, state.stalled),
