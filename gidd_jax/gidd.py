@@ -19,24 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax.autoregressive import check_autoregressive, sample_autoregressive
-from gidd_jax.build import build_objective
-from gidd_jax.checkpoint import find_checkpoint, load_params
 from gidd_jax.cli import nearest
 from gidd_jax.correct import Correction, CorrectionOptions, proposals, self_correct
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
+from gidd_jax.export import save_pretrained
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.options import SamplerOptions
+from gidd_jax.pretrained import Pretrained, load_pretrained
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.prompts import Piece, Rows, continuations, empty_rows, infillings, whole_texts
 from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
 from gidd_jax.samples import Corrected, Samples
-from gidd_jax.settings import Settings
 from gidd_jax.sharding import batch_sharding, make_mesh, replicated
-from gidd_jax.state import abstract_params
 
 Options = TypeVar("Options", SamplerOptions, CorrectionOptions)
 
@@ -53,23 +51,22 @@ class Gidd:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, ema: bool = False) -> Self:
-        """Load a workdir of `gidd_jax.train` (its newest step), or one step of it.
+        """Load a workdir or step of `gidd_jax.train`, a published folder, or a hub name.
 
-        ema: the moving average of the parameters. Raises InputError when there is no checkpoint,
-        or it is damaged.
+        ema: the moving average of the parameters. Raises InputError when there is no model, or it
+        is damaged (see `pretrained.load_pretrained`).
         """
-        checkpoint = find_checkpoint(path)
-        settings = Settings.from_config(checkpoint.config())
-        tokenizer = checkpoint.tokenizer()
-        objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
-        params = load_params(checkpoint, abstract_params(objective), ema=ema)
-        return cls(
-            network=objective.model,  # pyright: ignore[reportArgumentType]
-            params=params,
-            tokenizer=tokenizer,
-            process=objective.process,
-            keep_padding_columns=settings.model.keep_padding_columns,
+        return cls(*load_pretrained(path, ema=ema))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a new folder in the published Hugging Face format (see `export`).
+
+        Raises InputError when it exists, or the process is one that the format cannot hold.
+        """
+        model = Pretrained(
+            self.network, self.params, self.tokenizer, self.process, self.keep_padding_columns
         )
+        save_pretrained(model, path)
 
     @property
     def max_seq_len(self) -> int:
@@ -184,7 +181,8 @@ class Gidd:
                 self.tokenizer.eos_id,
                 self.tokenizer.pad_id,
                 self.tokenizer.mask_id,
-                self.tokenizer.vocab_size,
+                # An imported model may lack the last tokens of its tokenizer, or have more rows.
+                min(self.tokenizer.vocab_size, self.network.vocab_size),
             )
             parts = [
                 _autoregressive(*batch, network=self.network, special=special, options=options)
@@ -298,7 +296,8 @@ def _autoregressive(
         eos_id=special.eos,
         pad_id=special.pad,
         vocab_size=special.vocab_size,
-        excluded_ids=(special.mask, special.pad),
+        # Some tokenizers pad with their end token, which must stay possible.
+        excluded_ids=tuple({special.mask, special.pad} - {special.eos}),
     )
 
 

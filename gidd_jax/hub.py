@@ -17,6 +17,12 @@ from gidd_jax.models.dit import ROTARY_BASE, padded_vocab_size
 
 StateDict = dict[str, np.ndarray]
 Params = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+_DIT_VOCABULARY = (
+    "vocab_embed.embedding",
+    "output_layer.linear.weight",
+    "output_layer.linear.bias",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,13 @@ class _Tensor:
             inputs = math.prod(array.shape[: len(self.in_split) + 1])
             return np.ascontiguousarray(array.reshape(inputs, -1).T)
         return array if self.into[-1] == "embedding" else array.reshape(-1)
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape there of a parameter of `shape` here."""
+        if self.into[-1] == "kernel":
+            inputs = math.prod(shape[: len(self.in_split) + 1])
+            return (math.prod(shape) // inputs, inputs)
+        return shape if self.into[-1] == "embedding" else (math.prod(shape),)
 
 
 def _split(size: int, split: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,9 +154,18 @@ def dit_params_to_torch(params: Params, vocab_size: int | None = None) -> StateD
     num_heads = params["blocks"]["qkv"]["kernel"].shape[3]
     root, block = _dit_tensors(num_heads)
     state_dict = _state_dict(params, root, block, "blocks.")
-    for name in ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias"):
+    for name in _DIT_VOCABULARY:
         state_dict[name] = state_dict[name][:vocab_size]
     return state_dict
+
+
+def dit_tensor_shapes(params: Params, vocab_size: int | None = None) -> Shapes:
+    """Shapes of what dit_params_to_torch returns; `params` may be jax.ShapeDtypeStruct."""
+    root, block = _dit_tensors(params["blocks"]["qkv"]["kernel"].shape[3])
+    shapes = _shapes(params, root, block, "blocks.")
+    if vocab_size is not None:
+        shapes |= {name: (vocab_size, *shapes[name][1:]) for name in _DIT_VOCABULARY}
+    return shapes
 
 
 def dit_rotary_buffers(max_seq_len: int, head_dim: int) -> StateDict:
@@ -180,10 +202,18 @@ def llama_params_from_torch(
 
 def llama_params_to_torch(params: Params) -> StateDict:
     """State dict of transformers' LlamaForCausalLM, the inverse of llama_params_from_torch."""
+    return _state_dict(params, *_llama_tensors_of(params), "model.layers.")
+
+
+def llama_tensor_shapes(params: Params) -> Shapes:
+    """Shapes of what llama_params_to_torch returns; `params` may be jax.ShapeDtypeStruct."""
+    return _shapes(params, *_llama_tensors_of(params), "model.layers.")
+
+
+def _llama_tensors_of(params: Params) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:
     num_heads = params["blocks"]["query"]["kernel"].shape[2]
     num_kv_heads = params["blocks"]["key"]["kernel"].shape[2]
-    root, block = _llama_tensors(num_heads, num_kv_heads, "output" not in params)
-    return _state_dict(params, root, block, "model.layers.")
+    return _llama_tensors(num_heads, num_kv_heads, "output" not in params)
 
 
 def _without(state_dict: Mapping[str, np.ndarray], ignored: str) -> StateDict:
@@ -222,6 +252,17 @@ def _state_dict(
         for i, layer in enumerate(stacked):
             state_dict[f"{prefix}{i}.{name}"] = tensor.to_torch(layer)
     return state_dict
+
+
+def _shapes(
+    params: Params, root: Mapping[str, _Tensor], block: Mapping[str, _Tensor], prefix: str
+) -> Shapes:
+    shapes = {name: t.torch_shape(_get(params, t.into).shape) for name, t in root.items()}
+    for name, tensor in block.items():
+        num_layers, *shape = _get(params, ("blocks", *tensor.into)).shape
+        for i in range(num_layers):
+            shapes[f"{prefix}{i}.{name}"] = tensor.torch_shape(tuple(shape))
+    return shapes
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

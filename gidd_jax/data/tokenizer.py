@@ -123,7 +123,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if name == EMBEDDED:
         folder = Path(str(resources.files("gidd_jax") / "assets/tokenizer"))
     is_local = name != "" and folder.is_dir()
-    if not is_local and _looks_like_path(name):
+    if not is_local and looks_like_path(name):
         raise InputError(
             f"no tokenizer folder {name!r}: give 'embedded', a folder with tokenizer.json, "
             "or a name on the Hugging Face hub"
@@ -167,7 +167,7 @@ def _wrap(hf: Any, name: str) -> Tokenizer:
     return Tokenizer(hf.backend_tokenizer, bos_id, eos_id, pad_id, mask_id, name)
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     """Tell a mistyped folder from a hub name, which costs a minute of retries without a network."""
     is_hub_name = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and name != ""
     parent = Path(name).parent

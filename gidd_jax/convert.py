@@ -1,0 +1,34 @@
+"""Write a model as a Hugging Face folder: config.json, model.safetensors and its tokenizer.
+
+Reads whatever the other commands read: a run of gidd_jax.train, a checkpoint of the original's
+training, a Hugging Face folder or owner/name on the hub. Diffusion models are written in the format
+of the published GIDD models, autoregressive ones as a Llama that transformers loads by itself.
+
+Examples:
+  python -m gidd_jax.convert --checkpoint=outputs/quickstart --out=quickstart-hf
+  python -m gidd_jax.convert --checkpoint=original/checkpoint --out=gidd-small
+"""
+
+from absl import flags
+
+from gidd_jax.cli import run
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Workdir of a run, one of its checkpoints, or a model.", required=True
+)
+OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist.", required=True)
+EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    from gidd_jax.export import check_new_folder, save_pretrained
+    from gidd_jax.pretrained import load_pretrained
+
+    out = check_new_folder(OUT.value)  # before the work, not after it
+    save_pretrained(load_pretrained(CHECKPOINT.value, ema=EMA.value), out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run(main)
