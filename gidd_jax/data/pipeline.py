@@ -260,7 +260,7 @@ def _train_records(
     is_large = documents.num_bytes > MAX_TEXT_BYTES
     if is_large and settings.mode != "packed" and documents.is_random_access:
         return _TokenisedOnTheFly(documents, tokenizer, settings.mode, seq_len), True
-    tokenised = _tokenise_all(documents, tokenizer, settings, "training")
+    tokenised = tokenise_all(documents, tokenizer, settings, "training")
     if settings.mode == "crop":
         return tokenised.whole(), False
     return rows.cut(tokenised, settings.mode, seq_len), False
@@ -274,7 +274,7 @@ def _validation_records(
     if shards.is_shard_folder(settings.path):
         _, held_out = shards.open_shards(settings.path, tokenizer, settings.mode, seq_len)
         return held_out, [held_out.num_bytes(i) for i in range(len(held_out))]
-    tokenised = _tokenise_all(_open(settings).validation, tokenizer, settings, "validation")
+    tokenised = tokenise_all(_open(settings).validation, tokenizer, settings, "validation")
     windows = rows.cut(tokenised, settings.mode, seq_len)
     return windows, windows.sums(tokenised.num_bytes)
 
@@ -285,7 +285,7 @@ def _open(settings: "DataSettings"):
     )
 
 
-def _tokenise_all(
+def tokenise_all(
     documents: Documents, tokenizer: Tokenizer, settings: "DataSettings", split: str
 ) -> rows.TokenisedDocuments:
     """Tokenise a split into memory; raises InputError when it is too large for that."""

@@ -1,0 +1,173 @@
+"""Measure how well a trained model predicts text: a bound on its loss, with error bars.
+
+Examples:
+  python -m gidd_jax.evaluate --checkpoint=outputs/quickstart
+  python -m gidd_jax.evaluate --checkpoint=RUN --data=wiki.txt,books/,tfds:lm1b --split=test \\
+      --num_samples_t=16 --out=metrics.json
+
+Without --data: the run's own validation split, in the rows that training validates on. With it:
+every document of each corpus, cut into windows so that nothing is dropped. Windows of a document
+overlap at its end; what two windows share counts twice, in nats, tokens and bytes alike.
+
+Prints a table, one line a corpus. --out is JSON: `checkpoint`, `ema`, `process`, `num_samples_t`,
+`seed`, `batch_size`, `max_seq_len` and `corpora`, a list with for each of them:
+  data, split, documents, rows, tokens, bytes   what was scored (bytes: UTF-8, of scored tokens)
+  nelbo, nelbo_standard_error   upper bound of -log p in nats per token = reconstruction + middle +
+      prior (exact for autoregressive models, which have no such terms); error by bootstrap over
+      documents, the draws of t and noise included; null with fewer than two documents
+  perplexity, perplexity_interval   exp(nelbo) and its 95% interval
+  bits_per_byte, bits_per_byte_standard_error
+  original   {elbo, perplexity}: the estimate of the original's evaluation script, for comparison
+      with published figures: the middle term alone, one t per row, averaged over batch means
+  profile   {edges, integrand, tokens}: mean integrand (nats per token) in bins of t, and how many
+      tokens times draws are behind it
+  seconds   of scoring, with compilation
+"""
+
+import json
+from typing import Any
+
+from absl import flags
+
+from gidd_jax.cli import run
+from gidd_jax.errors import InputError
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
+)
+DATA = flags.DEFINE_list(
+    "data",
+    [],
+    "Corpora, separated by commas: files, folders or globs of texts, tfds:NAME, or 'embedded'. "
+    "Default: that of the run.",
+)
+SPLIT = flags.DEFINE_string(
+    "split", "validation", "train or validation of the run's corpus, or the name of a tfds split."
+)
+NUM_SAMPLES_T = flags.DEFINE_integer(
+    "num_samples_t", 8, "Times drawn per row (diffusion only).", lower_bound=1
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows scored together.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of times, noise and bootstrap.", lower_bound=0)
+MAX_DOCUMENTS = flags.DEFINE_integer(
+    "max_documents", None, "Score a random sample of each corpus, always the same.", lower_bound=1
+)
+BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "Resamples of the documents.", lower_bound=2)
+TEXT_KEY = flags.DEFINE_string(
+    "text_key", None, "Field of the texts in .jsonl, .parquet and tfds. Default: the run's."
+)
+TXT_DOCUMENTS = flags.DEFINE_enum(
+    "txt_documents",
+    None,
+    ["file", "line", "blank_line"],
+    "What a document of a .txt file is. Default: the run's.",
+)
+EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+OUT = flags.DEFINE_string("out", None, "File to write, ending in .json.")
+
+HEADERS = (
+    "data",
+    "documents",
+    "tokens",
+    "nats/token",
+    "+-",
+    "perplexity",
+    "bits/byte",
+    "reconstr.",
+    "middle",
+    "prior",
+    "original ppl",
+    "seconds",
+)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    import dataclasses
+
+    from gidd_jax import evaluation
+    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax.gidd import Gidd
+    from gidd_jax.samples import check_output
+
+    out = check_output(OUT.value, ".json") if OUT.value else None
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    run_settings = evaluation.run_data_settings(CHECKPOINT.value)
+    if DATA.value:
+        settings = [evaluation.zero_shot_settings(run_settings, path) for path in DATA.value]
+    elif run_settings is not None:
+        settings = [run_settings]
+    else:
+        raise InputError(f"{CHECKPOINT.value} names no corpus of its own: give one with --data")
+    changes = {"text_key": TEXT_KEY.value, "txt_documents": TXT_DOCUMENTS.value}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    settings = [dataclasses.replace(one, **changes) for one in settings]
+    # All corpora are opened first: a mistyped path shows before the first is scored.
+    corpora = [
+        evaluation.open_rows(
+            one, SPLIT.value, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
+        )
+        for one in settings
+    ]
+    results = []
+    for one, corpus in zip(settings, corpora, strict=True):
+        scores = evaluation.score_rows(
+            model,
+            corpus,
+            num_samples_t=NUM_SAMPLES_T.value,
+            batch_size=BATCH_SIZE.value,
+            seed=SEED.value,
+            label=f"Scoring {one.path}",
+        )
+        figures = evaluation.corpus_figures(
+            model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
+        )
+        results.append({"data": one.path, "split": SPLIT.value, **figures})
+    print(table(results))
+    if out is not None:
+        report = {
+            "checkpoint": CHECKPOINT.value,
+            "ema": EMA.value,
+            "process": "autoregressive" if model.process is None else repr(model.process),
+            "num_samples_t": 0 if model.process is None else NUM_SAMPLES_T.value,
+            "seed": SEED.value,
+            "batch_size": BATCH_SIZE.value,
+            "max_seq_len": model.max_seq_len,
+            "corpora": results,
+        }
+        write_atomically(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        print(f"wrote {out}")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the figures as text, one line a corpus under a line of headers."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    lines: list[list[str]] = [list(HEADERS)]
+    for result in results:
+        original = result.get("original", {})
+        lines.append(
+            [
+                result["data"],
+                str(result["documents"]),
+                str(result["tokens"]),
+                number(result["nelbo"], 4),
+                number(result["nelbo_standard_error"], 4),
+                number(result["perplexity"], 2),
+                number(result["bits_per_byte"], 4),
+                *(number(result.get(k), 4) for k in ("reconstruction", "middle", "prior")),
+                number(original.get("perplexity"), 2),
+                number(result["seconds"], 1),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    )
+
+
+if __name__ == "__main__":
+    run(main)

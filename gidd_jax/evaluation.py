@@ -1,0 +1,320 @@
+"""How well a model predicts corpora: their rows, the score of each row, and the figures."""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from gidd_jax.checkpoint import find_checkpoint
+from gidd_jax.cli import load_config
+from gidd_jax.data import rows, shards
+from gidd_jax.data.corpus import (
+    Concatenation,
+    Documents,
+    Subset,
+    TfdsDocuments,
+    list_files,
+    open_corpus,
+)
+from gidd_jax.data.files import open_text_file
+from gidd_jax.data.pipeline import Records, tokenise_all
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.draws import row_keys
+from gidd_jax.errors import InputError
+from gidd_jax.gidd import Gidd
+from gidd_jax.likelihood import (
+    RowBounds,
+    autoregressive_row_bounds,
+    integrand_profile,
+    original_estimate,
+    row_bounds,
+    sample_times,
+)
+from gidd_jax.process import InterpolatingProcess
+from gidd_jax.settings import DataSettings, Settings
+from gidd_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, replicated
+from gidd_jax.text_metrics import Estimate, ratio_estimate
+
+TFDS = "tfds:"
+
+
+class CorpusRows(NamedTuple):
+    """Rows of at most the context: ids, and for each row [N] the number of the document it begins
+    in, and the UTF-8 bytes that its scored tokens stand for."""
+
+    ids: Records | list[np.ndarray]
+    documents: np.ndarray
+    num_bytes: np.ndarray
+    num_documents: int
+
+
+class Scores(NamedTuple):
+    """What scoring gave: bounds of the rows [N], their times [S, N], the rows of a batch, and how
+    long it took, with compilation."""
+
+    bounds: RowBounds
+    times: np.ndarray
+    batch_size: int
+    seconds: float
+
+
+def run_data_settings(checkpoint: str | Path) -> DataSettings | None:
+    """Return the data settings of the run that wrote a checkpoint; None for imported models."""
+    try:
+        found = find_checkpoint(checkpoint)
+    except InputError:
+        return None
+    return Settings.from_config(found.config()).data
+
+
+def zero_shot_settings(run: DataSettings | None, path: str) -> DataSettings:
+    """Return the settings of a corpus that is not the run's own; all of every document counts."""
+    base = run or Settings.from_config(load_config("base")).data
+    if shards.is_shard_folder(path):
+        return dataclasses.replace(base, path=path)
+    mode = "packed" if run is not None and run.mode == "packed" else "crop"
+    return dataclasses.replace(base, path=path, mode=mode)
+
+
+def open_rows(
+    settings: DataSettings,
+    split: str,
+    model: Gidd,
+    *,
+    is_own: bool,
+    max_documents: int | None = None,
+) -> CorpusRows:
+    """Read and tokenise a corpus with the model's tokenizer, and cut it into rows.
+
+    is_own: `split` is 'train' or 'validation' by the run's rule, cut as its validation is;
+    otherwise every document of files, or the tfds split of that name. `max_documents` takes a
+    fixed random sample. Raises InputError when there is no such corpus or split.
+    """
+    # An autoregressive model cannot score the first token of a row: nor do its bytes count.
+    first = 1 if model.process is None else 0
+    if shards.is_shard_folder(settings.path):
+        return _shard_rows(settings, split, model.tokenizer, model.max_seq_len, max_documents)
+    documents = _own_documents(settings, split) if is_own else _all_documents(settings, split)
+    if len(documents) == 0:
+        raise InputError(f"data path {settings.path!r} holds no text")
+    documents = _sample(documents, max_documents)
+    tokenised = tokenise_all(documents, model.tokenizer, settings, split)
+    windows = rows.cut(tokenised, settings.mode, model.max_seq_len)
+    scored = rows.Windows(windows.ids, windows.starts + first, windows.ends)
+    # A packed row may hold several documents, and a document several rows: rows that begin in one
+    # document depend on each other, and are resampled together.
+    numbers = np.searchsorted(tokenised.offsets, windows.starts, side="right") - 1
+    return CorpusRows(windows, numbers, scored.sums(tokenised.num_bytes), len(documents))
+
+
+def _own_documents(settings: DataSettings, split: str) -> Documents:
+    if split not in ("train", "validation"):
+        raise InputError(
+            f"--split={split}: the run's own corpus has the splits train and validation"
+        )
+    corpus = open_corpus(
+        settings.path, settings.validation, settings.text_key, settings.txt_documents
+    )
+    return corpus.train if split == "train" else corpus.validation
+
+
+def _all_documents(settings: DataSettings, split: str) -> Documents:
+    if settings.path.startswith(TFDS):
+        return TfdsDocuments(settings.path.removeprefix(TFDS), split, settings.text_key)
+    return Concatenation(
+        [
+            open_text_file(file, settings.text_key, settings.txt_documents)
+            for file in list_files(settings.path)
+        ]
+    )
+
+
+def _sample(documents: Documents, max_documents: int | None) -> Documents:
+    if max_documents is None or max_documents >= len(documents):
+        return documents
+    return Subset(documents, _sample_indices(len(documents), max_documents))
+
+
+def _sample_indices(count: int, max_count: int | None) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).permutation(count)[:max_count])
+
+
+def _shard_rows(
+    settings: DataSettings, split: str, tokenizer: Tokenizer, seq_len: int, max_rows: int | None
+) -> CorpusRows:
+    if split != "validation":
+        raise InputError(
+            f"--split={split}: of the shards in {settings.path} only the validation split is cut "
+            "into rows; give the texts with --data"
+        )
+    _, held_out = shards.open_shards(settings.path, tokenizer, settings.mode, seq_len)
+    chosen = _sample_indices(len(held_out), max_rows)
+    num_bytes = np.array([held_out.num_bytes(int(i)) for i in chosen], np.int64)
+    # The shards do not say which rows came from one document.
+    ids = [held_out[int(i)] for i in chosen]
+    return CorpusRows(ids, np.arange(len(chosen)), num_bytes, len(chosen))
+
+
+def score_rows(
+    model: Gidd,
+    corpus: CorpusRows,
+    *,
+    num_samples_t: int,
+    batch_size: int,
+    seed: int,
+    label: str,
+) -> Scores:
+    """Score every row, in batches that are split over the local devices.
+
+    What a row draws depends on the seed and its number, not on the batch size or the devices.
+    """
+    start = time.perf_counter()
+    num_rows = len(corpus.ids)
+    mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
+    size = -(-min(batch_size, num_rows) // mesh.size) * mesh.size
+    params = jax.device_put(model.params, replicated(mesh))
+    by_row = batch_sharding(mesh)
+    by_draw = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    keys = jax.random.split(jax.random.key(seed), 3)
+    times, original = _times(model.process, keys[0], num_samples_t, num_rows)
+    parts = []
+    for begin in tqdm(range(0, num_rows, size), label, disable=None, unit="batch", leave=False):
+        numbers = np.arange(begin, begin + size)
+        real = np.minimum(numbers, num_rows - 1)
+        batch = [
+            rows.pad(corpus.ids[int(i)], model.max_seq_len, model.tokenizer.pad_id) for i in real
+        ]
+        mask = np.stack([row["mask"] for row in batch]) & (numbers < num_rows)[:, None]
+        tokens = np.stack([row["tokens"] for row in batch])
+        row_arrays = (row_keys(keys[1], jnp.asarray(numbers)), original[real], tokens, mask)
+        part = _score(
+            params,
+            jax.device_put(times[:, real], by_draw),
+            *jax.device_put(row_arrays, by_row),
+            network=model.network,
+            process=model.process,
+            keep_padding_columns=model.keep_padding_columns,
+        )
+        parts.append(jax.tree.map(np.asarray, part))
+    bounds = jax.tree.map(lambda *a: np.concatenate(a, axis=-1)[..., :num_rows], *parts)
+    return Scores(bounds, times, size, time.perf_counter() - start)
+
+
+def _times(
+    process: InterpolatingProcess | None, key: jax.Array, num_samples: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times [S, N] of the bound and [N] of the original's figure; S = 0 for exact models."""
+    if process is None:
+        return np.zeros((0, num_rows), np.float32), np.zeros(num_rows, np.float32)
+    bound_key, original_key = jax.random.split(key)
+    times = sample_times(process, bound_key, num_samples, num_rows)
+    return np.asarray(times), np.asarray(sample_times(process, original_key, 1, num_rows)[0])
+
+
+@functools.partial(jax.jit, static_argnames=("network", "process", "keep_padding_columns"))
+def _score(
+    params: Any,
+    times: jax.Array,
+    keys: jax.Array,
+    original_times: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    network: Any,
+    process: InterpolatingProcess | None,
+    keep_padding_columns: bool,
+) -> RowBounds:
+    def apply(*inputs: jax.Array) -> jax.Array:
+        return network.apply({"params": params}, *inputs)
+
+    if process is None:
+        return autoregressive_row_bounds(apply, tokens, mask)
+    return row_bounds(
+        process,
+        apply,
+        keys,
+        times,
+        original_times,
+        tokens,
+        mask,
+        keep_padding_columns=keep_padding_columns,
+    )
+
+
+def corpus_figures(
+    process: InterpolatingProcess | None,
+    corpus: CorpusRows,
+    scores: Scores,
+    *,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the figures of a scored corpus, ready for JSON; `evaluate` says what they mean.
+
+    Raises InputError when the model's output is not a number.
+    """
+    bounds = scores.bounds
+    if not np.isfinite(bounds.total).all():
+        raise InputError(
+            "the network's output is not a number: its parameters are damaged, "
+            "use an older checkpoint"
+        )
+    nats, tokens = bounds.total.astype(np.float64), int(bounds.tokens.sum())
+    if tokens == 0:
+        raise InputError("the corpus has no token to score: give longer texts")
+    numbers = np.unique(corpus.documents, return_inverse=True)[1]
+    by_document = [np.bincount(numbers, v) for v in (nats, bounds.tokens, corpus.num_bytes)]
+    nelbo = ratio_estimate(by_document[0], by_document[1], num_resamples, seed)
+    bits = ratio_estimate(by_document[0] / np.log(2), by_document[2], num_resamples, seed)
+    terms = {
+        name: float(getattr(bounds, name).sum(dtype=np.float64) / tokens)
+        for name in ("reconstruction", "middle", "prior")
+    }
+    return {
+        "documents": corpus.num_documents,
+        "rows": len(nats),
+        "tokens": tokens,
+        "bytes": int(corpus.num_bytes.sum()),
+        **_named("nelbo", nelbo),
+        **(terms if process is not None else {}),
+        "perplexity": _exp(nelbo.value),
+        "perplexity_interval": nelbo.interval and [_exp(v) for v in nelbo.interval],
+        **_named("bits_per_byte", bits),
+        **(_sampled_figures(process, scores) if process is not None else {}),
+        "seconds": round(scores.seconds, 3),
+    }
+
+
+def _sampled_figures(process: InterpolatingProcess, scores: Scores) -> dict[str, Any]:
+    """The original's figure and the profile over t."""
+    original, integrand, tokens = (
+        np.asarray(a)
+        for a in (scores.bounds.original, scores.bounds.integrand, scores.bounds.tokens)
+    )
+    cuts = range(scores.batch_size, len(tokens), scores.batch_size)
+    elbo = original_estimate(np.split(original.astype(np.float64), cuts), np.split(tokens, cuts))
+    profile = integrand_profile(process, scores.times, integrand, tokens)
+    mean = [None if np.isnan(v) else float(v) for v in profile.mean]
+    return {
+        "original": {"elbo": elbo, "perplexity": _exp(elbo)},
+        "profile": {
+            "edges": profile.edges.tolist(),
+            "integrand": mean,
+            "tokens": profile.tokens.tolist(),
+        },
+    }
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, Any]:
+    return {name: estimate.value, f"{name}_standard_error": estimate.standard_error}
+
+
+def _exp(value: float) -> float:
+    return float(np.exp(min(value, 700.0)))
