@@ -60,11 +60,13 @@ OPTIONS = {
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.gidd import Gidd
-    from gidd_jax.options import SamplerOptions
     from gidd_jax.samples import check_output, save_samples
 
     out = check_output(OUT.value, ".npz") if OUT.value else None
+
+    from gidd_jax.gidd import Gidd
+    from gidd_jax.options import SamplerOptions
+
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = SamplerOptions(**given)
     num_samples = NUM_SAMPLES.value

@@ -79,7 +79,7 @@ def load_ids(path: str | Path, tokenizer: Tokenizer) -> np.ndarray:
             data = {name: file[name] for name in ("ids", "tokenizer") if name in file}
     except FileNotFoundError as error:
         raise InputError(f"no file of samples {path}") from error
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no file of samples (.npz with ids): {error}") from error
     ids = data.get("ids")
     if ids is None or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):

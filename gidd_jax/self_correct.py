@@ -54,9 +54,6 @@ COLUMNS = (
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.checkpoint import write_atomically
-    from gidd_jax.correct import CorrectionOptions
-    from gidd_jax.gidd import Gidd
     from gidd_jax.samples import check_output, load_ids, save_samples
 
     out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value)
@@ -64,6 +61,11 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--samples must end in .npz or .txt: {source}")
     if not source.is_file():
         raise InputError(f"--samples: no such file: {source}")
+
+    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax.correct import CorrectionOptions
+    from gidd_jax.gidd import Gidd
+
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = CorrectionOptions(**given)
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)

@@ -1,0 +1,120 @@
+"""The commands sample and self_correct: what they write, and one line for what goes wrong."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_checkpoint import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """The workdir of a diffusion model."""
+    folder = tmp_path_factory.mktemp("run")
+    write_checkpoint(folder, tmp_path_factory.mktemp("data"), "gidd")
+    return folder
+
+
+def command(module: str, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"gidd_jax.{module}", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": "/nonexistent"},
+    )
+
+
+def test_samples_are_written_and_corrected(run_folder, tmp_path):
+    out, corrected = tmp_path / "a" / "samples.npz", tmp_path / "corrected.npz"
+    first = command(
+        "sample", f"--checkpoint={run_folder}", "--num_samples=3", "--num_steps=4", f"--out={out}"
+    )
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("--- sample") == 3
+    with np.load(out, allow_pickle=False) as file:
+        assert file["ids"].shape == (3, 16)
+        assert file["ids"].dtype == np.int32
+        assert int(file["network_calls"]) in (4, 5)
+        texts = file["texts"]
+    assert f"--- sample 1 ---\n{texts[1]}\n" in first.stdout
+
+    second = command(
+        "self_correct",
+        f"--checkpoint={run_folder}",
+        f"--samples={out}",
+        f"--out={corrected}",
+        "--num_steps=6",
+        "--tokens_per_step=2",
+    )
+    assert second.returncode == 0, second.stderr
+    assert "initial_accuracy: mean" in second.stdout
+    with np.load(corrected, allow_pickle=False) as file, np.load(out) as before:
+        changes = np.sum(file["ids"] != before["ids"], axis=-1)
+        np.testing.assert_array_equal(file["num_changes"], changes)
+    with corrected.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["num_changes"]) for row in rows] == changes.tolist()
+    assert all(0 <= float(row["final_accuracy"]) <= 1 for row in rows)
+
+
+def test_prompts_and_texts(run_folder, tmp_path):
+    prompted = command(
+        "sample",
+        f"--checkpoint={run_folder}",
+        "--prompt=It is",
+        "--prompt=men",
+        "--num_steps=2",
+        "--method=psi",
+        "--kappa=0.9",
+    )
+    assert prompted.returncode == 0, prompted.stderr
+    assert "--- sample 0 ---\nIt is" in prompted.stdout
+    texts = tmp_path / "texts.txt"
+    texts.write_text("It is a truth\n\nsingle men\n")
+    out = tmp_path / "out.npz"
+    corrected = command(
+        "self_correct",
+        f"--checkpoint={run_folder}",
+        f"--samples={texts}",
+        f"--out={out}",
+        "--num_steps=2",
+    )
+    assert corrected.returncode == 0, corrected.stderr
+    assert corrected.stdout.count("--- text") == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("sample", ["--checkpoint={empty}"], "holds no checkpoint: give the workdir of a run"),
+        ("sample", ["--checkpoint={empty}/missing"], "no such folder"),
+        ("sample", ["--checkpoint={run}", "--out=samples.txt"], "--out must end in .npz"),
+        ("sample", ["--checkpoint={run}", "--out={file}/samples.npz"], "is not a folder"),
+        ("sample", ["--checkpoint={run}", "--prompt="], "prompt 1 is empty"),
+        (
+            "self_correct",
+            ["--checkpoint={run}", "--samples={empty}/no.npz", "--out=o.npz"],
+            "no such file",
+        ),
+        (
+            "self_correct",
+            ["--checkpoint={run}", "--samples={file}.npz", "--out=o.npz"],
+            "is no file of samples",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run_folder, tmp_path, module, flags, message):
+    file = tmp_path / "file"
+    file.write_text("text")
+    (tmp_path / "file.npz").write_text("text")
+    (tmp_path / "empty").mkdir()
+    values = {"run": run_folder, "empty": tmp_path / "empty", "file": file}
+    result = command(module, *(flag.format(**values) for flag in flags))
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
