@@ -28,7 +28,7 @@ from gidd_jax.hub import (
     llama_tensor_shapes,
 )
 from gidd_jax.models.dit import DiT, padded_vocab_size
-from gidd_jax.models.layers import Llama3RopeScaling
+from gidd_jax.models.layers import Llama3RopeScaling, check_heads
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import Settings
@@ -80,7 +80,7 @@ def load_pretrained(path: str | Path, *, ema: bool = False) -> Pretrained:
 
 def _local_folder(path: str) -> Path:
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or looks_like_path(path):
         raise InputError(
@@ -173,10 +173,12 @@ def _from_hugging_face(folder: Path) -> Pretrained:
     kind = fields.text("model_type")
     if kind not in ("dit", "llama"):
         raise fields.error(f"model_type = {kind!r}: only dit and llama can be loaded")
-    tokenizer = load_tokenizer(folder)
-    state_dict, weights = read_safetensors(folder)
     if kind == "llama":
-        return _llama(_hugging_face_llama(fields), state_dict, tokenizer, weights)
+        llama = _hugging_face_llama(fields)
+        state_dict, weights = read_safetensors(folder)
+        return _llama(llama, state_dict, load_tokenizer(folder), weights)
+    state_dict, weights = read_safetensors(folder)
+    tokenizer = load_tokenizer(folder)
     rows = fields.size("vocab_size")
     network = _dit_network(
         fields,
@@ -217,13 +219,15 @@ def _hugging_face_llama(fields: _Fields) -> Llama:
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     if fields.has("head_dim") and fields.size("head_dim") * num_heads != hidden_size:
         raise fields.error("head_dim must be hidden_size / num_attention_heads")
+    num_kv_heads = fields.size("num_key_value_heads", num_heads)
+    _checked(fields.file, lambda: check_heads(hidden_size, num_heads, num_kv_heads))
     theta, scaling = _rope(fields)
     return Llama(
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
         num_layers=fields.size("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=fields.size("num_key_value_heads", num_heads),
+        num_kv_heads=num_kv_heads,
         intermediate_size=fields.size("intermediate_size"),
         max_seq_len=fields.size("max_position_embeddings", 2048),
         rope_theta=theta,

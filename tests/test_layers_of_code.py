@@ -38,7 +38,16 @@ LAYERS = {
         "state",
         "trainer",
     },
-    "interop": {"gidd", "hub", "plots", "prompts", "samples"},
+    "interop": {
+        "export",
+        "gidd",
+        "hub",
+        "plots",
+        "pretrained",
+        "prompts",
+        "samples",
+        "weight_files",
+    },
     "entries": set(),
 }
 ORDER = list(LAYERS)
