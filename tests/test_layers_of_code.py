@@ -39,6 +39,7 @@ LAYERS = {
         "trainer",
     },
     "interop": {
+        "evaluation",
         "export",
         "gidd",
         "hub",
@@ -46,6 +47,8 @@ LAYERS = {
         "pretrained",
         "prompts",
         "samples",
+        "scorers",
+        "text_metrics",
         "weight_files",
     },
     "entries": set(),
