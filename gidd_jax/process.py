@@ -310,7 +310,7 @@ class HybridProcess(InterpolatingProcess):
         t, s = as_float(t), as_float(s)
         alpha_t, c_t = self.alpha(t), self.uniform_odds(t)
         mask = alpha_t * (t - s) / ((1 - t) * (1 - s))
-        log_ratio = 0.5 * self.gamma * jnp.log(s / t)
+        log_ratio = 0.5 * self.gamma * jnp.log1p((s - t) / t)
         log_ratio += (0.5 * self.gamma - 1) * jnp.log1p((t - s) / (1 - t))
         uniform = alpha_t * c_t / (1 - t) * -jnp.expm1(log_ratio) / self.num_noise_tokens
         return alpha_t / self.alpha(s), NoiseMass(mask, uniform)
@@ -353,7 +353,8 @@ class MaskedProcess(InterpolatingProcess):
             raise InputError(f"eps must lie in [0, 1): {self.eps}")
 
     def alpha(self, t: ArrayLike) -> jax.Array:
-        return 1 - (1 - self.eps) * as_float(t)
+        t = as_float(t)
+        return (1 - t) + self.eps * t
 
     def beta_pi(self, t: ArrayLike) -> NoiseMass:
         t = as_float(t)
@@ -438,7 +439,9 @@ class LogSnrProcess(InterpolatingProcess):
         t = expand_time(t, x)
         y = self.mixing_logit(t)
         on_mask = jnp.where(jax.nn.sigmoid(-y) > 0, 1 + self.scale * jax.nn.sigmoid(y), 0.0)
-        on_other = jnp.where(jax.nn.sigmoid(y) > 0, 1 - self.scale * jax.nn.sigmoid(-y), 0.0)
+        on_other = jnp.where(
+            jax.nn.sigmoid(y) > 0, (1 - self.scale) + self.scale * jax.nn.sigmoid(y), 0.0
+        )
         token = jax.nn.sigmoid(y) / self.num_noise_tokens * self.background_ratio(x)
         on_x = on_other * token / (token + (1 - t) / t)
         return jnp.where(z_t == x, on_x, jnp.where(z_t == self.mask_id, on_mask, on_other))
