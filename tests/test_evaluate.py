@@ -1,0 +1,292 @@
+"""Evaluating checkpoints: rows of corpora, figures against direct sums, the command's table."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_checkpoint import tiny_model, write_checkpoint
+from tiny_run import SENTENCE, tiny_settings
+
+from gidd_jax import evaluation, likelihood
+from gidd_jax.data.pipeline import validation_batches
+from gidd_jax.errors import InputError
+from gidd_jax.gidd import Gidd
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The folder of the tiny run's corpus and tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny_settings(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(data) -> Gidd:
+    model = tiny_model(data)
+    return dataclasses.replace(model, params=jax.tree.map(lambda a: a / 3, model.params))
+
+
+@pytest.fixture(scope="module")
+def baseline(data) -> Gidd:
+    return tiny_model(data, "ar")
+
+
+def rows_of(corpus) -> list[list[int]]:
+    return [np.asarray(corpus.ids[i]).tolist() for i in range(len(corpus.documents))]
+
+
+def score(model, corpus, **changes):
+    options = {"num_samples_t": 2, "batch_size": 8, "seed": 0, "label": ""} | changes
+    return evaluation.score_rows(model, corpus, **options)
+
+
+def test_own_rows_are_those_of_training(data, model):
+    """Every mode: the same rows and bytes as the validation during training."""
+    for mode in ("padded", "crop", "packed"):
+        settings = tiny_settings(data, **{"data.mode": mode}).data
+        corpus = evaluation.open_rows(settings, "validation", model, is_own=True)
+        batches = validation_batches(settings, model.tokenizer, 16, 4)
+        theirs = [
+            row[keep] for b in batches for row, keep in zip(b["tokens"], b["mask"], strict=True)
+        ]
+        assert sorted(rows_of(corpus)) == sorted(r.tolist() for r in theirs if len(r))
+        assert corpus.num_bytes.sum() == batches.num_bytes
+        assert corpus.num_documents == 4
+
+
+def test_zero_shot_windows_drop_nothing(data, model):
+    """All documents, whole, even for a run that trains on their beginnings alone."""
+    run = tiny_settings(data).data
+    settings = evaluation.zero_shot_settings(run, str(data / "corpus.txt"))
+    assert (run.mode, settings.mode) == ("padded", "crop")
+    corpus = evaluation.open_rows(settings, "validation", model, is_own=False)
+    assert corpus.num_documents == 24
+    rows = rows_of(corpus)
+    for number, document in enumerate(model.tokenizer.encode([SENTENCE.format(3, 21)]), start=3):
+        framed = [0, *document, 0]
+        own = [row for row, n in zip(rows, corpus.documents, strict=True) if n == number]
+        assert [i for row in own[:-1] for i in row] == framed[: 16 * (len(own) - 1)]
+        assert own[-1] == framed[-16:]
+    packed = dataclasses.replace(run, mode="packed")
+    assert evaluation.zero_shot_settings(packed, "embedded").mode == "packed"
+    assert evaluation.zero_shot_settings(None, "embedded").mode == "crop"
+
+
+def test_documents_of_packed_rows(data, model):
+    """A row belongs to the document that its first token belongs to."""
+    settings = tiny_settings(data, **{"data.mode": "packed"}).data
+    corpus = evaluation.open_rows(settings, "validation", model, is_own=True)
+    texts = model.tokenizer.encode([SENTENCE.format(i, 7 * i) for i in range(20, 24)])
+    starts = np.cumsum([0, *(len(ids) + 1 for ids in texts)])  # one separator after each
+    begins = np.minimum(np.arange(len(corpus.documents)) * 16, starts[-1] - 16)
+    np.testing.assert_array_equal(
+        corpus.documents, np.searchsorted(starts, begins, side="right") - 1
+    )
+
+
+def test_a_sample_of_documents_is_fixed(data, model):
+    settings = evaluation.zero_shot_settings(tiny_settings(data).data, str(data / "corpus.txt"))
+
+    def sample(count):
+        corpus = evaluation.open_rows(
+            settings, "validation", model, is_own=False, max_documents=count
+        )
+        assert corpus.num_documents == min(count, 24)
+        return {tuple(row) for row in rows_of(corpus)}
+
+    assert sample(5) == sample(5)
+    assert sample(5) < sample(12) < sample(99)
+
+
+def test_bytes_of_what_is_scored(data, model, baseline):
+    """The first token of a row is not scored by the baseline: its bytes do not count."""
+    settings = dataclasses.replace(
+        evaluation.zero_shot_settings(None, str(data / "corpus.txt")), txt_documents="line"
+    )
+    counts = [
+        evaluation.open_rows(settings, "validation", m, is_own=False) for m in (model, baseline)
+    ]
+    rows = rows_of(counts[0])
+    for corpus, first in zip(counts, (0, 1), strict=True):
+        expected = [sum(i != 0 for i in row[first:]) for row in rows]  # id 0 begins and ends texts
+        np.testing.assert_array_equal(corpus.num_bytes, expected)
+
+
+def test_scores_do_not_depend_on_batches(data, model):
+    corpus = evaluation.open_rows(tiny_settings(data).data, "train", model, is_own=True)
+    whole = score(model, corpus, batch_size=64)
+    parts = score(model, corpus, batch_size=8)
+    assert (whole.batch_size, parts.batch_size) == (24, 8)  # 20 rows on 8 devices
+    for name, a, b in zip(whole.bounds._fields, whole.bounds, parts.bounds, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(whole.times, parts.times)
+    other = score(model, corpus, batch_size=64, seed=1)
+    assert not np.any(np.isclose(other.bounds.middle, whole.bounds.middle, rtol=1e-4))
+
+
+def test_figures_are_sums_over_tokens(data, model):
+    """Against the bound by token from the network, at the same times; rows of unequal length."""
+    settings = evaluation.zero_shot_settings(tiny_settings(data).data, str(data / "corpus.txt"))
+    corpus = evaluation.open_rows(settings, "validation", model, is_own=False, max_documents=6)
+    scores = score(model, corpus, num_samples_t=64, batch_size=32)
+    figures = evaluation.corpus_figures(model.process, corpus, scores, num_resamples=500, seed=0)
+    rows = rows_of(corpus)
+    assert figures["tokens"] == sum(map(len, rows))
+    assert figures["rows"] == len(rows)
+    x = np.stack(
+        [np.pad(r, (0, 16 - len(r)), constant_values=model.tokenizer.pad_id) for r in rows]
+    )
+    mask = np.arange(16) < np.array([len(r) for r in rows])[:, None]
+
+    @jax.jit
+    def other(key):
+        return likelihood.nelbo(
+            model.process,
+            lambda z_t, t: model.network.apply({"params": model.params}, z_t, t),
+            key,
+            jnp.asarray(x, jnp.int32),
+            num_samples_t=64,
+        )
+
+    terms = [np.where(mask, v, 0).sum() / mask.sum() for v in other(jax.random.key(9))]
+    names = ("reconstruction", "middle", "prior")
+    # two estimates of the same bound, each of thousands of draws
+    assert figures["middle"] == pytest.approx(terms[1], rel=0.05)
+    assert figures["prior"] == pytest.approx(terms[2], rel=1e-5)
+    assert figures["nelbo"] == pytest.approx(sum(figures[n] for n in names), rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(np.exp(figures["nelbo"]))
+    nats = figures["nelbo"] * figures["tokens"]
+    assert figures["bits_per_byte"] == pytest.approx(nats / figures["bytes"] / np.log(2))
+    assert figures["original"]["elbo"] == pytest.approx(figures["middle"], rel=0.3)
+    # documents, not rows, are resampled: their sums, by hand
+    by_document = [scores.bounds.total[corpus.documents == d].sum() for d in range(6)]
+    sizes = np.bincount(corpus.documents, [len(row) for row in rows])
+    residual = np.array(by_document) - figures["nelbo"] * sizes
+    error = residual.std() / np.mean(sizes) / np.sqrt(6)
+    assert figures["nelbo_standard_error"] == pytest.approx(error, rel=0.15)
+    profile = figures["profile"]
+    assert sum(profile["tokens"]) == 64 * figures["tokens"]
+    span = profile["edges"][-1] - profile["edges"][0]
+    assert np.mean(profile["integrand"]) * span == pytest.approx(figures["middle"], rel=0.02)
+    json.dumps(figures, allow_nan=False)
+
+
+def test_standard_error_covers_repetitions(data, model):
+    """Over seeds the figure varies by less than the error of documents and draws together."""
+    settings = tiny_settings(data).data
+    corpus = evaluation.open_rows(settings, "train", model, is_own=True)
+    values, errors = [], []
+    for seed in range(12):
+        figures = evaluation.corpus_figures(
+            model.process, corpus, score(model, corpus, seed=seed), num_resamples=200, seed=seed
+        )
+        values.append(figures["nelbo"])
+        errors.append(figures["nelbo_standard_error"])
+    assert np.std(values) < 1.5 * np.mean(errors)
+
+
+def test_the_baseline_is_exact(data, baseline):
+    corpus = evaluation.open_rows(tiny_settings(data, "ar").data, "train", baseline, is_own=True)
+    scores = score(baseline, corpus)
+    figures = evaluation.corpus_figures(None, corpus, scores, num_resamples=100, seed=0)
+    rows = rows_of(corpus)
+    x = np.stack([np.pad(row, (0, 16 - len(row))) for row in rows])
+    logits = jax.jit(baseline.network.apply)({"params": baseline.params}, jnp.asarray(x))
+    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    nats = -sum(log_probs[i, np.arange(len(r) - 1), r[1:]].sum() for i, r in enumerate(rows))
+    tokens = sum(len(row) - 1 for row in rows)
+    assert figures["tokens"] == tokens
+    assert figures["nelbo"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert not {"middle", "original", "profile"} & set(figures)
+    again = evaluation.corpus_figures(
+        None, corpus, score(baseline, corpus, seed=5, batch_size=3), num_resamples=100, seed=0
+    )
+    assert again["nelbo"] == pytest.approx(figures["nelbo"], rel=1e-6)
+
+
+def test_one_document_has_no_error(data, model):
+    settings = tiny_settings(data, **{"data.validation": "last:1"}).data
+    corpus = evaluation.open_rows(settings, "validation", model, is_own=True)
+    figures = evaluation.corpus_figures(
+        model.process, corpus, score(model, corpus), num_resamples=100, seed=0
+    )
+    assert figures["nelbo_standard_error"] is None
+    assert figures["perplexity_interval"] is None
+
+
+def test_damaged_parameters_are_an_error(data, model):
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda a: a * np.nan, model.params))
+    corpus = evaluation.open_rows(tiny_settings(data).data, "validation", model, is_own=True)
+    with pytest.raises(InputError, match="not a number"):
+        evaluation.corpus_figures(
+            model.process, corpus, score(broken, corpus), num_resamples=100, seed=0
+        )
+
+
+def test_unknown_corpora_and_splits(data, model):
+    settings = tiny_settings(data).data
+    with pytest.raises(InputError, match="has the splits train and validation"):
+        evaluation.open_rows(settings, "test", model, is_own=True)
+    with pytest.raises(InputError, match="does not exist"):
+        evaluation.open_rows(
+            dataclasses.replace(settings, path="nowhere/"), "validation", model, is_own=False
+        )
+    (data / "blank.txt").write_text("\n\n")
+    with pytest.raises(InputError, match="holds no text"):
+        evaluation.open_rows(
+            dataclasses.replace(settings, path=str(data / "blank.txt")), "", model, is_own=False
+        )
+    assert evaluation.run_data_settings(data) is None
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "gidd_jax.evaluate", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"JAX_PLATFORMS": "cpu", "HOME": "/nonexistent"},
+    )
+
+
+def test_command(data, tmp_path):
+    """Two corpora in one call: a table of two lines, and the same figures as JSON."""
+    write_checkpoint(tmp_path / "run", data)
+    (tmp_path / "other.jsonl").write_text('{"story": "A short one."}\n{"story": "Another."}\n')
+    (tmp_path / "more.jsonl").write_text('{"story": "Once upon a time, and so on and on."}\n')
+    out = tmp_path / "new" / "metrics.json"
+    done = command(
+        f"--checkpoint={tmp_path}/run",
+        f"--data={tmp_path}/other.jsonl,{tmp_path}/more.jsonl",
+        "--text_key=story",
+        "--num_samples_t=2",
+        f"--out={out}",
+    )
+    assert done.returncode == 0, done.stderr
+    header, first, second, written = done.stdout.splitlines()
+    assert header.split()[:4] == ["data", "documents", "tokens", "nats/token"]
+    report = json.loads(out.read_text())
+    assert report["num_samples_t"] == 2
+    assert report["process"].startswith("HybridProcess(vocab_size=259, mask_id=258")
+    for line, corpus, documents in zip((first, second), report["corpora"], (2, 1), strict=True):
+        assert line.split()[0] == corpus["data"]
+        assert line.split()[1] == str(corpus["documents"]) == str(documents)
+        assert float(line.split()[3]) == pytest.approx(corpus["nelbo"], abs=1e-4)
+    assert second.split()[4] == "-"
+    assert report["corpora"][1]["nelbo_standard_error"] is None
+    assert written == f"wrote {out}"
+    assert not list(out.parent.glob("*.part"))
+
+    before = out.read_text()
+    refused = command(f"--checkpoint={tmp_path}/run", f"--data={tmp_path}/no.txt", f"--out={out}")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: data path ")
+    assert len(refused.stderr.splitlines()) == 1
+    assert out.read_text() == before
