@@ -93,7 +93,7 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
             flops_per_token=flops_per_token(settings.model, tokenizer.vocab_size),
         )
         stack.enter_context(contextlib.closing(progress))
-        reporter = Reporter(settings, writer, progress, workdir)
+        reporter = Reporter(settings, writer, progress, checkpointer, workdir)
         rate = learning_rate(settings.optimizer, num_steps)
         step_fn = compile_step(settings, objective, optimizer, rate, abstract_state, mesh)
         eval_fn = compile_evaluation(settings, objective, abstract_state, mesh)
@@ -246,10 +246,16 @@ class Reporter:
     """Averages the metrics of steps and writes them, one step late: the device never waits."""
 
     def __init__(
-        self, settings: Settings, writer: MetricWriter, progress: Progress, workdir: Path
+        self,
+        settings: Settings,
+        writer: MetricWriter,
+        progress: Progress,
+        checkpointer: Checkpointer,
+        workdir: Path,
     ) -> None:
         self._every = settings.logging.every
-        self._writer, self._progress, self._workdir = writer, progress, workdir
+        self._writer, self._progress = writer, progress
+        self._checkpointer, self._workdir = checkpointer, workdir
         self._pending: tuple[int, Any] | None = None
         self._average: Any = None
 
@@ -278,6 +284,7 @@ class Reporter:
             self._average = None
 
     def _advice(self) -> str:
+        self._checkpointer.wait()  # the last good one may still be on its way to disk
         try:
             good = find_checkpoint(self._workdir).folder
         except InputError:

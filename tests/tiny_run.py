@@ -1,12 +1,18 @@
-"""A run of seconds: a corpus of a few lines, a tokenizer of bytes, a network of two thin layers."""
+"""A run of seconds: a few lines of text, a tokenizer of bytes, thin layers; and what it left."""
 
+import hashlib
 import json
+import warnings
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import tokenizers
 from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers
 
+from gidd_jax.checkpoint import find_checkpoint
 from gidd_jax.cli import load_config
 from gidd_jax.settings import Settings
 
@@ -67,3 +73,43 @@ def tiny_config(folder: Path, name: str = "gidd", **changes: object) -> ConfigDi
 def tiny_settings(folder: Path, name: str = "gidd", **changes: object) -> Settings:
     """The settings of `tiny_config`."""
     return Settings.from_config(tiny_config(folder, name, **changes))
+
+
+def saved_arrays(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint (the newest one) by its name."""
+    checkpoint = find_checkpoint(workdir if step is None else workdir / "checkpoints" / str(step))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sharding info not provided")
+        tree = ocp.PyTreeCheckpointer().restore(checkpoint.folder / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def figures_by_step(workdir: Path) -> dict[int, dict[str, float]]:
+    """The lines of metrics.jsonl by step, without speeds; fails where a line is there twice."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        here = found.setdefault(values.pop("step"), {})
+        assert not here.keys() & values.keys(), "a step is there twice"
+        here.update({k: v for k, v in values.items() if k != "train/tokens_per_second"})
+    return found
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file below a folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def steps_on_disk(workdir: Path) -> list[int]:
+    return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))

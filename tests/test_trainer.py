@@ -1,0 +1,534 @@
+"""Whole runs of seconds: devices, resumption, stopping, seeds, divergence, validation figures."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tiny_run import (
+    VOCAB_SIZE,
+    assert_same_arrays,
+    contents,
+    figures_by_step,
+    saved_arrays,
+    steps_on_disk,
+    tiny_settings,
+)
+
+from gidd_jax import sharding, trainer
+from gidd_jax.build import build_objective
+from gidd_jax.cli import config_folder, load_config
+from gidd_jax.data.pipeline import TrainBatches, ValidationBatches
+from gidd_jax.errors import DivergenceError, InputError
+from gidd_jax.models import dit
+from gidd_jax.optimizer import learning_rate, make_optimizer
+from gidd_jax.settings import Settings
+from gidd_jax.state import TrainState, abstract_params
+from gidd_jax.trainer import train
+
+# A run with everything that has to survive a restart: crops, parts of a batch, an average.
+RUN = {
+    "data.mode": "crop",
+    "optimizer.ema_decay": 0.9,
+    "train.micro_batches": 2,
+    "train.eval_every": 10,
+    "checkpoint.max_to_keep": 10,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Runs of this module share compiled steps, as they would share them in one process."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    old = {name: getattr(jax.config, name) for name in wanted}
+    for values in (wanted, old):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is wanted:
+            yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Corpus and tokenizer."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_device():
+    """Runs use the first of the eight devices; the tests of meshes choose theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = sharding.make_mesh
+        patch.setattr(
+            "gidd_jax.trainer.sharding.make_mesh",
+            lambda *sizes, devices=None: make_mesh(*sizes, devices=devices or jax.devices()[:1]),
+        )
+        yield
+
+
+@contextlib.contextmanager
+def watched_batches(before: Callable[[int], None] | None = None) -> Iterator[list[np.ndarray]]:
+    """Record the tokens of the training batches; `before(n)` is called before the n-th is given."""
+    seen: list[np.ndarray] = []
+    original = TrainBatches.__next__
+
+    def watched(self):
+        if before is not None:
+            before(len(seen) + 1)
+        batch = original(self)
+        seen.append(batch["tokens"].copy())
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainBatches, "__next__", watched)
+        yield seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run of 20 steps in one go."""
+
+    workdir: Path
+    settings: Settings
+    figures: dict[str, float]
+    batches: list[np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> Finished:
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    settings = tiny_settings(folder, **RUN)
+    with watched_batches() as batches:
+        figures = train(settings, workdir)
+    return Finished(workdir, settings, figures, batches)
+
+
+def assert_same_run(workdir: Path, finished: Finished) -> None:
+    assert_same_arrays(saved_arrays(workdir), saved_arrays(finished.workdir))
+    assert figures_by_step(workdir) == figures_by_step(finished.workdir)
+
+
+# ---- one device, many devices
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+NAMES = ["gidd", "mdlm", "ar"]
+
+
+def run_steps(
+    settings: Settings,
+    sizes: tuple[int, int, int],
+    *,
+    start: TrainState | None = None,
+    num_steps: int = 10,
+    new_batches: bool = True,
+) -> tuple[TrainState, TrainState, list[float]]:
+    """The first and the last state and the losses of steps on random tokens.
+
+    On the first devices; from `start`, or from an initialisation on the mesh.
+    """
+    objective = build_objective(settings, VOCAB_SIZE, VOCAB_SIZE - 1)
+    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    rng, losses = np.random.default_rng(0), []
+    with sharding.activate(mesh):
+        make_state, abstract = trainer.state_maker(settings, objective, optimizer, mesh)
+        rate = learning_rate(settings.optimizer, settings.train.num_steps)
+        step_fn = trainer.compile_step(settings, objective, optimizer, rate, abstract, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = jax.device_put(start, shardings) if start else make_state(jax.random.key(0))
+        first, batch = jax.device_get(state), None
+        for _ in range(num_steps):
+            if batch is None or new_batches:
+                mask = np.arange(16) < rng.integers(1, 17, (8, 1))
+                batch = {"tokens": rng.integers(0, 257, (8, 16)).astype(np.int32), "mask": mask}
+            state, metrics = step_fn(state, trainer.put_batch(batch, mesh), jax.random.key(1))
+            losses.append(float(metrics.loss.compute()))
+    return first, state, losses
+
+
+def mesh_settings(folder: Path, name: str) -> Settings:
+    return tiny_settings(folder, name, **{"train.mask_padding": True})
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def one_device(request, folder) -> tuple[str, TrainState, TrainState, list[float]]:
+    first, last, losses = run_steps(mesh_settings(folder, request.param), (1, 1, 1))
+    assert max(losses) - min(losses) > 0.01
+    return request.param, first, last, losses
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_devices_do_not_change_the_run(one_device, folder, sizes):
+    name, start, alone, expected = one_device
+    # One case initialises on the mesh: that draws the same numbers too.
+    given = None if (name, sizes) == ("gidd", (2, 2, 2)) else start
+    first, state, losses = run_steps(mesh_settings(folder, name), sizes, start=given)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(start), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
+    # What a step leaves is spread as asked, moments included, and is the same model.
+    parts = int(np.prod(sizes[1:]))
+    moments = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if "mlp_in" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
+    ]
+    assert len(moments) == 2
+    for array in (state.params["blocks"]["mlp_in"]["kernel"], *moments):
+        assert array.shape == (2, 32, 128)
+        assert len(array.addressable_shards) == 8
+        assert array.addressable_shards[0].data.size == array.size // parts
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["psgd", "muon"])
+def test_every_optimizer_trains_sharded_parameters(folder, optimizer):
+    changes = {
+        "optimizer.name": optimizer,
+        "optimizer.schedule": "constant",
+        "optimizer.learning_rate": 3e-3,
+    }
+    settings = tiny_settings(folder, "ar", **changes)
+    # The preconditioners of psgd multiply vectors and matrices as NumPy would.
+    with jax.numpy_rank_promotion("allow"):
+        _, state, losses = run_steps(settings, (1, 2, 1), num_steps=5, new_batches=False)
+    kernel = state.params["blocks"]["mlp_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 128)
+    assert int(state.step) == 5
+    assert losses[-1] < losses[0] - 0.05
+    assert all(np.isfinite(losses))
+
+
+# ---- resumption
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
+    """20 steps in one go = 14 steps, of which 12 are saved, and 8."""
+
+    def die(number):
+        if number == 15:
+            raise OSError("the power is gone")
+
+    workdir = tmp_path / "run"
+    with watched_batches(die), pytest.raises(OSError, match="the power is gone"):
+        train(finished.settings, workdir)
+    assert steps_on_disk(workdir) == [4, 8, 12]
+    assert max(figures_by_step(workdir)) >= 13  # written, but to be done again
+    with watched_batches() as seen:
+        figures = train(finished.settings, workdir)
+    assert figures == finished.figures
+    assert list(figures_by_step(workdir)) == list(range(1, 21))
+    assert_same_run(workdir, finished)
+    np.testing.assert_array_equal(seen, finished.batches[12:])
+
+
+def test_a_finished_run_only_evaluates_again(finished, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    with watched_batches() as seen:
+        assert train(finished.settings, workdir) == finished.figures
+    assert not seen
+    assert_same_run(workdir, finished)
+
+
+def test_a_shorter_run_than_what_is_there_only_evaluates(finished, folder, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    figures = train(tiny_settings(folder, **RUN, **{"train.num_steps": 16}), workdir)
+    assert figures == finished.figures
+    assert steps_on_disk(workdir)[-1] == 20
+
+
+def test_seeds(finished, folder, tmp_path):
+    train(finished.settings, tmp_path / "same")
+    assert_same_run(tmp_path / "same", finished)
+    train(tiny_settings(folder, **RUN, seed=1), tmp_path / "other")
+    ours, theirs = saved_arrays(tmp_path / "other", 4), saved_arrays(finished.workdir, 4)
+    kernels = [name for name in ours if "params" in name and "kernel" in name]
+    assert kernels
+    assert all(np.any(ours[name] != theirs[name]) for name in kernels)
+    losses = [
+        figures_by_step(run)[1]["train/loss"] for run in (tmp_path / "other", finished.workdir)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_another_config_in_the_same_workdir(finished, folder, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    before = contents(workdir)
+    changed = {"optimizer.learning_rate": 1e-3, "train.num_steps": 22, "train.eval_every": 0}
+    settings = tiny_settings(folder, **{**RUN, **changed})
+    with pytest.raises(InputError) as error:
+        train(settings, workdir)
+    message = str(error.value)
+    assert "optimizer.learning_rate: 0.003 -> 0.001" in message
+    assert "num_steps" not in message
+    assert "eval_every" not in message
+    assert "--allow_config_change" in message
+    assert "\n" not in message
+    assert contents(workdir) == before
+
+    # Asked to, it goes on from its last step with the new config, and is that run from then on.
+    for step in (16, 20):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    settings = tiny_settings(folder, **{**RUN, "data.mode": "padded"})
+    train(settings, workdir, allow_config_change=True)
+    ours, theirs = figures_by_step(workdir), figures_by_step(finished.workdir)
+    assert list(ours) == list(theirs) == list(range(1, 21))
+    assert [step for step in ours if ours[step] != theirs[step]] == list(range(13, 21))
+    assert json.loads((workdir / "config.json").read_text())["data"]["mode"] == "padded"
+    with pytest.raises(InputError, match=r"data\.mode: padded -> crop"):
+        train(finished.settings, workdir)
+
+
+def test_length_logging_and_cadence_may_change(finished, folder, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    changed = {
+        "train.num_steps": 23,
+        "checkpoint.every": 5,
+        "checkpoint.max_to_keep": 2,
+        "logging.every": 2,
+    }
+    with watched_batches() as seen:
+        train(tiny_settings(folder, **{**RUN, **changed}), workdir)
+    assert len(seen) == 3
+    steps = figures_by_step(workdir)
+    assert list(steps) == [*range(1, 21), 22, 23]
+    assert "train/loss" not in steps[23]
+    assert steps_on_disk(workdir) == [20, 23]
+
+
+# ---- stopping
+
+
+def test_sigterm_finishes_the_step_and_saves(finished, tmp_path):
+    def terminate(number):
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    workdir = tmp_path / "run"
+    with watched_batches(terminate) as seen:
+        assert train(finished.settings, workdir) == {}
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert len(seen) == 6
+    assert steps_on_disk(workdir) == [4, 6]
+    assert list(figures_by_step(workdir)) == list(range(1, 7))
+    train(finished.settings, workdir)
+    assert_same_run(workdir, finished)
+
+
+def test_a_stop_asked_for_during_validation_is_saved_too(finished, tmp_path, monkeypatch):
+    """At step 10, which no checkpoint is due at."""
+    evaluate = trainer.evaluate
+
+    def slow(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(trainer, "evaluate", slow)
+    train(finished.settings, tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run")[-1] == 10
+    monkeypatch.undo()
+
+
+def test_a_second_signal_acts_at_once():
+    def asked_twice():
+        with trainer.stop_requests() as stopping:
+            assert not stopping()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopping()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        asked_twice()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# ---- divergence
+
+
+def diverge(patch: pytest.MonkeyPatch, at_step: int, name: str) -> None:
+    """Make a figure and all parameters NaN in the step."""
+    compile_step = trainer.compile_step
+
+    def compile_diverging(*arguments):
+        step_fn = compile_step(*arguments)
+
+        def step(state, batch, key):
+            state, metrics = step_fn(state, batch, key)
+            if int(state.step) == at_step:
+                params = jax.tree.map(lambda p: p * jnp.nan, state.params)
+                average = getattr(metrics, name)
+                broken = average.replace(total=average.total * jnp.nan)
+                return state.replace(params=params), metrics.replace(**{name: broken})
+            return state, metrics
+
+        return step
+
+    patch.setattr(trainer, "compile_step", compile_diverging)
+
+
+@pytest.mark.parametrize(("name", "words"), [("loss", "loss"), ("grad_norm", "gradient norm")])
+def test_a_diverged_run_stops_and_saves_nothing_broken(
+    finished, folder, tmp_path, monkeypatch, name, words
+):
+    diverge(monkeypatch, 6, name)
+    workdir = tmp_path / "run"
+    settings = tiny_settings(folder, **RUN, **{"checkpoint.every": 2})
+    with pytest.raises(DivergenceError) as error:
+        train(settings, workdir)
+    message = str(error.value)
+    assert f"the {words} of step 6 is nan" in message
+    assert f"the last good checkpoint is {workdir / 'checkpoints' / '4'}" in message
+    assert "\n" not in message
+    assert steps_on_disk(workdir) == [2, 4]
+    assert all(np.all(np.isfinite(array)) for array in saved_arrays(workdir).values())
+    # The command goes on from there once the cause is gone.
+    monkeypatch.undo()
+    train(settings, workdir)
+    assert_same_arrays(saved_arrays(workdir, 8), saved_arrays(finished.workdir, 8))
+
+
+def test_divergence_before_the_first_checkpoint_says_so(folder, tmp_path, monkeypatch):
+    diverge(monkeypatch, 3, "loss")
+    with pytest.raises(DivergenceError, match=r"step 3 is nan.*there is no checkpoint yet"):
+        train(tiny_settings(folder, **RUN), tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run") == []
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.path": "{folder}/nowhere.txt"}, "nowhere.txt"),
+        ({"data.path": "{folder}/empty.txt"}, "empty.txt"),
+        ({"data.tokenizer": "{folder}/nowhere"}, "no tokenizer folder"),
+        ({"data.validation": "last:24"}, "24"),
+        ({"mesh.data": 2}, "mesh.data=2"),
+        ({"train.batch_size": 3, "train.micro_batches": 3, "mesh.data": -1}, "use a multiple of 8"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    folder, tmp_path, monkeypatch, changes, words
+):
+    (folder / "empty.txt").write_text("")
+    changes = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in changes.items()}
+    if changes.get("mesh.data") == -1:  # all eight devices
+        monkeypatch.undo()
+        make_mesh = sharding.make_mesh
+        monkeypatch.setattr(
+            "gidd_jax.trainer.sharding.make_mesh",
+            lambda *sizes: make_mesh(*sizes, devices=jax.devices()),
+        )
+    with pytest.raises(InputError) as error:
+        train(tiny_settings(folder, **changes), tmp_path / "run")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- validation
+
+
+class Sums:
+    """A stand-in for the compiled evaluation that returns given sums."""
+
+    def __init__(self, *parts: dict[str, float]):
+        self.parts, self.params = list(parts), []
+
+    def __call__(self, params, batch, key):
+        self.params.append(params)
+        return self.parts.pop(0)
+
+
+def test_bits_per_byte_by_hand():
+    """Three rows of 8, 8 and 4 tokens; an autoregressive model scores all but the first of each."""
+    records = [np.arange(n, dtype=np.int32) for n in (8, 8, 4)]
+    validation = ValidationBatches(records, [30, 34, 16], 8, 0, 2)
+    assert (validation.num_tokens, validation.num_bytes, len(validation)) == (20, 80, 2)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    sums = Sums(
+        {"loss": 20.0, "nelbo": 30.0, "tokens": 14.0}, {"loss": 4.0, "nelbo": 4.0, "tokens": 3.0}
+    )
+    state = TrainState(jnp.int32(1), "parameters", None, None)
+    figures = trainer.evaluate(sums, state, validation, jax.random.key(0), mesh)
+    assert figures["loss"] == pytest.approx(24 / 17)
+    assert figures["nelbo"] == pytest.approx(34 / 17)
+    assert figures["perplexity"] == pytest.approx(math.exp(2))
+    # 17 of the 20 tokens were scored: 68 of the 80 bytes.
+    assert figures["bits_per_byte"] == pytest.approx(34 / math.log(2) / 68)
+    assert sums.params == ["parameters"] * 2
+
+    averaged = Sums({"nelbo": 1.0, "tokens": 14.0}, {"nelbo": 1.0, "tokens": 3.0})
+    trainer.evaluate(averaged, state.replace(ema="average"), validation, jax.random.key(0), mesh)
+    assert averaged.params == ["average"] * 2
+
+
+def test_a_run_reports_its_last_validation(finished):
+    steps = figures_by_step(finished.workdir)
+    assert [step for step, values in steps.items() if "eval/nelbo" in values] == [10, 20]
+    for name, value in finished.figures.items():
+        assert steps[20][f"eval/{name}"] == value
+    assert 0 < finished.figures["nelbo"] < 2 * math.log(VOCAB_SIZE)
+    terms = sum(finished.figures[name] for name in ("middle", "reconstruction", "prior"))
+    assert terms == pytest.approx(finished.figures["nelbo"], rel=1e-5)
+    assert steps[20]["train/learning_rate"] < steps[6]["train/learning_rate"] == pytest.approx(3e-3)
+
+
+def test_validation_in_parts_is_validation_of_the_whole(folder):
+    """An exact likelihood shows that no row is lost or counted twice."""
+    found = []
+    for parts in (1, 4):
+        changes = {"train.micro_batches": parts, "train.batch_size": 16, "train.eval_batches": 1}
+        settings = tiny_settings(folder, "ar", **changes)
+        objective = build_objective(settings, VOCAB_SIZE, VOCAB_SIZE - 1)
+        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        optimizer = make_optimizer(settings.optimizer, 20)
+        rng = np.random.default_rng(0)
+        rows = [rng.integers(0, 257, n).astype(np.int32) for n in range(1, 17)]
+        validation = ValidationBatches(rows, [len(row) for row in rows], 16, 257, 16)
+        with sharding.activate(mesh):
+            make_state, abstract = trainer.state_maker(settings, objective, optimizer, mesh)
+            evaluation = trainer.compile_evaluation(settings, objective, abstract, mesh)
+            state = make_state(jax.random.key(0))
+            found.append(trainer.evaluate(evaluation, state, validation, jax.random.key(1), mesh))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+# ---- shipped configs
+
+CONFIGS = sorted(path.stem for path in config_folder().glob("*.py"))
+SHIPPED = [*CONFIGS, *(f"{name}:{size}" for name in NAMES for size in dit.SIZES)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_builds_its_objective(name):
+    settings = Settings.from_config(load_config(name))
+    objective = build_objective(settings, 4096, 2)
+    shapes = abstract_params(objective)
+    model = settings.model
+    assert shapes["vocab_embed"]["embedding"].shape == (4096, model.hidden_size)
+    assert shapes["blocks"]["norm1"]["scale"].shape == (model.num_layers, model.hidden_size)
+    ids = jax.ShapeDtypeStruct((2, model.max_seq_len), jnp.int32)
+    times = () if objective.process is None else (jax.ShapeDtypeStruct((2,), jnp.float32),)
+    logits = jax.eval_shape(objective.apply, shapes, ids, *times)
+    assert logits.shape == (2, model.max_seq_len, 4096)
+    assert logits.dtype == jnp.float32
