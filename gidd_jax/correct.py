@@ -5,7 +5,6 @@ as slightly noisy (time t), and replaces the tokens whose replacement is most pr
 side by side in one compiled loop, and each stops by itself.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,35 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax.draws import categorical, fold_in
-from gidd_jax.errors import InputError
 from gidd_jax.filters import temper
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import masked_logits
+from gidd_jax.options import CorrectionOptions
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.steps import highest, probs_at
 
 # (number of the step, probabilities [B, L, V]) -> token ids [B, L]
 Propose = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class CorrectionOptions:
-    """How samples are corrected; raises InputError for values outside their range."""
-
-    num_steps: int = 128  # most network calls
-    temperature: float = 0.1  # of the proposals
-    tokens_per_step: int = 1  # most tokens replaced in a step
-    patience: int = 32  # stop a row after more than so many steps without a better accuracy
-    t: float = 0.01  # the time the network is told, 0 to 1
-
-    def __post_init__(self):
-        for name, least in (("num_steps", 1), ("tokens_per_step", 1), ("patience", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}: {getattr(self, name)}")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
-        if not 0 < self.t < 1:
-            raise InputError(f"t must lie in (0, 1): {self.t}")
 
 
 class Correction(NamedTuple):

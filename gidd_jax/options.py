@@ -1,16 +1,14 @@
-"""What can be chosen about sampling, checked before anything is compiled."""
+"""What can be chosen about sampling and correcting.
+
+Imports nothing heavy, so that commands can name the choices in --help.
+"""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-
 from gidd_jax.errors import InputError
-from gidd_jax.process import InterpolatingProcess
 
 REMASKING = ("remdm_cap", "remdm_rescale", "remdm_loop")
 METHODS = ("ancestral", "psi", *REMASKING, "confidence", "adaptive", "first_hitting")
-MASK_ONLY = (*REMASKING, "first_hitting")
 GRIDS = ("uniform", "cosine", "reference")
 # Options that only some methods read: setting one for another method is an error.
 READ_BY = {
@@ -80,28 +78,22 @@ class SamplerOptions:
                     f"it belongs to {', '.join(readers)}"
                 )
 
-    def check_process(self, process: InterpolatingProcess) -> None:
-        """Raise InputError when the method cannot sample this process."""
-        if self.method in MASK_ONLY and not is_mask_only(process):
-            raise InputError(
-                f"method {self.method!r} needs a process whose only noise is the mask: "
-                "use 'psi', 'adaptive' or 'ancestral'"
-            )
-        if self.method == "confidence" and prior_mask(process) < 0.99:
-            raise InputError(
-                "method 'confidence' needs a process that starts from masks: "
-                "use 'adaptive', 'psi' or 'ancestral'"
-            )
 
+@dataclasses.dataclass(frozen=True)
+class CorrectionOptions:
+    """How samples are corrected; raises InputError for values outside their range."""
 
-def prior_mask(process: InterpolatingProcess) -> float:
-    """Return the probability of the mask in the prior."""
-    with jax.ensure_compile_time_eval():
-        return float(process.prior().mask)
+    num_steps: int = 128  # most network calls
+    temperature: float = 0.1  # of the proposals
+    tokens_per_step: int = 1  # most tokens replaced in a step
+    patience: int = 32  # stop a row after more than so many steps without a better accuracy
+    t: float = 0.01  # the time the network is told, 0 to 1
 
-
-def is_mask_only(process: InterpolatingProcess) -> bool:
-    """Return whether noise other than the mask has at most 1e-6 of the mass at any time."""
-    with jax.ensure_compile_time_eval():
-        t = jnp.linspace(process.t_min, process.t_max, 101)
-        return bool(jnp.max(process.beta_pi(t).uniform) * process.num_noise_tokens <= 1e-6)
+    def __post_init__(self):
+        for name, least in (("num_steps", 1), ("tokens_per_step", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}: {getattr(self, name)}")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
+        if not 0 < self.t < 1:
+            raise InputError(f"t must lie in (0, 1): {self.t}")

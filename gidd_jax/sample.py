@@ -14,8 +14,8 @@ from absl import flags
 
 from gidd_jax.cli import run
 from gidd_jax.errors import InputError
+from gidd_jax.options import GRIDS, METHODS, SamplerOptions
 
-METHODS = "ancestral psi remdm_cap remdm_rescale remdm_loop confidence adaptive first_hitting"
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -32,14 +32,14 @@ EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.
 # The rest are fields of SamplerOptions; what is not given keeps the default there.
 OPTIONS = {
     "num_steps": flags.DEFINE_integer(
-        "num_steps", None, "Denoising steps, each one network call. Default: 128."
+        "num_steps",
+        None,
+        f"Denoising steps, each one network call. Default: {SamplerOptions.num_steps}.",
     ),
-    "method": flags.DEFINE_enum("method", None, METHODS.split(), "Default: ancestral."),
-    "grid": flags.DEFINE_enum(
-        "grid", None, ["uniform", "cosine", "reference"], "Times; reference: the original's."
-    ),
+    "method": flags.DEFINE_enum("method", None, METHODS, f"Default: {SamplerOptions.method}."),
+    "grid": flags.DEFINE_enum("grid", None, GRIDS, "Times; reference: the original's."),
     "temperature": flags.DEFINE_float(
-        "temperature", None, "Of the predicted distribution; 0 is greedy. Default: 1."
+        "temperature", None, "Of the predicted distribution; 0 is greedy."
     ),
     "top_k": flags.DEFINE_integer("top_k", None, "Draw from the top_k most probable tokens."),
     "top_p": flags.DEFINE_float("top_p", None, "Draw from the most probable tokens of this sum."),
@@ -63,10 +63,6 @@ def main(argv: list[str]) -> None:
     from gidd_jax.samples import check_output, save_samples
 
     out = check_output(OUT.value, ".npz") if OUT.value else None
-
-    from gidd_jax.gidd import Gidd
-    from gidd_jax.options import SamplerOptions
-
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = SamplerOptions(**given)
     num_samples = NUM_SAMPLES.value
@@ -74,6 +70,9 @@ def main(argv: list[str]) -> None:
         raise InputError("give --num_samples or --prompt: each prompt gets one continuation")
     if not PROMPT.value and num_samples is None:
         num_samples = 16
+
+    from gidd_jax.gidd import Gidd
+
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     samples = model.generate(
         num_samples,

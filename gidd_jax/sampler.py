@@ -17,7 +17,7 @@ from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import log_probs_at, masked_logits
 from gidd_jax.options import REMASKING, SamplerOptions
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.schedule import Schedule, make_schedule
+from gidd_jax.schedule import Schedule, check_method, make_schedule
 
 
 class Prompt(NamedTuple):
@@ -69,7 +69,7 @@ def sample_diffusion(
     Blocks count the tokens to generate. The network sees the whole row: blocks still to come are
     prior noise. Raises InputError when the method cannot sample this process.
     """
-    options.check_process(process)
+    check_method(process, options.method)
     shape = (keys.shape[0], length)
     if prompt is None:
         prompt = Prompt(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))

@@ -3,11 +3,41 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax.errors import InputError
 from gidd_jax.options import GRIDS, REMASKING, SamplerOptions
 from gidd_jax.process import InterpolatingProcess
+
+MASK_ONLY = (*REMASKING, "first_hitting")
+
+
+def check_method(process: InterpolatingProcess, method: str) -> None:
+    """Raise InputError when the method cannot sample this process."""
+    if method in MASK_ONLY and not is_mask_only(process):
+        raise InputError(
+            f"method {method!r} needs a process whose only noise is the mask: "
+            "use 'psi', 'adaptive' or 'ancestral'"
+        )
+    if method == "confidence" and prior_mask(process) < 0.99:
+        raise InputError(
+            "method 'confidence' needs a process that starts from masks: "
+            "use 'adaptive', 'psi' or 'ancestral'"
+        )
+
+
+def prior_mask(process: InterpolatingProcess) -> float:
+    """Return the probability of the mask in the prior."""
+    with jax.ensure_compile_time_eval():
+        return float(process.prior().mask)
+
+
+def is_mask_only(process: InterpolatingProcess) -> bool:
+    """Return whether noise other than the mask has at most 1e-6 of the mass at any time."""
+    with jax.ensure_compile_time_eval():
+        t = jnp.linspace(process.t_min, process.t_max, 101)
+        return bool(jnp.max(process.beta_pi(t).uniform) * process.num_noise_tokens <= 1e-6)
 
 
 def time_grid(

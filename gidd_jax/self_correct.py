@@ -18,6 +18,7 @@ from absl import flags
 
 from gidd_jax.cli import run
 from gidd_jax.errors import InputError
+from gidd_jax.options import CorrectionOptions
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
@@ -32,15 +33,26 @@ EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.
 
 # The rest are fields of CorrectionOptions; what is not given keeps the default there.
 OPTIONS = {
-    "num_steps": flags.DEFINE_integer("num_steps", None, "Most steps. Default: 128."),
-    "temperature": flags.DEFINE_float("temperature", None, "Of the proposals. Default: 0.1."),
+    "num_steps": flags.DEFINE_integer(
+        "num_steps", None, f"Most steps. Default: {CorrectionOptions.num_steps}."
+    ),
+    "temperature": flags.DEFINE_float(
+        "temperature", None, f"Of the proposals. Default: {CorrectionOptions.temperature}."
+    ),
     "tokens_per_step": flags.DEFINE_integer(
-        "tokens_per_step", None, "Most tokens changed in a step. Default: 1."
+        "tokens_per_step",
+        None,
+        f"Most tokens changed in a step. Default: {CorrectionOptions.tokens_per_step}.",
     ),
     "patience": flags.DEFINE_integer(
-        "patience", None, "Steps without better self-accuracy before a text stops. Default: 32."
+        "patience",
+        None,
+        "Steps without better self-accuracy that a text may take before it stops. "
+        f"Default: {CorrectionOptions.patience}.",
     ),
-    "t": flags.DEFINE_float("t", None, "Time that the network is told. Default: 0.01."),
+    "t": flags.DEFINE_float(
+        "t", None, f"Time that the network is told. Default: {CorrectionOptions.t}."
+    ),
 }
 COLUMNS = (
     "initial_accuracy",
@@ -63,7 +75,6 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--samples: no such file: {source}")
 
     from gidd_jax.checkpoint import write_atomically
-    from gidd_jax.correct import CorrectionOptions
     from gidd_jax.gidd import Gidd
 
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}

@@ -24,7 +24,7 @@ def command(module: str, *flags: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
-        env={"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": "/nonexistent"},
+        env={"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HOME": "/nonexistent"},
     )
 
 

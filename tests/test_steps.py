@@ -261,7 +261,7 @@ def test_confidence_step_reveals_the_surest_masks():
 
 
 def test_adaptive_step_takes_the_largest_gain_times_noise():
-    process = HybridProcess(4, 3, p_uniform=0.5)
+    process = HybridProcess(4, 3, p_uniform=0.2)
     probs = jnp.float32([[[0.5, 0.3, 0.2, 0], [0.05, 0.95, 0, 0], [0.1, 0.2, 0.7, 0]]])
     z, t = jnp.int32([[3, 0, 2]]), jnp.float32([0.5])
     mass = process.beta_pi(0.5)
