@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
         hidden_size=192, num_layers=4, num_heads=6, cond_dim=64, max_seq_len=128, dtype="float32"
     )
     config.data.mode = "packed"
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=30)
-    config.train.update(num_steps=240, batch_size=32, eval_every=80, eval_batches=8)
-    config.checkpoint.every = 80
-    config.logging.every = 10
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=60)
+    config.train.update(num_steps=1000, batch_size=8, eval_every=250, eval_batches=30)
+    config.checkpoint.every = 250
+    config.logging.every = 25
     return config
