@@ -187,12 +187,11 @@ def score_rows(
     parts = []
     for begin in tqdm(range(0, num_rows, size), label, disable=None, unit="batch", leave=False):
         numbers = np.arange(begin, begin + size)
-        real = np.minimum(numbers, num_rows - 1)
+        real = np.minimum(numbers, num_rows - 1)  # the last batch is filled up, and cut below
         batch = [
             rows.pad(corpus.ids[int(i)], model.max_seq_len, model.tokenizer.pad_id) for i in real
         ]
-        mask = np.stack([row["mask"] for row in batch]) & (numbers < num_rows)[:, None]
-        tokens = np.stack([row["tokens"] for row in batch])
+        tokens, mask = (np.stack([row[key] for row in batch]) for key in ("tokens", "mask"))
         row_arrays = (row_keys(keys[1], jnp.asarray(numbers)), original[real], tokens, mask)
         part = _score(
             params,
