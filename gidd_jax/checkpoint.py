@@ -56,7 +56,7 @@ def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
 
     Raises InputError when the folder does not exist or holds no complete checkpoint.
     """
-    folder = epath.Path(path)
+    folder = epath.Path(path).resolve()
     if not folder.is_dir():
         raise InputError(f"no such folder: {path}")
     if folder.name.isdecimal() and (folder / "state").is_dir():
