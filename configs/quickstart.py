@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
         hidden_size=192, num_layers=4, num_heads=6, cond_dim=64, max_seq_len=128, dtype="float32"
     )
     config.data.mode = "packed"
-    config.optimizer.update(learning_rate=2e-3, warmup_steps=60)
+    # AdamW stays at the unigram model for the few steps that there are; Muon leaves it soon.
+    config.optimizer.update(name="muon", learning_rate=1e-2, warmup_steps=60)
     config.train.update(num_steps=1000, batch_size=8, eval_every=250, eval_batches=30)
     config.checkpoint.every = 250
     config.logging.every = 25

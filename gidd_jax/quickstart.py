@@ -17,44 +17,51 @@ from gidd_jax.cli import config_flag, run
 CONFIG = config_flag("quickstart")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/quickstart", "Folder of the run.")
 NUM_SAMPLES = 4
-NUM_STEPS = 128
+NUM_SAMPLES_T = 4  # times drawn per validation row
 
 
 def main(argv: list[str]) -> None:
     del argv
     start = time.monotonic()
 
-    import numpy as np
-
-    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax import evaluation
+    from gidd_jax.checkpoint import find_checkpoint, write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
     from gidd_jax.gidd import Gidd
     from gidd_jax.plots import plot_loss
+    from gidd_jax.samples import save_samples
     from gidd_jax.settings import Settings
     from gidd_jax.trainer import train
 
     settings, workdir = Settings.from_config(CONFIG.value), Path(WORKDIR.value)
-    figures = train(settings, workdir)
+    train(settings, workdir)
+    if find_checkpoint(workdir).step < settings.train.num_steps:
+        return  # stopped by a signal; the same command goes on
     plot_loss(workdir)
 
     model = Gidd.from_pretrained(workdir)
-    validation = validation_batches(
-        settings.data,
-        model.tokenizer,
-        settings.model.max_seq_len,
-        settings.train.batch_size,
-        max_batches=settings.train.eval_batches,
-    )
-    unigram = unigram_bits_per_byte(
-        settings.data, model.tokenizer, settings.model.max_seq_len, validation
-    )
     samples = model.generate(NUM_SAMPLES, seed=settings.seed)
-    np.savez(workdir / "samples.npz", ids=samples.ids, texts=np.array(samples.texts))
+    save_samples(workdir / "samples.npz", samples, model.tokenizer)
     for number, text in enumerate(samples.texts):
         print(f"\n--- sample {number} ---\n{text}")
 
+    corpus = evaluation.open_rows(settings.data, "validation", model, is_own=True)
+    scores = evaluation.score_rows(
+        model,
+        corpus,
+        num_samples_t=NUM_SAMPLES_T,
+        batch_size=16,
+        seed=settings.seed,
+        label="Evaluating",
+    )
+    figures = evaluation.corpus_figures(
+        model.process, corpus, scores, num_resamples=1000, seed=settings.seed
+    )
+    data = (settings.data, model.tokenizer, model.max_seq_len)
+    unigram = unigram_bits_per_byte(*data, validation_batches(*data, settings.train.batch_size))
     summary = {
         "bits_per_byte": figures["bits_per_byte"],
+        "bits_per_byte_standard_error": figures["bits_per_byte_standard_error"],
         "unigram_bits_per_byte": unigram,
         "perplexity": figures["perplexity"],
         "seconds": round(time.monotonic() - start, 1),
@@ -62,9 +69,10 @@ def main(argv: list[str]) -> None:
     }
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(
-        f"\nvalidation: {summary['bits_per_byte']:.3f} bits per byte (bound), unigram baseline "
-        f"{unigram:.3f}; perplexity {summary['perplexity']:.1f} per token; "
-        f"{summary['seconds']:.0f} s\nwritten to {workdir}: summary.json, samples.npz, loss.png"
+        f"\nvalidation: {summary['bits_per_byte']:.3f} bits per byte (an upper bound), "
+        f"{1 - summary['bits_per_byte'] / unigram:.1%} below the unigram baseline {unigram:.3f}; "
+        f"perplexity {summary['perplexity']:.1f} per token; {summary['seconds']:.0f} s\n"
+        f"written to {workdir}: summary.json, samples.npz, loss.png"
     )
 
 
