@@ -56,7 +56,7 @@ def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
 
     Raises InputError when the folder does not exist or holds no complete checkpoint.
     """
-    folder = epath.Path(path).resolve()
+    folder = _absolute(path)
     if not folder.is_dir():
         raise InputError(f"no such folder: {path}")
     if folder.name.isdecimal() and (folder / "state").is_dir():
@@ -69,6 +69,12 @@ def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
             "one step of it"
         )
     return Checkpoint(root / str(max(steps)), max(steps))
+
+
+def _absolute(path: str | epath.PathLike) -> epath.Path:
+    """Return the path as Orbax takes it; etils would make gs://bucket a folder named 'gs:' here."""
+    folder = epath.Path(path)
+    return folder if "://" in str(folder) else folder.resolve()
 
 
 def load_params(checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = False) -> Any:
@@ -119,7 +125,7 @@ class Checkpointer:
         config: Mapping[str, Any],
         tokenizer: Tokenizer,
     ) -> None:
-        self._root = epath.Path(workdir).resolve() / CHECKPOINTS
+        self._root = _absolute(workdir) / CHECKPOINTS
         self._every = every
         self._context = {"config": dict(config), "tokenizer": _tokenizer_files(tokenizer)}
         self._manager = ocp.CheckpointManager(
@@ -299,4 +305,6 @@ def _damaged(checkpoint: Checkpoint, error: Exception) -> InputError:
     older = [step for step in steps if step < checkpoint.step]
     fix = f"delete it to go on from step {max(older)}" if older else "there is no older one"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if isinstance(error, PermissionError | ConnectionError | TimeoutError | MemoryError):
+        return InputError(f"checkpoint {checkpoint.folder} cannot be read now: {reason}")
     return InputError(f"checkpoint {checkpoint.folder} is damaged ({reason}): {fix}")
