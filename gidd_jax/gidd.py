@@ -6,6 +6,7 @@ print(model.generate(num_samples=4, num_steps=64).texts[0])
 print(model.generate(prompts=["It was"], method="psi", top_p=0.9).texts[0])
 print(model.infill([["It was the best of ", 3, ", it was the worst of times"]]).texts[0])
 print(model.correct(["It was the the best of times"]).texts[0])
+print(model.log_likelihood(["the best of times"], prompts=["It was"]).log_probs[0])
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gidd_jax import programs
 from gidd_jax.autoregressive import check_autoregressive, sample_autoregressive
 from gidd_jax.cli import nearest
 from gidd_jax.correct import Correction, CorrectionOptions, proposals, self_correct
@@ -25,17 +27,31 @@ from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.export import save_pretrained
-from gidd_jax.likelihood import Denoiser
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.options import SamplerOptions
 from gidd_jax.pretrained import Pretrained, load_pretrained
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.prompts import Piece, Rows, continuations, empty_rows, infillings, whole_texts
+from gidd_jax.programs import SpecialIds, denoiser
+from gidd_jax.prompts import (
+    Piece,
+    Rows,
+    Text,
+    by_width,
+    continuations,
+    empty_rows,
+    infillings,
+    scored_texts,
+    whole_texts,
+)
 from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
-from gidd_jax.samples import Corrected, Samples
+from gidd_jax.samples import Corrected, Likelihoods, Samples
 from gidd_jax.sharding import batch_sharding, make_mesh, replicated
+from gidd_jax.trace import changes_of, join_changes, make_trace
 
+_NOT_A_NUMBER = (
+    "the network's output is not a number: its parameters are damaged, use an older checkpoint"
+)
 Options = TypeVar("Options", SamplerOptions, CorrectionOptions)
 
 
@@ -76,11 +92,12 @@ class Gidd:
         self,
         num_samples: int | None = None,
         *,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[Text] | None = None,
         length: int | None = None,
         new_tokens: int | None = None,
         batch_size: int = 16,
         seed: int = 0,
+        trace: bool = False,
         options: SamplerOptions | None = None,
         **changes: Any,
     ) -> Samples:
@@ -88,9 +105,10 @@ class Gidd:
 
         length: tokens of a sequence, prompt included (default: the context); new_tokens: how many
         to add to each prompt instead of filling the length. `changes` are fields of `options`,
-        such as num_steps=64. Batches are split over the local devices; a sample depends on the
-        seed, its number and its prompt, not on the batch. Raises InputError for options outside
-        their range, and prompts that do not fit.
+        such as num_steps=64. trace: return every change on the way, too (see `trace`). Batches are
+        split over the local devices; a sample depends on the seed, its number and its prompt, not
+        on the batch. Raises InputError for options outside their range, and prompts that do not
+        fit.
         """
         length = self.max_seq_len if length is None else length
         if not 1 <= length <= self.max_seq_len:
@@ -107,7 +125,8 @@ class Gidd:
         else:
             _check_some(prompts, "prompts")
             rows = continuations(self.tokenizer, prompts, length, new_tokens)
-        return self._draw(rows, batch_size, seed, _options(options or SamplerOptions(), changes))
+        options = _options(options or SamplerOptions(), changes)
+        return self._draw(rows, batch_size, seed, options, trace)
 
     def infill(
         self,
@@ -115,6 +134,7 @@ class Gidd:
         *,
         batch_size: int = 16,
         seed: int = 0,
+        trace: bool = False,
         options: SamplerOptions | None = None,
         **changes: Any,
     ) -> Samples:
@@ -127,7 +147,8 @@ class Gidd:
             raise InputError("infilling needs a diffusion model: this one is autoregressive")
         _check_some(texts, "texts")
         rows = infillings(self.tokenizer, texts, self.max_seq_len)
-        return self._draw(rows, batch_size, seed, _options(options or SamplerOptions(), changes))
+        options = _options(options or SamplerOptions(), changes)
+        return self._draw(rows, batch_size, seed, options, trace)
 
     def correct(
         self,
@@ -166,6 +187,70 @@ class Gidd:
             **result._asdict(), texts=self._decode_rows(result.ids, rows), network_calls=calls
         )
 
+    def log_likelihood(
+        self,
+        texts: Sequence[Text],
+        *,
+        prompts: Sequence[Text] | None = None,
+        num_samples_t: int = 8,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> Likelihoods:
+        """Return log p of each text (or list of token ids) given its prompt, in nats.
+
+        Exact for autoregressive models; for diffusion an unbiased estimate, from `num_samples_t`
+        times, of a lower bound: that of filling in the text beside the prompt. A value depends on
+        the seed and the text's number, not on the batch. Raises InputError for texts that are
+        empty or, with their prompt and the token that begins it, longer than the context.
+        """
+        _check_some(texts, "texts")
+        if num_samples_t < 1:
+            raise InputError(f"num_samples_t must be at least 1: {num_samples_t}")
+        rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
+        by_token, calls = np.zeros(rows.ids.shape, np.float32), 0
+        for numbers, part in by_width(rows):
+            scores = [
+                programs.log_likelihood(
+                    *batch,
+                    network=self.network,
+                    process=self.process,
+                    keep_padding_columns=self.keep_padding_columns,
+                    num_samples_t=num_samples_t,
+                )
+                for batch in self._batches(part, batch_size, seed, numbers)
+            ]
+            by_token[numbers, : part.ids.shape[1]] = np.concatenate(scores)[: len(numbers)]
+            calls += len(scores) * (1 if self.process is None else num_samples_t + 1)
+        if not np.isfinite(by_token).all():
+            raise InputError(_NOT_A_NUMBER)
+        log_probs = by_token.sum(axis=-1, dtype=np.float64)
+        return Likelihoods(rows.ids, log_probs, by_token, rows.free.sum(axis=-1), calls)
+
+    def is_greedy(
+        self,
+        texts: Sequence[Text],
+        *,
+        prompts: Sequence[Text] | None = None,
+        batch_size: int = 16,
+    ) -> np.ndarray:
+        """Return whether temperature 0 generates each text after its prompt, bool [N].
+
+        From left to right, or for diffusion from masks on with method "confidence" and one step a
+        token. Raises InputError like `log_likelihood`, and for diffusion without such a start.
+        """
+        _check_some(texts, "texts")
+        rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
+        found = np.zeros(len(rows.ids), bool)
+        for numbers, part in by_width(rows):
+            matches = [
+                programs.is_greedy(
+                    *batch, network=self.network, process=self.process, special=self._special_ids
+                )
+                for batch in self._batches(part, batch_size, seed=0)
+            ]
+            found[numbers] = np.concatenate(matches)[: len(numbers)]
+        return found
+
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of one sequence of ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -173,48 +258,67 @@ class Gidd:
     def _decode_rows(self, ids: np.ndarray, rows: Rows) -> list[str]:
         return [self.decode(row[:length]) for row, length in zip(ids, rows.lengths, strict=True)]
 
-    def _draw(self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions) -> Samples:
-        batches = self._batches(rows, batch_size, seed)
-        if self.process is None:
-            check_autoregressive(options)
-            special = _SpecialIds(
-                self.tokenizer.eos_id,
-                self.tokenizer.pad_id,
-                self.tokenizer.mask_id,
-                # An imported model may lack the last tokens of its tokenizer, or have more rows.
-                min(self.tokenizer.vocab_size, self.network.vocab_size),
-            )
-            parts = [
-                _autoregressive(*batch, network=self.network, special=special, options=options)
-                for batch in batches
-            ]
-        else:
-            # Where the schedule does not depend on it, any number of tokens shares one program.
-            depends = options.block_length > 0 or options.method == "first_hitting"
-            parts = [
-                _diffusion(
-                    *batch,
-                    network=self.network,
-                    process=self.process,
-                    options=options,
-                    num_free=int(rows.free.sum(-1).max()) if depends else rows.ids.shape[1],
-                )
-                for batch in batches
-            ]
+    def _draw(
+        self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
+    ) -> Samples:
+        parts, traced = [], []
+        for drawn in self._drawn_batches(rows, batch_size, seed, options, trace):
+            parts.append(drawn._replace(frames=None))
+            if trace:
+                traced.append(changes_of(drawn, self.tokenizer.mask_id))
         calls = sum(int(part.network_calls) for part in parts)
         ids, log_probs, drawn_at = (
             np.concatenate(leaves)[: len(rows.ids)]
             for leaves in zip(*(part[:3] for part in parts), strict=True)
         )
         if np.isnan(log_probs).any():
-            raise InputError(
-                "the network's output is not a number: its parameters are damaged, "
-                "use an older checkpoint"
-            )
-        return Samples(ids, self._decode_rows(ids, rows), log_probs, drawn_at, calls)
+            raise InputError(_NOT_A_NUMBER)
+        texts, noted = self._decode_rows(ids, rows), None
+        if trace:
+            changes = join_changes(traced, len(rows.ids))
+            noted = make_trace(changes, ~rows.free, rows.lengths, texts, self.tokenizer)
+        return Samples(ids, texts, log_probs, drawn_at, calls, noted)
 
-    def _batches(self, rows: Rows, batch_size: int, seed: int) -> Iterator["_Batch"]:
-        """Yield the rows in batches of one size, split over the local devices."""
+    def _drawn_batches(
+        self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
+    ) -> Iterator[Drawn]:
+        batches = self._batches(rows, batch_size, seed)
+        if self.process is None:
+            check_autoregressive(options)
+            for batch in batches:
+                yield _autoregressive(
+                    *batch, network=self.network, special=self._special_ids, options=options
+                )
+            return
+        # Where the schedule does not depend on it, any number of tokens shares one program.
+        depends = options.block_length > 0 or options.method == "first_hitting"
+        for batch in batches:
+            yield _diffusion(
+                *batch,
+                network=self.network,
+                process=self.process,
+                options=options,
+                num_free=int(rows.free.sum(-1).max()) if depends else rows.ids.shape[1],
+                trace=trace,
+            )
+
+    @property
+    def _special_ids(self) -> SpecialIds:
+        return SpecialIds(
+            self.tokenizer.eos_id,
+            self.tokenizer.pad_id,
+            self.tokenizer.mask_id,
+            # An imported model may lack the last tokens of its tokenizer, or have more rows.
+            min(self.tokenizer.vocab_size, self.network.vocab_size),
+        )
+
+    def _batches(
+        self, rows: Rows, batch_size: int, seed: int, names: np.ndarray | None = None
+    ) -> Iterator["_Batch"]:
+        """Yield the rows in batches of one size, split over the local devices.
+
+        names: the numbers that rows draw by; default: their own.
+        """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1: {batch_size}")
         mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
@@ -223,6 +327,8 @@ class Gidd:
         for start in range(0, len(rows.ids), size):
             numbers = np.arange(start, start + size)
             part = jax.tree.map(lambda a, n=numbers: a[np.minimum(n, len(a) - 1)], rows)
+            if names is not None:
+                numbers = names[np.minimum(numbers, len(names) - 1)]
             arrays = (
                 row_keys(jax.random.key(seed), jnp.asarray(numbers)),
                 part.ids,
@@ -242,18 +348,7 @@ class _Batch(NamedTuple):
     lengths: jax.Array | None
 
 
-class _SpecialIds(NamedTuple):
-    eos: int
-    pad: int
-    mask: int
-    vocab_size: int
-
-
-def _denoiser(network: Any, params: Any, lengths: jax.Array | None) -> Denoiser:
-    return lambda z_t, t: network.apply({"params": params}, z_t, t, lengths)
-
-
-@functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free"))
+@functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free", "trace"))
 def _diffusion(
     params: Any,
     keys: jax.Array,
@@ -265,9 +360,10 @@ def _diffusion(
     process: InterpolatingProcess,
     options: SamplerOptions,
     num_free: int,
+    trace: bool,
 ) -> Drawn:
-    denoise, prompt = _denoiser(network, params, lengths), Prompt(ids, free)
-    return sample_diffusion(process, denoise, options, keys, ids.shape[1], prompt, num_free)
+    denoise, prompt = denoiser(network, params, lengths), Prompt(ids, free)
+    return sample_diffusion(process, denoise, options, keys, ids.shape[1], prompt, num_free, trace)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "special", "options"))
@@ -279,7 +375,7 @@ def _autoregressive(
     lengths: jax.Array | None,
     *,
     network: Any,
-    special: _SpecialIds,
+    special: SpecialIds,
     options: SamplerOptions,
 ) -> Drawn:
     del lengths  # padding comes last: no token before it sees it
@@ -296,8 +392,7 @@ def _autoregressive(
         eos_id=special.eos,
         pad_id=special.pad,
         vocab_size=special.vocab_size,
-        # Some tokenizers pad with their end token, which must stay possible.
-        excluded_ids=tuple({special.mask, special.pad} - {special.eos}),
+        excluded_ids=special.excluded,
     )
 
 
@@ -313,7 +408,7 @@ def _correct(
     process: InterpolatingProcess,
     options: CorrectionOptions,
 ) -> Correction:
-    denoise = _denoiser(network, params, lengths)
+    denoise = denoiser(network, params, lengths)
     return self_correct(process, denoise, options, ids, free, proposals(keys))
 
 

@@ -27,18 +27,28 @@ class Prompt(NamedTuple):
     free: jax.Array
 
 
+class Frames(NamedTuple):
+    """Ids int32 before the first of S scheduled calls, `start` [B, L], and after each of them,
+    `ids` [S, B, L] with `log_probs` float32 [S, B, L]."""
+
+    start: jax.Array
+    ids: jax.Array
+    log_probs: jax.Array
+
+
 class Drawn(NamedTuple):
     """Token ids int32 [B, L], how they came about, and the number of network calls.
 
     log_probs float32 [B, L]: log x_hat (before temperature and filters) of each token in the call
     that put it there; drawn_at int32 [B, L]: the number of that call from 1 on. Both are 0 for
-    given tokens, and for noise of the prior that never changed.
+    given tokens, and for noise of the prior that never changed. frames: what a trace asks for.
     """
 
     ids: jax.Array
     log_probs: jax.Array
     drawn_at: jax.Array
     network_calls: jax.Array
+    frames: Frames | None = None
 
 
 def put(drawn: Drawn, z: jax.Array, log_x_hat: jax.Array, mask_id: int) -> Drawn:
@@ -62,12 +72,14 @@ def sample_diffusion(
     length: int,
     prompt: Prompt | None = None,
     num_free: int | None = None,
+    trace: bool = False,
 ) -> Drawn:
     """Generate token ids [B, length] from one key per row: one scan over the network calls.
 
     prompt: given tokens stay as they are; num_free: the most tokens that a row of it generates.
     Blocks count the tokens to generate. The network sees the whole row: blocks still to come are
-    prior noise. Raises InputError when the method cannot sample this process.
+    prior noise. trace: also return what every call left, 8 bytes a token and call. Raises
+    InputError when the method cannot sample this process.
     """
     check_method(process, options.method)
     shape = (keys.shape[0], length)
@@ -98,7 +110,8 @@ def sample_diffusion(
             process, options, schedule.num_steps, step_keys, log_x_hat, drawn.ids, active, t, now
         )
         z = jnp.where(active, z, drawn.ids)
-        return (put(drawn, z, log_x_hat, process.mask_id), t), None
+        drawn = put(drawn, z, log_x_hat, process.mask_id)
+        return (drawn, t), (drawn.ids, drawn.log_probs) if trace else None
 
     prior = jax.vmap(lambda key: process.sample_prior(key, (length,)))(fold_in(keys, 0))
     if options.method == "confidence":
@@ -111,9 +124,10 @@ def sample_diffusion(
         network_calls=jnp.int32(0),
     )
     t_max = jnp.full(shape[:1], process.t_max, jnp.float32)
-    (drawn, _), _ = jax.lax.scan(call, (start, t_max), jax.tree.map(jnp.asarray, schedule))
+    (drawn, _), after = jax.lax.scan(call, (start, t_max), jax.tree.map(jnp.asarray, schedule))
+    frames = None if after is None else Frames(start.ids, *after)
     if not options.fill_masks:
-        return drawn
+        return drawn._replace(frames=frames)
 
     def fill(drawn: Drawn) -> Drawn:
         log_x_hat = predict(drawn.ids, jnp.full_like(t_max, process.t_min))
@@ -123,7 +137,7 @@ def sample_diffusion(
         return put(drawn, z, log_x_hat, process.mask_id)
 
     leftover = jnp.any(prompt.free & (drawn.ids == process.mask_id))
-    return jax.lax.cond(leftover, fill, lambda drawn: drawn, drawn)
+    return jax.lax.cond(leftover, fill, lambda drawn: drawn, drawn)._replace(frames=frames)
 
 
 def filtered_x_hat(

@@ -9,6 +9,7 @@ import numpy as np
 
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
+from gidd_jax.trace import Trace
 
 
 class Samples(NamedTuple):
@@ -16,13 +17,29 @@ class Samples(NamedTuple):
 
     log_probs float32 [N, L]: log-probability of each token in the network call that put it there,
     before temperature and filters; drawn_at int32 [N, L]: the number of that call; both are 0 for
-    given tokens. network_calls: calls of the network, each on one batch.
+    given tokens. network_calls: calls of the network, each on one batch; trace: every change on
+    the way, where it was asked for (saved by `trace.save_trace`, not with the samples).
     """
 
     ids: np.ndarray
     texts: list[str]
     log_probs: np.ndarray
     drawn_at: np.ndarray
+    network_calls: int
+    trace: Trace | None = None
+
+
+class Likelihoods(NamedTuple):
+    """Log-likelihoods of N texts, in nats: log_probs float64 [N] are the sums of by_token.
+
+    ids int32 [N, L]: the token that begins a text, the prompt, the text and padding; by_token
+    float32 [N, L]: 0 but for the text; num_tokens int [N]: of the text; calls of the network.
+    """
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    by_token: np.ndarray
+    num_tokens: np.ndarray
     network_calls: int
 
 
@@ -63,6 +80,7 @@ def save_samples(path: str | Path, samples: Samples | Corrected, tokenizer: Toke
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = samples._asdict() | {"texts": np.array(samples.texts, dtype=np.str_)}
+    fields.pop("trace", None)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         np.savez(file, allow_pickle=False, tokenizer=np.array(tokenizer.fingerprint), **fields)

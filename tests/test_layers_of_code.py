@@ -14,13 +14,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gidd_jax"
 # From the bottom. A package stands for all of its modules. Modules that can be run are entries.
 LAYERS = {
-    "foundation": {"errors", "cli"},
+    "foundation": {"errors", "cli", "distributed"},
     "maths": {"process", "loss", "ops", "draws"},
     "networks": {"models"},
     "generation": {
         "autoregressive",
         "correct",
         "filters",
+        "greedy",
         "likelihood",
         "options",
         "sampler",
@@ -45,10 +46,12 @@ LAYERS = {
         "hub",
         "plots",
         "pretrained",
+        "programs",
         "prompts",
         "samples",
         "scorers",
         "text_metrics",
+        "trace",
         "weight_files",
     },
     "entries": set(),
