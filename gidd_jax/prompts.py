@@ -1,6 +1,6 @@
 """From texts to rows of tokens: what is given, what is to be generated, and where a row ends."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
+Text = str | Sequence[int] | np.ndarray  # a text, or its token ids
 Piece = str | int  # a text, or a number of tokens to generate
 
 
@@ -24,6 +25,23 @@ class Rows(NamedTuple):
         return bool(np.any(self.lengths != self.ids.shape[1]))
 
 
+def token_ids(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[np.ndarray]:
+    """Return the token ids of each text, int32 [num_tokens]; those given as ids stay as they are.
+
+    Raises InputError for ids that the tokenizer does not have.
+    """
+    encoded = iter(tokenizer.encode([text for text in texts if isinstance(text, str)]))
+    found = []
+    for number, text in enumerate(texts, start=1):
+        ids = next(encoded) if isinstance(text, str) else np.asarray(text, np.int32)
+        if ids.ndim != 1 or np.any((ids < 0) | (ids >= tokenizer.vocab_size)):
+            raise InputError(
+                f"text {number} is no list of token ids from 0 to {tokenizer.vocab_size - 1}"
+            )
+        found.append(ids)
+    return found
+
+
 def empty_rows(tokenizer: Tokenizer, count: int, length: int, *, begin: bool) -> Rows:
     """Return rows with nothing given; begin: but the token that begins a text."""
     ids = np.full((count, length), tokenizer.pad_id, np.int32)
@@ -34,7 +52,7 @@ def empty_rows(tokenizer: Tokenizer, count: int, length: int, *, begin: bool) ->
 
 
 def continuations(
-    tokenizer: Tokenizer, prompts: Sequence[str], length: int, new_tokens: int | None
+    tokenizer: Tokenizer, prompts: Sequence[Text], length: int, new_tokens: int | None
 ) -> Rows:
     """Return rows that begin with the prompts and go on to `length`, or for `new_tokens` tokens.
 
@@ -42,9 +60,9 @@ def continuations(
     """
     rows = []
     for number, (prompt, ids) in enumerate(
-        zip(prompts, tokenizer.encode(prompts), strict=True), start=1
+        zip(prompts, token_ids(tokenizer, prompts), strict=True), start=1
     ):
-        if not prompt:
+        if len(prompt) == 0:
             raise InputError(f"prompt {number} is empty: give some text, or no prompts at all")
         count = length - 1 - len(ids) if new_tokens is None else new_tokens
         if count < 1 or 1 + len(ids) + count > length:
@@ -96,6 +114,45 @@ def whole_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Rows
     within = np.arange(given.ids.shape[1]) < given.lengths[:, None]
     within[:, 0] = False
     return given._replace(free=within)
+
+
+def scored_texts(
+    tokenizer: Tokenizer, texts: Sequence[Text], prompts: Sequence[Text] | None, length: int
+) -> Rows:
+    """Return rows of a prompt (if any) and a text; free are the tokens of the text.
+
+    Raises InputError for texts that are empty or, with their prompt, longer than `length`.
+    """
+    if prompts is not None and len(prompts) != len(texts):
+        raise InputError(f"{len(prompts)} prompts for {len(texts)} texts: give one each")
+    given = token_ids(tokenizer, prompts or [""] * len(texts))
+    pairs = list(zip(given, token_ids(tokenizer, texts), strict=True))
+    for number, (prompt, ids) in enumerate(pairs, start=1):
+        if not len(ids) or len(prompt) + len(ids) >= length:
+            after = f" after the {len(prompt)} of its prompt" if len(prompt) else ""
+            raise InputError(
+                f"text {number} has {len(ids)} tokens{after}: give at least 1, and at most "
+                f"{length - 1} with the prompt, the context less the token that begins a text"
+            )
+    rows = join_pieces(tokenizer, pairs)
+    ends = np.array([1 + len(prompt) for prompt, _ in pairs])
+    position = np.arange(rows.ids.shape[1])[None]
+    return rows._replace(free=(position >= ends[:, None]) & (position < rows.lengths[:, None]))
+
+
+def by_width(rows: Rows) -> Iterator[tuple[np.ndarray, Rows]]:
+    """Yield the rows in groups of a similar length, each with less padding: (numbers, rows).
+
+    Widths are powers of two from 16 on (and that of `rows`), so that few programs are compiled.
+    """
+    full = rows.ids.shape[1]
+    widths = np.minimum(np.maximum(16, 2 ** np.ceil(np.log2(rows.lengths)).astype(int)), full)
+    for width in np.unique(widths):
+        numbers = np.flatnonzero(widths == width)
+        yield (
+            numbers,
+            Rows(rows.ids[numbers, :width], rows.free[numbers, :width], rows.lengths[numbers]),
+        )
 
 
 def join_pieces(tokenizer: Tokenizer, rows: Sequence[Sequence[np.ndarray | int]]) -> Rows:
