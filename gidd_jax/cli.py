@@ -87,10 +87,13 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
     )
 
 
-def run(main: Callable[[list[str]], None], *, examples: str = "") -> NoReturn:
+def run(
+    main: Callable[[list[str]], None], *, examples: str = "", own_flags: bool = True
+) -> NoReturn:
     """Parse the flags and call `main(argv)`; bad input ends in one line on stderr and exit code 2.
 
-    `--help` shows the docstring of main's module, `examples` and the flags of that module.
+    `--help` shows the docstring of main's module, `examples` and the flags of that module. Without
+    own_flags all other arguments are left to main.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -102,7 +105,7 @@ def run(main: Callable[[list[str]], None], *, examples: str = "") -> NoReturn:
         except DivergenceError as error:
             _fail(str(error), code=1)
 
-    app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples))
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples, own_flags))
     raise AssertionError("absl's run always exits")
 
 
@@ -125,11 +128,16 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _parse(argv: Sequence[str], main: Callable[..., None], examples: str) -> list[str]:
+def _parse(
+    argv: Sequence[str], main: Callable[..., None], examples: str, own_flags: bool
+) -> list[str]:
     argv = list(argv)
     if {"--help", "-help", "-h", "--helpshort"} & set(argv):
         print(_help_text(main, examples))
         sys.exit(0)
+    if not own_flags:
+        flags.FLAGS(argv[:1])
+        return argv
     try:
         if _CONFIG_FLAG in flags.FLAGS:
             argv = _resolve_config(argv)
@@ -209,7 +217,7 @@ def _help_text(main: Callable[..., None], examples: str) -> str:
     module = main.__module__
     text = (sys.modules[module].__doc__ or "").strip()
     own = flags.FLAGS.get_flags_for_module(sys.argv[0] if module == "__main__" else module)
-    listing = ["Flags:"]
+    listing = ["Flags:"] if own else []
     for flag in sorted(own, key=lambda flag: flag.name):
         default = "" if flag.default is None else f" (default: {flag.default})"
         listing.append(flags.text_wrap(f"--{flag.name}: {flag.help}{default}", 88, "      ", "  "))

@@ -43,6 +43,7 @@ LAYERS = {
         "evaluation",
         "export",
         "gidd",
+        "harness_model",
         "hub",
         "plots",
         "pretrained",
