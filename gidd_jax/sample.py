@@ -4,10 +4,12 @@ Examples:
   python -m gidd_jax.sample --checkpoint=outputs/quickstart --num_samples=4 --num_steps=128
   python -m gidd_jax.sample --checkpoint=RUN --prompt="It was" --prompt="Call me" --top_p=0.9
   python -m gidd_jax.sample --checkpoint=RUN --num_samples=64 --method=psi --out=samples.npz
+  python -m gidd_jax.sample --checkpoint=RUN --num_samples=4 --replay=replay.html --watch
 
 The npz file holds `ids` (int32 [N, L]), `texts` (N strings), `log_probs` and `drawn_at` (of each
 token: its log-probability in the network call that put it there, and the number of that call),
-`network_calls` and the fingerprint of the tokenizer.
+`network_calls` and the fingerprint of the tokenizer. --replay writes a page that plays how the
+texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
 
 from absl import flags
@@ -24,6 +26,9 @@ NUM_SAMPLES = flags.DEFINE_integer(
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be repeated.")
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .npz.")
+TRACE = flags.DEFINE_string("trace", None, "File for every change on the way, ending in .npz.")
+REPLAY = flags.DEFINE_string("replay", None, "Page that plays the changes, ending in .html.")
+WATCH = flags.DEFINE_bool("watch", False, "Play the changes in the terminal.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
@@ -60,9 +65,17 @@ OPTIONS = {
 
 def main(argv: list[str]) -> None:
     del argv
+    from rich.console import Console
+
     from gidd_jax.samples import check_output, save_samples
+    from gidd_jax.watch import check_terminal, watch
 
     out = check_output(OUT.value, ".npz") if OUT.value else None
+    trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
+    page = check_output(REPLAY.value, ".html", "--replay") if REPLAY.value else None
+    console = Console()
+    if WATCH.value:
+        check_terminal(console)
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = SamplerOptions(**given)
     num_samples = NUM_SAMPLES.value
@@ -72,6 +85,8 @@ def main(argv: list[str]) -> None:
         num_samples = 16
 
     from gidd_jax.gidd import Gidd
+    from gidd_jax.replay_page import write_replay
+    from gidd_jax.trace import save_trace
 
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     samples = model.generate(
@@ -80,14 +95,25 @@ def main(argv: list[str]) -> None:
         batch_size=BATCH_SIZE.value,
         length=LENGTH.value,
         seed=SEED.value,
+        trace=bool(trace_file or page or WATCH.value),
         options=options,
     )
-    for number, text in enumerate(samples.texts):
-        print(f"--- sample {number} ---\n{text}\n")
-    print(f"{samples.network_calls} network calls")
+    # Files first: nobody should lose them by leaving the replay.
     if out is not None:
         save_samples(out, samples, model.tokenizer)
         print(f"wrote {out}")
+    if samples.trace is not None:
+        if trace_file is not None:
+            save_trace(trace_file, samples.trace)
+            print(f"wrote {trace_file}")
+        if page is not None:
+            write_replay(page, samples.trace, f"Samples of {CHECKPOINT.value}")
+            print(f"wrote {page}")
+        if WATCH.value:
+            watch(samples.trace, console)
+    for number, text in enumerate(samples.texts):
+        print(f"--- sample {number} ---\n{text}\n")
+    print(f"{samples.network_calls} network calls")
 
 
 if __name__ == "__main__":

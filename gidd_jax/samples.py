@@ -57,18 +57,18 @@ class Corrected(NamedTuple):
     network_calls: int
 
 
-def check_output(path: str | Path, suffix: str) -> Path:
+def check_output(path: str | Path, suffix: str, flag: str = "--out") -> Path:
     """Return the path of a file to be written; InputError unless it ends in suffix in a folder."""
     path = Path(path)
     if path.suffix != suffix:
-        raise InputError(f"--out must end in {suffix}: {path}")
+        raise InputError(f"{flag} must end in {suffix}: {path}")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise InputError(f"--out={path}: {parent} is not a folder")
+        raise InputError(f"{flag}={path}: {parent} is not a folder")
     if path.is_dir():
-        raise InputError(f"--out={path} is a folder: name a file")
+        raise InputError(f"{flag}={path} is a folder: name a file")
     return path
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from tiny_checkpoint import write_checkpoint
 
+from gidd_jax.replay_page import replay_page
+from gidd_jax.trace import load_trace, play
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
@@ -30,8 +33,15 @@ def command(module: str, *flags: str) -> subprocess.CompletedProcess:
 
 def test_samples_are_written_and_corrected(run_folder, tmp_path):
     out, corrected = tmp_path / "a" / "samples.npz", tmp_path / "corrected.npz"
+    trace_file, page = tmp_path / "a" / "trace.npz", tmp_path / "replay.html"
     first = command(
-        "sample", f"--checkpoint={run_folder}", "--num_samples=3", "--num_steps=4", f"--out={out}"
+        "sample",
+        f"--checkpoint={run_folder}",
+        "--num_samples=3",
+        "--num_steps=4",
+        f"--out={out}",
+        f"--trace={trace_file}",
+        f"--replay={page}",
     )
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("--- sample") == 3
@@ -39,7 +49,11 @@ def test_samples_are_written_and_corrected(run_folder, tmp_path):
         assert file["ids"].shape == (3, 16)
         assert file["ids"].dtype == np.int32
         assert int(file["network_calls"]) in (4, 5)
-        texts = file["texts"]
+        texts, ids = file["texts"], file["ids"]
+    trace = load_trace(trace_file)
+    for row in range(3):
+        np.testing.assert_array_equal(play(trace.changes, row).ids[-1], ids[row])
+    assert page.read_text("utf-8") == replay_page(trace, f"Samples of {run_folder}")
     assert f"--- sample 1 ---\n{texts[1]}\n" in first.stdout
 
     second = command(
@@ -94,6 +108,9 @@ def test_prompts_and_texts(run_folder, tmp_path):
         ("sample", ["--checkpoint={empty}/missing"], "no such folder"),
         ("sample", ["--checkpoint={run}", "--out=samples.txt"], "--out must end in .npz"),
         ("sample", ["--checkpoint={run}", "--out={file}/samples.npz"], "is not a folder"),
+        ("sample", ["--checkpoint={run}", "--trace=t.txt"], "--trace must end in .npz"),
+        ("sample", ["--checkpoint={run}", "--replay={empty}/r"], "--replay must end in .html"),
+        ("sample", ["--checkpoint={run}", "--watch"], "--watch needs a terminal"),
         ("sample", ["--checkpoint={run}", "--prompt="], "prompt 1 is empty"),
         (
             "self_correct",

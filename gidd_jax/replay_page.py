@@ -1,0 +1,70 @@
+"""Replays of traces: one HTML page that plays how texts came about, with nothing to fetch or build.
+
+The page (assets/replay.html) holds the trace as JSON, changes only: `tokens` (K texts, with lone
+surrogates for the bytes of incomplete characters), the index of `mask` and of `special` ones, and
+for each of `samples` the indices at the `start`, the positions that were `given`, the number of
+changes of each call (`counts`), their `positions`, `tokens` and probabilities (`percents`), and
+the final `text`. `PAGE#call=40` opens at call 40.
+"""
+
+import html
+import itertools
+import json
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gidd_jax.trace import Trace
+
+
+def write_replay(path: str | Path, trace: Trace, title: str) -> None:
+    """Write the page that plays a trace; never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(replay_page(trace, title), "utf-8")
+    os.replace(part, path)
+
+
+def replay_page(trace: Trace, title: str) -> str:
+    """Return the page. Texts are data: no token ends the script, and the page makes none markup."""
+    template = (resources.files("gidd_jax") / "assets/replay.html").read_text("utf-8")
+    data = json.dumps(page_data(trace), separators=(",", ":"))
+    data = data.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+    values = {"title": html.escape(title), "trace": data}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+
+
+def page_data(trace: Trace) -> dict[str, Any]:
+    """Return what the page holds, ready for JSON."""
+
+    def index(ids: np.ndarray | list[int]) -> list[int]:
+        return np.searchsorted(trace.token_ids, ids).tolist()
+
+    changes, samples = trace.changes, []
+    percents = np.rint(100 * np.exp(changes.log_prob)).astype(int)
+    ends = np.searchsorted(changes.sample, np.arange(len(trace.texts) + 1))
+    for n, (low, high) in enumerate(itertools.pairwise(ends)):
+        num_calls, length = changes.num_calls[n], trace.lengths[n]
+        samples.append(
+            {
+                "start": index(changes.start[n, :length]),
+                "given": np.flatnonzero(trace.given[n, :length]).tolist(),
+                "counts": np.bincount(changes.call[low:high], minlength=num_calls + 1)[1:].tolist(),
+                "positions": changes.position[low:high].tolist(),
+                "tokens": index(changes.token[low:high]),
+                "percents": percents[low:high].tolist(),
+                "text": trace.texts[n],
+            }
+        )
+    special = trace.special_ids[np.isin(trace.special_ids, trace.token_ids)]
+    return {
+        "tokens": trace.token_texts,
+        "mask": index([trace.mask_id])[0],
+        "special": index(special),
+        "samples": samples,
+    }
