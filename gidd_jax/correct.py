@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from gidd_jax.draws import categorical, fold_in
 from gidd_jax.filters import temper
 from gidd_jax.likelihood import Denoiser
-from gidd_jax.loss import masked_logits
+from gidd_jax.loss import log_probs_at, masked_logits
 from gidd_jax.options import CorrectionOptions
 from gidd_jax.process import InterpolatingProcess
+from gidd_jax.sampler import Frames
 from gidd_jax.steps import highest, probs_at
 
 # (number of the step, probabilities [B, L, V]) -> token ids [B, L]
@@ -31,7 +32,7 @@ class Correction(NamedTuple):
     the logits before it, also where stopping early dropped the changes of that step. num_changes
     counts the positions that differ from the input; converged: a step changed nothing;
     stopped_early: the patience ran out; num_steps: steps the row took part in. These are the
-    original's conventions.
+    original's conventions. frames: what a trace asks for, up to the largest num_steps.
     """
 
     ids: jax.Array
@@ -41,6 +42,7 @@ class Correction(NamedTuple):
     converged: jax.Array
     stopped_early: jax.Array
     num_steps: jax.Array
+    frames: Frames | None = None
 
 
 class _State(NamedTuple):
@@ -53,6 +55,7 @@ class _State(NamedTuple):
     converged: jax.Array
     stopped: jax.Array
     num_steps: jax.Array
+    frames: Frames | None
 
 
 def correction_step(
@@ -84,33 +87,40 @@ def self_correct(
     z: jax.Array,
     free: jax.Array,
     propose: Propose,
+    trace: bool = False,
 ) -> Correction:
     """Correct rows of token ids z [B, L] at their free positions [B, L]; one while_loop.
 
     `propose` draws the replacements, see `proposals`. A row stops when a step changes nothing, or
     when its accuracy has not exceeded its best one for more than `patience` steps; the changes of
-    that last step are dropped, as in the original.
+    that last step are dropped, as in the original. trace: also return what every step left, 8 bytes
+    a token and step.
     """
     rows, columns = z.shape[0], process.vocab_size
 
     def body(state: _State) -> _State:
         t = jnp.full((rows,), options.t, jnp.float32)
         logits = masked_logits(process, denoise(state.z, t))[..., :columns]
-        probs = jnp.exp(temper(jax.nn.log_softmax(logits), options.temperature))
+        log_x_hat = jax.nn.log_softmax(logits)
+        probs = jnp.exp(temper(log_x_hat, options.temperature))
         proposal = propose(state.step, probs)
         z_next = correction_step(probs, proposal, state.z, free, options.tokens_per_step)
         first_choice = jnp.argmax(logits, axis=-1)
         before = self_accuracy(first_choice, state.z, free)
         after = self_accuracy(first_choice, z_next, free)
         state = state._replace(initial=jnp.where(state.step == 0, before, state.initial))
-        return _advance(state, z_next, after, options.patience)
+        return _note(_advance(state, z_next, after, options.patience), log_x_hat)
 
     def goes_on(state: _State) -> jax.Array:
         return (state.step < options.num_steps) & jnp.any(~state.converged & ~state.stopped)
 
     zeros, false = jnp.zeros((rows,), jnp.float32), jnp.zeros((rows,), bool)
     count = jnp.zeros((rows,), jnp.int32)
-    start = _State(jnp.int32(0), z, zeros, zeros, zeros - 1, count, false, false, count)
+    frames = None
+    if trace:
+        room = jnp.zeros((options.num_steps, *z.shape))
+        frames = Frames(z, room.astype(z.dtype), room)
+    start = _State(jnp.int32(0), z, zeros, zeros, zeros - 1, count, false, false, count, frames)
     end = jax.lax.while_loop(goes_on, body, start)
     return Correction(
         ids=end.z,
@@ -120,7 +130,22 @@ def self_correct(
         converged=end.converged,
         stopped_early=end.stopped,
         num_steps=end.num_steps,
+        frames=end.frames,
     )
+
+
+def _note(state: _State, log_x_hat: jax.Array) -> _State:
+    """Keep what the step before this state left, where a trace is asked for."""
+    if state.frames is None:
+        return state
+    start, ids, log_probs = state.frames
+    last = state.step - 1
+    frames = Frames(
+        start,
+        ids.at[last].set(state.z),
+        log_probs.at[last].set(log_probs_at(log_x_hat, state.z)),
+    )
+    return state._replace(frames=frames)
 
 
 def _advance(state: _State, z_next: jax.Array, accuracy: jax.Array, patience: int) -> _State:
@@ -140,6 +165,7 @@ def _advance(state: _State, z_next: jax.Array, accuracy: jax.Array, patience: in
         converged=state.converged | (runs & ~stops & same),
         stopped=state.stopped | stops,
         num_steps=state.num_steps + runs,
+        frames=state.frames,
     )
 
 

@@ -47,7 +47,7 @@ from gidd_jax.prompts import (
 from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
 from gidd_jax.samples import Corrected, Likelihoods, Samples
 from gidd_jax.sharding import batch_sharding, make_mesh, replicated
-from gidd_jax.trace import changes_of, join_changes, make_trace
+from gidd_jax.trace import changes_of, changes_of_correction, join_changes, make_trace
 
 _NOT_A_NUMBER = (
     "the network's output is not a number: its parameters are damaged, use an older checkpoint"
@@ -156,13 +156,14 @@ class Gidd:
         *,
         batch_size: int = 16,
         seed: int = 0,
+        trace: bool = False,
         options: CorrectionOptions | None = None,
         **changes: Any,
     ) -> Corrected:
         """Improve texts, or token ids int [N, L], by self-correction (see `correct`).
 
-        `changes` are fields of `options`, such as temperature=0.2. Raises InputError for
-        autoregressive models and texts that are empty or longer than the context.
+        `changes` are fields of `options`, such as temperature=0.2; trace as in `generate`. Raises
+        InputError for autoregressive models and texts that are empty or longer than the context.
         """
         if self.process is None:
             raise InputError("self-correction needs a diffusion model: this one is autoregressive")
@@ -177,15 +178,23 @@ class Gidd:
         else:
             rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
         settings = _options(options or CorrectionOptions(), changes)
-        parts = [
-            _correct(*batch, network=self.network, process=self.process, options=settings)
-            for batch in self._batches(rows, batch_size, seed)
-        ]
+        parts, traced = [], []
+        for batch in self._batches(rows, batch_size, seed):
+            part = _correct(
+                *batch, network=self.network, process=self.process, options=settings, trace=trace
+            )
+            parts.append(part._replace(frames=None))
+            if trace:
+                traced.append(changes_of_correction(part))
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
-        return Corrected(
-            **result._asdict(), texts=self._decode_rows(result.ids, rows), network_calls=calls
-        )
+        texts_out = self._decode_rows(result.ids, rows)
+        fields = result._asdict() | {"texts": texts_out, "network_calls": calls}
+        del fields["frames"]
+        if trace:
+            joined, given = join_changes(traced, len(rows.ids)), np.ones(rows.ids.shape, bool)
+            fields["trace"] = make_trace(joined, given, rows.lengths, texts_out, self.tokenizer)
+        return Corrected(**fields)
 
     def log_likelihood(
         self,
@@ -396,7 +405,7 @@ def _autoregressive(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("network", "process", "options"))
+@functools.partial(jax.jit, static_argnames=("network", "process", "options", "trace"))
 def _correct(
     params: Any,
     keys: jax.Array,
@@ -407,9 +416,10 @@ def _correct(
     network: Any,
     process: InterpolatingProcess,
     options: CorrectionOptions,
+    trace: bool,
 ) -> Correction:
     denoise = denoiser(network, params, lengths)
-    return self_correct(process, denoise, options, ids, free, proposals(keys))
+    return self_correct(process, denoise, options, ids, free, proposals(keys), trace)
 
 
 def _check_some(texts: Sequence[Any] | np.ndarray, name: str) -> None:

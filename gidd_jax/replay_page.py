@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gidd_jax.trace import Trace
+from gidd_jax.trace import Trace, save_trace
 
 
 def write_replay(path: str | Path, trace: Trace, title: str) -> None:
@@ -28,6 +28,15 @@ def write_replay(path: str | Path, trace: Trace, title: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(replay_page(trace, title), "utf-8")
     os.replace(part, path)
+
+
+def write_files(trace: Trace, file: Path | None, page: Path | None, title: str) -> list[Path]:
+    """Write the file of a trace and the page that plays it, where asked for; return the paths."""
+    if file is not None:
+        save_trace(file, trace)
+    if page is not None:
+        write_replay(page, trace, title)
+    return [path for path in (file, page) if path is not None]
 
 
 def replay_page(trace: Trace, title: str) -> str:

@@ -85,8 +85,7 @@ def main(argv: list[str]) -> None:
         num_samples = 16
 
     from gidd_jax.gidd import Gidd
-    from gidd_jax.replay_page import write_replay
-    from gidd_jax.trace import save_trace
+    from gidd_jax.replay_page import write_files
 
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     samples = model.generate(
@@ -103,12 +102,8 @@ def main(argv: list[str]) -> None:
         save_samples(out, samples, model.tokenizer)
         print(f"wrote {out}")
     if samples.trace is not None:
-        if trace_file is not None:
-            save_trace(trace_file, samples.trace)
-            print(f"wrote {trace_file}")
-        if page is not None:
-            write_replay(page, samples.trace, f"Samples of {CHECKPOINT.value}")
-            print(f"wrote {page}")
+        for path in write_files(samples.trace, trace_file, page, f"Samples of {CHECKPOINT.value}"):
+            print(f"wrote {path}")
         if WATCH.value:
             watch(samples.trace, console)
     for number, text in enumerate(samples.texts):

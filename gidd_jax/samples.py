@@ -44,7 +44,10 @@ class Likelihoods(NamedTuple):
 
 
 class Corrected(NamedTuple):
-    """Corrected sequences, and for each of the N how it went (see `correct.Correction`)."""
+    """Corrected sequences, and for each of the N how it went (see `correct.Correction`).
+
+    network_calls and trace as in `Samples`.
+    """
 
     ids: np.ndarray
     texts: list[str]
@@ -55,6 +58,7 @@ class Corrected(NamedTuple):
     stopped_early: np.ndarray
     num_steps: np.ndarray
     network_calls: int
+    trace: Trace | None = None
 
 
 def check_output(path: str | Path, suffix: str, flag: str = "--out") -> Path:

@@ -2,14 +2,16 @@
 
 Examples:
   python -m gidd_jax.self_correct --checkpoint=RUN --samples=samples.npz --out=corrected.npz
-  python -m gidd_jax.self_correct --checkpoint=RUN --samples=texts.txt --out=corrected.npz
+  python -m gidd_jax.self_correct --checkpoint=RUN --samples=texts.txt --out=corrected.npz \\
+    --replay=replay.html
 
 --samples: a file of gidd_jax.sample (all tokens of its sequences may change), or a .txt file with
 one text a line. In each step (arXiv 2503.04482, section 5.3) the network proposes a token for
 every position and the most probable changes are made; every text stops by itself. Writes the
 corrected ids and texts, and beside them a .csv file with one line a text: initial and final
 self-accuracy (share of tokens that are the network's first choice), number of changed tokens,
-steps, whether it converged and whether it was stopped early by --patience.
+steps, whether it converged and whether it was stopped early by --patience. --replay writes a page
+that plays the corrections, --trace the file behind it (see gidd_jax.replay).
 """
 
 from pathlib import Path
@@ -27,6 +29,8 @@ SAMPLES = flags.DEFINE_string(
     "samples", None, "File of samples (.npz), or of texts (.txt, one a line).", required=True
 )
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .npz.", required=True)
+TRACE = flags.DEFINE_string("trace", None, "File for every change on the way, ending in .npz.")
+REPLAY = flags.DEFINE_string("replay", None, "Page that plays the changes, ending in .html.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Texts corrected together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the proposals.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
@@ -69,6 +73,8 @@ def main(argv: list[str]) -> None:
     from gidd_jax.samples import check_output, load_ids, save_samples
 
     out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value)
+    trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
+    page = check_output(REPLAY.value, ".html", "--replay") if REPLAY.value else None
     if source.suffix not in (".npz", ".txt"):
         raise InputError(f"--samples must end in .npz or .txt: {source}")
     if not source.is_file():
@@ -76,12 +82,19 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax.checkpoint import write_atomically
     from gidd_jax.gidd import Gidd
+    from gidd_jax.replay_page import write_files
 
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = CorrectionOptions(**given)
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     texts = load_ids(source, model.tokenizer) if source.suffix == ".npz" else read_lines(source)
-    result = model.correct(texts, batch_size=BATCH_SIZE.value, seed=SEED.value, options=options)
+    result = model.correct(
+        texts,
+        batch_size=BATCH_SIZE.value,
+        seed=SEED.value,
+        trace=bool(trace_file or page),
+        options=options,
+    )
     for number, text in enumerate(result.texts):
         print(f"--- text {number} ---\n{text}\n")
     columns = {name: getattr(result, name) for name in COLUMNS}
@@ -91,6 +104,10 @@ def main(argv: list[str]) -> None:
     table = out.with_suffix(".csv")
     save_samples(out, result, model.tokenizer)
     write_atomically(table, "\n".join(lines) + "\n")
+    if result.trace is not None:
+        title = f"Corrections by {CHECKPOINT.value}"
+        for path in write_files(result.trace, trace_file, page, title):
+            print(f"wrote {path}")
     for name, values in columns.items():
         print(f"{name:>18}: mean {values.mean():.4g}, from {values.min():g} to {values.max():g}")
     print(f"{result.network_calls} network calls; wrote {out} and {table}")

@@ -7,7 +7,7 @@ A trace holds only changes. The .npz file (no pickle) has N sequences of L token
   sample, call, position, token  int32 [M]  the sequence, the call from 1 on, where, and what
   log_prob      float32 [M]   log x_hat (before temperature and filters) of the token in that call;
                               0 for the mask
-  given         bool [N, L]   tokens of prompts
+  given         bool [N, L]   tokens that were there before: of prompts, of texts to be corrected
   lengths       int32 [N]     from there on a sequence is padding
   texts         str [N]       the final texts
   token_ids, token_texts      the ids that occur, int32 [K], and what each writes, str [K]; a token
@@ -33,6 +33,7 @@ from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from gidd_jax.correct import Correction
     from gidd_jax.sampler import Drawn
 
 
@@ -81,6 +82,15 @@ def changes_of(drawn: "Drawn", mask_id: int) -> Changes:
     if num_calls > len(after[0]):  # one more call filled the masks that were left
         after = [np.concatenate([a, b[None]]) for a, b in zip(after, (ids, log_probs), strict=True)]
     return changes_between(start, *after)
+
+
+def changes_of_correction(correction: "Correction") -> Changes:
+    """Return what each step changed in a batch that was corrected with a trace, on the host."""
+    assert correction.frames is not None
+    num_steps = np.asarray(correction.num_steps, np.int32)
+    start, *after = (np.asarray(leaf) for leaf in correction.frames)
+    changes = changes_between(start, *(leaf[: num_steps.max()] for leaf in after))
+    return changes._replace(num_calls=num_steps)
 
 
 def changes_between(start: np.ndarray, ids: np.ndarray, log_probs: np.ndarray) -> Changes:

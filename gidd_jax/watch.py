@@ -79,10 +79,8 @@ def written(trace: Trace, sample: int, played: Played, call: int) -> Text:
             text.append(MASK, style="dim")
             continue
         style = _confidence(played.log_probs[call, i])
-        if trace.given[sample, i]:
-            style = "cyan"
-        elif since[i] == 0:
-            style = "italic yellow"
+        if since[i] == 0:
+            style = "cyan" if trace.given[sample, i] else "italic yellow"
         elif fresh:
             style += " green"
         text.append(_printable(part), style=style)

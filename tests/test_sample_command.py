@@ -63,12 +63,18 @@ def test_samples_are_written_and_corrected(run_folder, tmp_path):
         f"--out={corrected}",
         "--num_steps=6",
         "--tokens_per_step=2",
+        f"--trace={trace_file}",
+        f"--replay={page}",
     )
     assert second.returncode == 0, second.stderr
     assert "initial_accuracy: mean" in second.stdout
     with np.load(corrected, allow_pickle=False) as file, np.load(out) as before:
         changes = np.sum(file["ids"] != before["ids"], axis=-1)
         np.testing.assert_array_equal(file["num_changes"], changes)
+        trace = load_trace(trace_file)
+        np.testing.assert_array_equal(trace.changes.start, before["ids"])
+        np.testing.assert_array_equal(play(trace.changes, 2).ids[-1], file["ids"][2])
+    assert page.read_text("utf-8") == replay_page(trace, f"Corrections by {run_folder}")
     with corrected.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["num_changes"]) for row in rows] == changes.tolist()

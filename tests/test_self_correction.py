@@ -110,7 +110,7 @@ def test_rows_stop_by_themselves_and_do_not_depend_on_the_batch():
     for row in range(3):
         part = np.s_[row : row + 1]
         alone = run(z[part], free[part], keys[part])
-        for ours, theirs in zip(alone, got, strict=True):
+        for ours, theirs in zip(alone[:-1], got[:-1], strict=True):  # there are no frames
             np.testing.assert_array_equal(ours[0], theirs[row])
 
 

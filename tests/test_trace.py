@@ -1,20 +1,25 @@
 """Traces: changes there and back, files, what tokens write, samples that a trace leaves alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_checkpoint import tiny_model
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from gidd_jax.correct import self_correct
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
+from gidd_jax.options import CorrectionOptions
+from gidd_jax.process import HybridProcess
 from gidd_jax.samples import Samples, load_ids, save_samples
 from gidd_jax.trace import (
     Changes,
     changes_between,
     changes_in_order,
+    changes_of_correction,
     join_changes,
     load_trace,
     make_trace,
@@ -167,6 +172,50 @@ def test_an_autoregressive_text_grows_from_left_to_right(autoregressive):
         masked = np.sum(played.ids == autoregressive.tokenizer.mask_id, axis=1)
         assert masked[first - 1] == np.sum(samples.drawn_at[row] > 0)
         np.testing.assert_array_equal(np.diff(masked)[first - 1 :][: masked[0]], -1)
+
+
+# Corrections.
+
+
+def test_a_trace_of_corrections_ends_at_them_and_changes_nothing(model):
+    arguments = {"texts": ["It is a truth", "men"], "num_steps": 5, "tokens_per_step": 2}
+    corrected, plain = model.correct(**arguments, trace=True), model.correct(**arguments)
+    assert plain.trace is None
+    np.testing.assert_array_equal(corrected.ids, plain.ids)
+    trace = corrected.trace
+    assert trace.texts == corrected.texts == plain.texts
+    assert trace.given.all()
+    np.testing.assert_array_equal(trace.changes.num_calls, corrected.num_steps)
+    for row, text in enumerate(arguments["texts"]):
+        played = play(trace.changes, row)
+        ids = model.tokenizer.encode([text])[0]
+        np.testing.assert_array_equal(played.ids[0, 1 : 1 + len(ids)], ids)
+        np.testing.assert_array_equal(played.ids[-1], corrected.ids[row])
+        assert np.all(np.sum(np.diff(played.ids, axis=0) != 0, axis=1) <= 2)
+    assert len(trace.changes.sample) >= corrected.num_changes.sum() > 0
+
+
+def test_a_correction_is_noted_with_its_probability():
+    process = HybridProcess(vocab_size=5, mask_id=4, p_uniform=0.2)
+    logits = jnp.array([[0.0, 3.0, 1.0, 0.0, 0.0], [2.0, 0.0, 0.0, 4.0, 0.0]])[None]
+    given, first_choice = jnp.array([[0, 0], [1, 0], [1, 3]]), jnp.array([1, 3])
+    correction = self_correct(
+        process,
+        lambda z, t: jnp.broadcast_to(logits, (3, 2, 5)),
+        CorrectionOptions(num_steps=9),
+        given,
+        jnp.ones((3, 2), bool),
+        lambda step, probs: jnp.broadcast_to(first_choice, (3, 2)),
+        trace=True,
+    )
+    changes = changes_of_correction(correction)
+    rows = np.stack([changes.sample, changes.call, changes.position, changes.token], axis=1)
+    # At temperature 0.1 both are certain; the first position wins a tie.
+    assert rows.tolist() == [[0, 1, 0, 1], [0, 2, 1, 3], [1, 1, 1, 3]]
+    assert changes.num_calls.tolist() == [3, 2, 1]
+    log_probs = jax.nn.log_softmax(logits[0, :, :4])  # nobody draws the mask
+    want = [log_probs[0, 1], log_probs[1, 3], log_probs[1, 3]]
+    np.testing.assert_allclose(changes.log_prob, want, rtol=1e-6)
 
 
 # What tokens write.
