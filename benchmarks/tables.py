@@ -1,10 +1,14 @@
 """Results as tables: of the terminal, and of Markdown. Lines of results as run.py writes them."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks.plan import OURS, Check, Measurement
+from gidd_jax.errors import InputError
 
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 COLUMNS = (
     "case",
     "variant",
@@ -17,6 +21,29 @@ COLUMNS = (
     "roofline",
     "compile",
 )
+
+
+def newest_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the last line of every suite and machine; trials with small sizes do not count."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for text in file.read_text("utf-8").splitlines():
+            line = json.loads(text)
+            if line["scale"] != "small":
+                machine = line["machine"]
+                found[line["suite"], machine["cpu"], machine["device"], line["dtype"]] = line
+    if not found:
+        raise InputError(f"--results={folder}: no results there; run python -m benchmarks.run")
+    return list(found.values())
+
+
+def replace_marked(text: str, tables: str) -> str:
+    """Put the tables between the marks; raises InputError where they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"the document has no lines {BEGIN} and {END}: put them in")
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
