@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     optimizer.eps = 1e-9  # > 0
     optimizer.weight_decay = 0.02  # decoupled, on every parameter, >= 0
     optimizer.clip_norm = 1.0  # largest global gradient norm, > 0
+    optimizer.skip_above = 0.0  # steps with a larger gradient norm change nothing, >= 0; 0 is never
     optimizer.warmup_steps = 10_000  # linear from 0, integer >= 0
     optimizer.schedule = "cosine"  # cosine | linear (to 0) | constant (without warm-up)
     optimizer.final_lr_ratio = 0.1  # cosine: last learning rate / peak, in [0, 1]

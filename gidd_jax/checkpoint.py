@@ -5,14 +5,16 @@ of the run (with its process) and the files of its tokenizer. A step appears und
 when all of it is written.
 """
 
+import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import filelock
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -23,6 +25,7 @@ from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
 
 CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
 CONFIG_FILE = "config.json"  # the settings of the run in a workdir
+LOCK_FILE = ".lock"  # held by the run that is at work in a workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +230,30 @@ def check_workdir(
             f"{workdir} belongs to a run with another config ({'; '.join(changes)}): use another "
             "workdir, or --allow_config_change"
         )
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str | epath.PathLike) -> Iterator[None]:
+    """Keep other runs out of `workdir` (made if missing) until the block ends or the process dies.
+
+    Process 0 holds the lock, on local and network file systems; object stores have none. Raises
+    InputError when another run is at work there.
+    """
+    if jax.process_index() != 0 or "://" in str(workdir):
+        yield
+        return
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(Path(workdir) / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(
+            f"another run is at work in {workdir}: wait for it, stop it, or use another workdir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_workdir(workdir: str | epath.PathLike, settings: Settings, tokenizer: Tokenizer) -> None:

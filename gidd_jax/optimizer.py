@@ -55,14 +55,26 @@ def learning_rate(settings: OptimizerSettings, num_steps: int) -> Schedule:
     return schedule
 
 
-def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: OptimizerSettings, num_steps: int
+) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run: clipping by global norm, then the chosen update rule.
 
     The schedule reads the optimizer's own count, so the first update has the rate of step 0.
+    `update` takes the gradient's norm as `grad_norm`: beyond skip_above nothing changes, that
+    count included.
     """
     rules = {"adamw": _adamw, "psgd": _psgd, "muon": _muon}
     rule = rules[settings.name](settings, learning_rate(settings, num_steps))
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+    chain = optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+    if settings.skip_above > 0:
+
+        def is_small(step: Any, **extra_args: Any) -> jax.Array:
+            del step
+            return extra_args["grad_norm"] <= settings.skip_above
+
+        return optax.conditionally_mask(chain, is_small, forward_extra_args=True)
+    return optax.with_extra_args_support(chain)
 
 
 def _adamw(settings: OptimizerSettings, rate: Schedule) -> optax.GradientTransformation:

@@ -147,6 +147,7 @@ class OptimizerSettings(_Section):
     b2: float = _fraction()
     eps: float = _above(0)
     weight_decay: float = _at_least(0)
+    skip_above: float = _at_least(0)
     clip_norm: float = _above(0)
     warmup_steps: int = _at_least(0)
     schedule: str = _one_of("cosine", "linear", "constant")

@@ -211,7 +211,7 @@ def loss_and_grads(
 
 def train_step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     micro_batches: int,
     state: TrainState,
@@ -225,7 +225,7 @@ def train_step(
 
 def update(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     micro_batches: int,
     state: TrainState,
@@ -234,12 +234,14 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Make one update on given noisy tokens; returns the new state and scalar metrics."""
     grads, metrics = loss_and_grads(objective, state.params, batch, noised, micro_batches)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params, grad_norm=metrics["grad_norm"]
+    )
     params = optax.apply_updates(state.params, updates)
     ema = None
     if state.ema is not None:
         ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
-    metrics["grad_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 

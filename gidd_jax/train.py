@@ -4,6 +4,7 @@ Examples:
   python -m gidd_jax.train --config=configs/quickstart.py --workdir=outputs/quickstart
   python -m gidd_jax.train --config=gidd:small --config.data.path='texts/*.jsonl'
   python -m gidd_jax.train --config=mdlm --config.mesh.fsdp=8 --config.train.batch_size=64
+  python -m gidd_jax.train --config=gidd:base --distributed   # on every host of a cluster
 """
 
 import datetime
@@ -12,6 +13,8 @@ from pathlib import Path
 from absl import flags
 
 from gidd_jax.cli import config_flag, run
+from gidd_jax.distributed import distributed_flags
+from gidd_jax.errors import InputError
 
 CONFIG = config_flag("gidd")
 WORKDIR = flags.DEFINE_string(
@@ -20,6 +23,7 @@ WORKDIR = flags.DEFINE_string(
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir that was made with another config."
 )
+DISTRIBUTED = distributed_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +32,9 @@ def main(argv: list[str]) -> None:
     from gidd_jax.trainer import train
 
     settings = Settings.from_config(CONFIG.value)
+    if DISTRIBUTED.distributed.value and WORKDIR.value is None:
+        raise InputError("--distributed needs --workdir, the same folder for every process")
+    DISTRIBUTED.start()
     now = datetime.datetime.now()
     workdir = Path(WORKDIR.value or f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S}")
     figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value)

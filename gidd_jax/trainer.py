@@ -17,7 +17,13 @@ from clu import parameter_overview
 
 from gidd_jax import sharding
 from gidd_jax.build import build_objective
-from gidd_jax.checkpoint import Checkpointer, check_workdir, find_checkpoint, open_workdir
+from gidd_jax.checkpoint import (
+    Checkpointer,
+    check_workdir,
+    find_checkpoint,
+    lock_workdir,
+    open_workdir,
+)
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
@@ -57,7 +63,7 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
         stack.enter_context(sharding.activate(mesh))
-        stopping = stack.enter_context(stop_requests())
+        stack.enter_context(lock_workdir(workdir))
         checkpointer = stack.enter_context(
             Checkpointer(
                 workdir,
@@ -67,6 +73,7 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
                 tokenizer=tokenizer,
             )
         )
+        stopping = stack.enter_context(stop_requests(checkpointer))
         make_state, abstract_state = state_maker(settings, objective, optimizer, mesh)
         if checkpointer.latest_step() is None:
             state = make_state(init_key)
@@ -114,7 +121,9 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
                 figures = evaluate(eval_fn, state, validation, eval_key, mesh)
                 writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
                 progress.restart(step)
-            stop = stopping()  # asked once: a signal after this line is heard after the next step
+            stop = stopping(
+                step
+            )  # asked once: a signal after this line is heard after the next step
             if stop or step == num_steps or step % settings.checkpoint.every == 0:
                 reporter.flush()  # a state made of numbers that are not finite is not saved
                 checkpointer.save(step, state, batches.get_state(), force=True)
@@ -157,7 +166,7 @@ def state_maker(
 def compile_step(
     settings: Settings,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     rate: Callable[[Any], Any],
     abstract_state: TrainState,
     mesh: jax.sharding.Mesh,
@@ -256,6 +265,8 @@ class Reporter:
         self._every = settings.logging.every
         self._writer, self._progress = writer, progress
         self._checkpointer, self._workdir = checkpointer, workdir
+        self._skip_above = settings.optimizer.skip_above
+        self._skipped = 0
         self._pending: tuple[int, Any] | None = None
         self._average: Any = None
 
@@ -276,10 +287,15 @@ class Reporter:
                 raise DivergenceError(
                     f"the {name} of step {step} is {value}: the run stopped; {self._advice()}"
                 )
+        if self._skip_above and norm > self._skip_above:
+            self._skipped += 1
+            logging.warning("step %d skipped: gradient norm %.4g", step, norm)
         self._average = metrics if self._average is None else self._average.merge(metrics)
         if step % self._every == 0:
             values = {name: float(value) for name, value in self._average.compute().items()}
             values |= self._progress.update(step, values["loss"])
+            if self._skip_above:
+                values["skipped_steps"] = self._skipped  # since this start
             self._writer.write_scalars(step, {f"train/{name}": v for name, v in values.items()})
             self._average = None
 
@@ -295,15 +311,18 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether SIGTERM or Ctrl-C asked the run to stop after its step.
+def stop_requests(checkpointer: Checkpointer) -> Iterator[Callable[[int], bool]]:
+    """Give a function of the step: whether SIGTERM or Ctrl-C asked the run to stop after it.
 
-    A second signal acts at once. Under jax.distributed SIGTERM stays with JAX's own handler.
+    A second signal acts at once. Under jax.distributed the processes must stop after the same
+    step: JAX's own handler of SIGTERM tells them all, and Ctrl-C acts at once.
     """
+    if jax.distributed.is_initialized():
+        yield checkpointer.reached_preemption
+        return
     stop = threading.Event()
-    handled = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-    if threading.current_thread() is not threading.main_thread():
-        handled = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handled = [signal.SIGINT, signal.SIGTERM] if is_main else []
     old = {number: signal.getsignal(number) for number in handled}
 
     def handle(number: int, frame: Any) -> None:
@@ -314,7 +333,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     for number in handled:
         signal.signal(number, handle)
     try:
-        yield stop.is_set
+        yield lambda step: stop.is_set()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

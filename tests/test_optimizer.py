@@ -22,6 +22,7 @@ PAPER = OptimizerSettings(
     eps=1e-9,
     weight_decay=0.02,
     clip_norm=1.0,
+    skip_above=0.0,
     warmup_steps=10_000,
     schedule="cosine",
     final_lr_ratio=0.1,
@@ -203,3 +204,21 @@ def test_psgd_preconditions_every_layer_by_itself():
     factors = optax.tree.get(state, "Qs_preconditioners")
     assert [q.shape for q in factors["blocks"]["mlp_in"]["kernel"]] == [(3, 4, 4), (3, 6)]
     assert [q.shape for q in factors["output"]["kernel"]] == [(4, 4), (6,)]
+
+
+def test_a_large_gradient_changes_nothing():
+    """Neither parameters nor moments nor the count that the learning rate follows."""
+    params = {"w": jnp.ones((2, 3))}
+    grads = {"w": jnp.full((2, 3), 0.5)}
+    plain = make_optimizer(settings(warmup_steps=2), 10)
+    careful = make_optimizer(settings(warmup_steps=2, skip_above=2.0), 10)
+    want_state, state = plain.init(params), careful.init(params)
+    for norm in (1.0, 2.0, 2.5, jnp.inf, jnp.nan, 0.5):
+        updates, state = careful.update(grads, state, params, grad_norm=jnp.float32(norm))
+        if norm <= 2.0:
+            want, want_state = plain.update(grads, want_state, params, grad_norm=jnp.float32(norm))
+            np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(updates["w"], np.zeros((2, 3)))
+    for got, want in zip(*map(jax.tree.leaves, (state.inner_state, want_state)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -149,6 +149,7 @@ def test_traces_of_the_original(golden, run):
         eps=1e-9,
         weight_decay=0.02,
         clip_norm=1.0,
+        skip_above=0.0,
         warmup_steps=5,
         schedule="cosine",
         final_lr_ratio=0.1,

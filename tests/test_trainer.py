@@ -27,6 +27,7 @@ from tiny_run import (
 
 from gidd_jax import sharding, trainer
 from gidd_jax.build import build_objective
+from gidd_jax.checkpoint import lock_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches
 from gidd_jax.errors import DivergenceError, InputError
@@ -348,16 +349,45 @@ def test_a_stop_asked_for_during_validation_is_saved_too(finished, tmp_path, mon
 
 def test_a_second_signal_acts_at_once():
     def asked_twice():
-        with trainer.stop_requests() as stopping:
-            assert not stopping()
+        with trainer.stop_requests(None) as stopping:  # asks no checkpointer: not distributed
+            assert not stopping(1)
             os.kill(os.getpid(), signal.SIGINT)
-            assert stopping()
+            assert stopping(1)
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         asked_twice()
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_two_runs_do_not_share_a_workdir(finished, folder, tmp_path):
+    workdir = tmp_path / "run"
+    with lock_workdir(workdir):
+        with pytest.raises(InputError, match=r"another run is at work in .*/run: wait for it"):
+            train(finished.settings, workdir)
+        assert [file.name for file in workdir.iterdir()] == [".lock"]
+    train(tiny_settings(folder, **RUN, **{"train.num_steps": 2}), workdir)
+    assert steps_on_disk(workdir) == [2]
+
+
+def test_steps_with_a_large_gradient_are_skipped(folder, tmp_path, caplog):
+    """Here all of them: they are counted and named, and nothing but the step changes."""
+    # Without the average: it moves by the rounding of its sum.
+    changes = {"train.num_steps": 3, "checkpoint.every": 1, "optimizer.ema_decay": 0.0}
+    changes["optimizer.skip_above"] = 1e-3
+    with caplog.at_level("WARNING"):
+        train(tiny_settings(folder, **{**RUN, **changes}), tmp_path / "run")
+    lines = figures_by_step(tmp_path / "run")
+    assert [line["train/skipped_steps"] for line in lines.values()] == [1, 2, 3]
+    for step, line in lines.items():
+        assert f"step {step} skipped: gradient norm {line['train/grad_norm']:.4g}" in caplog.text
+    first, last = (saved_arrays(tmp_path / "run", step) for step in (1, 3))
+    changed = {name for name in last if not np.array_equal(first[name], last[name])}
+    assert all(name.endswith(("['step']", ".step")) for name in changed), changed
+    moments = [a for name, a in last.items() if "['mu']" in name or "['nu']" in name]
+    assert moments
+    assert not any(moment.any() for moment in moments)
 
 
 # ---- divergence

@@ -80,7 +80,12 @@ def saved_arrays(workdir: Path, step: int | None = None) -> dict[str, np.ndarray
     checkpoint = find_checkpoint(workdir if step is None else workdir / "checkpoints" / str(step))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sharding info not provided")
-        tree = ocp.PyTreeCheckpointer().restore(checkpoint.folder / "state")
+        reader, folder = ocp.PyTreeCheckpointHandler(), checkpoint.folder / "state"
+        # As NumPy arrays: the devices that saved them need not be here.
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).tree
+        )
+        tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

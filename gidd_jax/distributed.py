@@ -1,0 +1,80 @@
+"""Runs of several processes, one for each host (or GPU): JAX's own distributed runtime.
+
+Imports jax only when it is started, so that `--help` answers at once.
+"""
+
+from typing import NamedTuple
+
+from absl import flags
+
+from gidd_jax.errors import InputError
+
+flags.disclaim_key_flags()  # the flags belong to the command that asks for them
+
+
+class DistributedFlags(NamedTuple):
+    """The flags of a command that may be one of several processes."""
+
+    distributed: flags.FlagHolder[bool]
+    coordinator_address: flags.FlagHolder[str | None]
+    num_processes: flags.FlagHolder[int | None]
+    process_id: flags.FlagHolder[int | None]
+
+    def start(self) -> None:
+        """Join the other processes, if the flags say so; before anything touches a device.
+
+        Raises InputError when flags are missing, or no cluster is found.
+        """
+        address = {
+            "coordinator_address": self.coordinator_address.value,
+            "num_processes": self.num_processes.value,
+            "process_id": self.process_id.value,
+        }
+        given = [name for name, value in address.items() if value is not None]
+        if not self.distributed.value:
+            if given:
+                raise InputError(f"--{given[0]} needs --distributed")
+            return
+        if given and len(given) < len(address):
+            missing = ", ".join(f"--{name}" for name in address if name not in given)
+            raise InputError(f"--{given[0]} needs {missing} too; or give none of them on a cluster")
+        _initialize(address)
+
+
+def distributed_flags() -> DistributedFlags:
+    """Define `--distributed` and the flags that go with it."""
+    return DistributedFlags(
+        flags.DEFINE_bool(
+            "distributed",
+            False,
+            "One of several processes that run the same command. JAX finds the others on TPU pods, "
+            "SLURM, Open MPI and Kubernetes; elsewhere give the three flags below.",
+        ),
+        flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0."),
+        flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1),
+        flags.DEFINE_integer("process_id", None, "Number of this one, from 0.", lower_bound=0),
+    )
+
+
+def _initialize(address: dict[str, str | int | None]) -> None:
+    import jax
+    from absl import logging
+
+    count, number = address["num_processes"], address["process_id"]
+    if count is not None and number is not None and int(number) >= int(count):
+        raise InputError(f"--process_id={number}: must be less than --num_processes={count}")
+    try:
+        jax.distributed.initialize(**address)  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(
+            f"--distributed: {reason}; on a cluster that JAX does not know give "
+            "--coordinator_address=HOST:PORT, --num_processes and --process_id"
+        ) from error
+    logging.info(
+        "Process %d of %d with %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )

@@ -1,0 +1,186 @@
+"""Two real processes with two virtual devices each: one run, killed, stopped, read elsewhere."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import (
+    assert_same_arrays,
+    figures_by_step,
+    saved_arrays,
+    steps_on_disk,
+    tiny_config,
+    tiny_settings,
+)
+
+from gidd_jax.trainer import train
+
+CHANGES = {"train.num_steps": 10, "train.eval_every": 5, "optimizer.ema_decay": 0.9}
+
+# Process 1 sends itself a signal before the n-th training batch; without n, the plain command.
+TRAIN = """
+import os, runpy, sys
+number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+if at:
+    from gidd_jax.data.pipeline import TrainBatches
+    original, count = TrainBatches.__next__, 0
+    def following(self):
+        global count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), number)
+        return original(self)
+    TrainBatches.__next__ = following
+runpy.run_module("gidd_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    err: str
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Corpus, tokenizer and config.py."""
+    folder = tmp_path_factory.mktemp("distributed")
+    values = tiny_config(folder, **CHANGES).to_json()
+    (folder / "config.py").write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict(json.loads({values!r}))\n"
+    )
+    return folder
+
+
+def run_two(folder: Path, workdir: Path, number: int = 0, at: int = 0, *more: str) -> list[Ended]:
+    """Train on two processes, the second of which sends itself a signal before a batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for process_id in range(2):
+        arguments = [str(number), str(at if process_id == 1 else 0)]
+        arguments += [f"--config={folder / 'config.py'}", f"--workdir={workdir}", *more]
+        arguments += ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
+        arguments += ["--num_processes=2", f"--process_id={process_id}"]
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", TRAIN, *arguments],
+                cwd=folder,
+                env={
+                    **os.environ,
+                    "JAX_PLATFORMS": "cpu",
+                    "JAX_NUM_CPU_DEVICES": "2",
+                    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+                },
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return [Ended(p.returncode, err) for p in running for err in [p.communicate(timeout=300)[1]]]
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    """The workdir of ten steps by two processes in one go."""
+    ended = run_two(folder, folder / "finished")
+    assert [end.code for end in ended] == [0, 0], ended[0].err + ended[1].err
+    assert "Process 1 of 2 with 2 of 4 devices" in ended[1].err
+    assert "step 10/10" in ended[0].err
+    assert "step 10/10" not in ended[1].err  # process 0 alone writes
+    return folder / "finished"
+
+
+def figures(workdir: Path) -> dict[tuple[int, str], float]:
+    return {
+        (step, name): value
+        for step, values in figures_by_step(workdir).items()
+        for name, value in values.items()
+    }
+
+
+def test_two_processes_train_as_one(folder, finished, tmp_path):
+    """Same batches, noise and updates: losses, validation and parameters of four local devices."""
+    with jax.default_device(None):
+        settings = tiny_settings(folder, **CHANGES, **{"mesh.data": 8})
+        train(settings, tmp_path / "run")
+    ours, alone = figures(finished), figures(tmp_path / "run")
+    assert ours.keys() == alone.keys()
+    assert {name for _, name in ours} >= {"train/loss", "eval/nelbo", "eval/bits_per_byte"}
+    for key, value in ours.items():
+        np.testing.assert_allclose(value, alone[key], rtol=1e-5, atol=1e-6, err_msg=str(key))
+
+
+def test_a_killed_process_ends_the_run_and_both_go_on(folder, finished):
+    """The other process ends too (exit code not 0), and the restarted pair repeats no number."""
+    workdir = folder / "killed"
+    ended = run_two(folder, workdir, signal.SIGKILL, 7)
+    assert ended[1].code == -signal.SIGKILL
+    assert ended[0].code != 0
+    assert steps_on_disk(workdir) == [4]
+    again = run_two(folder, workdir)
+    assert [end.code for end in again] == [0, 0], again[0].err
+    assert "Going on from step 4" in again[0].err
+    assert_same_arrays(saved_arrays(workdir), saved_arrays(finished))
+    assert figures(workdir) == figures(finished)
+
+
+def test_sigterm_to_one_stops_all_after_one_step(folder, finished):
+    """A preemption notice reaches one host; the checkpoint is that of all."""
+    workdir = folder / "stopped"
+    ended = run_two(folder, workdir, signal.SIGTERM, 4)
+    assert [end.code for end in ended] == [0, 0], ended[0].err
+    last = steps_on_disk(workdir)[-1]
+    assert 4 <= last < 10
+    assert f"Stopped after step {last}: the same command goes on from there" in ended[0].err
+    # Elsewhere: one process with eight devices, and another mesh.
+    settings = tiny_settings(folder, **CHANGES, **{"mesh.data": 2, "mesh.fsdp": 4})
+    train(settings, workdir)
+    ours, theirs = figures(workdir), figures(finished)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num_processes=2"], "--num_processes needs --distributed"),
+        (["--distributed", "--process_id=0"], "--process_id needs --coordinator_address, --num_"),
+        (
+            [
+                "--distributed",
+                "--coordinator_address=127.0.0.1:1",
+                "--num_processes=2",
+                "--process_id=2",
+            ],
+            "--process_id=2: must be less than --num_processes=2",
+        ),
+        (["--distributed", "--workdir="], "on a cluster that JAX does not know give"),
+    ],
+)
+def test_wrong_flags_are_one_line(folder, tmp_path, arguments, words):
+    given = [f"--config={folder / 'config.py'}", f"--workdir={tmp_path / 'run'}", *arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "gidd_jax.train", *given],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert words in done.stderr
+    assert not (tmp_path / "run").exists()
