@@ -124,8 +124,9 @@ def test_samples_file_is_read_back_without_pickle(model, tmp_path):
     path = tmp_path / "new" / "samples.npz"
     save_samples(path, samples, model.tokenizer)
     with np.load(path, allow_pickle=False) as file:
-        assert set(file) == {*samples._fields, "tokenizer"} - {"trace"}
+        assert set(file) == {*samples._fields, "tokenizer", "sampling_precision"} - {"trace"}
         assert file["texts"].tolist() == samples.texts
+        assert str(file["sampling_precision"]).startswith("float32")
         np.testing.assert_array_equal(file["log_probs"], samples.log_probs)
     np.testing.assert_array_equal(load_ids(path, model.tokenizer), samples.ids)
     assert [file.name for file in path.parent.iterdir()] == ["samples.npz"]
