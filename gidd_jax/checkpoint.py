@@ -236,10 +236,9 @@ def check_workdir(
 def lock_workdir(workdir: str | epath.PathLike) -> Iterator[None]:
     """Keep other runs out of `workdir` (made if missing) until the block ends or the process dies.
 
-    Process 0 holds the lock, on local and network file systems; object stores have none. Raises
-    InputError when another run is at work there.
+    Process 0 holds the lock. Raises InputError when another run is at work there.
     """
-    if jax.process_index() != 0 or "://" in str(workdir):
+    if jax.process_index() != 0:
         yield
         return
     Path(workdir).mkdir(parents=True, exist_ok=True)

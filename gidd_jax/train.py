@@ -32,6 +32,11 @@ def main(argv: list[str]) -> None:
     from gidd_jax.trainer import train
 
     settings = Settings.from_config(CONFIG.value)
+    if "://" in (WORKDIR.value or ""):
+        raise InputError(
+            f"--workdir={WORKDIR.value}: must be a folder; mount the bucket, for example with "
+            "gcsfuse, and give the folder of the mount"
+        )
     if DISTRIBUTED.distributed.value and WORKDIR.value is None:
         raise InputError("--distributed needs --workdir, the same folder for every process")
     DISTRIBUTED.start()
