@@ -139,7 +139,7 @@ def checkpoint_process(path: str) -> "InterpolatingProcess":
         process = load_pretrained(path).process
     else:
         tokenizer = checkpoint.tokenizer()
-        settings = Settings.from_config(checkpoint.config()).process
+        settings = Settings.from_saved(checkpoint.config()).process
         process = build_process(settings, tokenizer.vocab_size, tokenizer.mask_id)
     if process is None:
         raise InputError(f"{path} is autoregressive: only diffusion has a process to check")

@@ -36,7 +36,7 @@ class Checkpoint:
     step: int
 
     def config(self) -> dict[str, Any]:
-        """Return the settings of the run that wrote it, for `Settings.from_config`."""
+        """Return the settings of the run that wrote it, for `Settings.from_saved`."""
         return self._json("config")
 
     def tokenizer(self) -> Tokenizer:
@@ -219,7 +219,7 @@ def check_workdir(
     if allow_config_change or not path.exists():
         return
     try:
-        old = Settings.from_config(json.loads(path.read_text()))
+        old = Settings.from_saved(json.loads(path.read_text()))
     except ValueError as error:  # not JSON, or the settings of another version
         raise InputError(
             f"{path} cannot be read ({error}): use another workdir, or --allow_config_change"

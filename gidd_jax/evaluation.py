@@ -71,7 +71,7 @@ def run_data_settings(checkpoint: str | Path) -> DataSettings | None:
         found = find_checkpoint(checkpoint)
     except InputError:
         return None
-    return Settings.from_config(found.config()).data
+    return Settings.from_saved(found.config()).data
 
 
 def zero_shot_settings(run: DataSettings | None, path: str) -> DataSettings:

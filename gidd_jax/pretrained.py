@@ -107,7 +107,7 @@ def _is_hugging_face(folder: Path) -> bool:
 
 
 def _from_checkpoint(checkpoint: Checkpoint, ema: bool) -> Pretrained:
-    settings = Settings.from_config(checkpoint.config())
+    settings = Settings.from_saved(checkpoint.config())
     tokenizer = checkpoint.tokenizer()
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
     return Pretrained(

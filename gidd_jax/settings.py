@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from ml_collections import ConfigDict
 
-from gidd_jax.cli import nearest
+from gidd_jax.cli import load_config, nearest
 from gidd_jax.errors import InputError
 
 # What may differ when a run goes on in its workdir: none of these changes the numbers of a step,
@@ -236,6 +236,21 @@ class Settings:
             _check_keys(f"{name}.", values[name], {item.name for item in dataclasses.fields(kind)})
             made[name] = kind(**values[name])
         return cls(seed=values["seed"], **made)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> Self:
+        """Return the settings of a run from what it saved.
+
+        A key that came into being after the run takes the value of the base config, which leaves
+        things as they were before there was the key. Raises as `from_config`.
+        """
+        if not isinstance(values, Mapping):
+            raise InputError(f"the saved settings are {type(values).__name__}: must be sections")
+        whole = load_config("base").to_dict()
+        for name, value in values.items():
+            both = isinstance(value, Mapping) and isinstance(whole.get(name), Mapping)
+            whole[name] = {**whole[name], **value} if both else value
+        return cls.from_config(whole)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, ready for JSON and for `from_config`."""

@@ -117,3 +117,14 @@ def test_difference_names_what_a_run_may_not_change():
     ]
     assert len(difference(old, new)) == 9
     assert difference(old, old) == []
+
+
+def test_a_run_saved_before_a_key_existed_is_read_with_the_base_value():
+    settings = make("quickstart", process__p_uniform=0.2)
+    saved = json.loads(settings.to_json())
+    del saved["optimizer"]["skip_above"], saved["mesh"]
+    assert Settings.from_saved(saved) == settings
+    with pytest.raises(InputError, match="unknown config key model.layers"):
+        Settings.from_saved({**saved, "model": {**saved["model"], "layers": 2}})
+    with pytest.raises(InputError, match="must be sections"):
+        Settings.from_saved([])  # pyright: ignore[reportArgumentType]
