@@ -3,10 +3,39 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint format types constraints clean
+.PHONY: quickstart demo test test-slow lint format types constraints clean
 
 quickstart: $(VENV)/.core  ## train, evaluate and sample a small model on the embedded corpus
 	$(BIN)/python -m gidd_jax.quickstart --workdir=outputs/quickstart
+
+# Every command on the quickstart's model. The scorer of the texts is a small autoregressive run.
+RUN := outputs/quickstart
+DEMO := outputs/demo
+demo: $(RUN)/summary.json  ## sample, correct, evaluate, exchange and check the quickstart's model
+	$(BIN)/python -m gidd_jax.sample --checkpoint=$(RUN) --num_samples=8 --num_steps=64 \
+	  --out=$(DEMO)/samples.npz --replay=$(DEMO)/replay.html
+	$(BIN)/python -m gidd_jax.sample --checkpoint=$(RUN) --num_steps=64 --prompt="It was" \
+	  --prompt="She did not" --method=psi --top_p=0.9
+	$(BIN)/python -m gidd_jax.self_correct --checkpoint=$(RUN) --samples=$(DEMO)/samples.npz \
+	  --out=$(DEMO)/corrected.npz --num_steps=64 --replay=$(DEMO)/corrections.html
+	$(BIN)/python -m gidd_jax.evaluate --checkpoint=$(RUN) --out=$(DEMO)/evaluation.json
+	$(BIN)/python -m gidd_jax.train --config=ar --workdir=$(DEMO)/scorer \
+	  --config.model.hidden_size=128 --config.model.num_layers=2 --config.model.num_heads=4 \
+	  --config.model.max_seq_len=128 --config.model.dtype=float32 --config.data.mode=packed \
+	  --config.optimizer.name=muon --config.optimizer.learning_rate=1e-2 \
+	  --config.optimizer.warmup_steps=20 --config.train.num_steps=200 --config.train.batch_size=8 \
+	  --config.train.eval_batches=10
+	$(BIN)/python -m gidd_jax.generative_ppl --samples=$(DEMO)/samples.npz --scorer=$(DEMO)/scorer \
+	  --out=$(DEMO)/before.json
+	$(BIN)/python -m gidd_jax.generative_ppl --samples=$(DEMO)/corrected.npz \
+	  --scorer=$(DEMO)/scorer --out=$(DEMO)/after.json
+	rm -rf $(DEMO)/exported
+	$(BIN)/python -m gidd_jax.convert --checkpoint=$(RUN) --out=$(DEMO)/exported
+	$(BIN)/python -m gidd_jax.sample --checkpoint=$(DEMO)/exported --num_samples=1 --num_steps=32
+	$(BIN)/python -m gidd_jax.check --checkpoint=$(RUN)
+
+$(RUN)/summary.json: $(VENV)/.core
+	$(BIN)/python -m gidd_jax.quickstart --workdir=$(RUN)
 
 test: $(VENV)/.dev  ## the tests, in parallel on two cores
 	$(BIN)/python -m pytest -n 2 -m "not slow"
