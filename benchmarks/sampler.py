@@ -15,13 +15,13 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
         "head_d256_n512_t0.5": {COMPILED: 10.0},
         "head_d256_n512_t0.06": {COMPILED: 5.0},
         "sampler_4x256_4x128_steps32": {EAGER: 12.0, COMPILED: 5.0},
-        "correction_4x256_16x128_steps8": {EAGER: 5.0},
+        "correction_4x256_16x128_steps4": {EAGER: 5.0},
     },
     "gpu": {
         "head_d768_n8192_t0.5": {COMPILED: 5.0},
         "head_d768_n8192_t0.06": {COMPILED: 5.0},
         "sampler_12x768_16x512_steps32": {COMPILED: 2.0},
-        "correction_12x768_16x512_steps8": {EAGER: 10.0},
+        "correction_12x768_16x512_steps4": {EAGER: 10.0},
     },
 }
 BODY, WHOLE = "body_12x768_4x128", "sampler_12x768_4x128_steps1"
@@ -41,7 +41,7 @@ def cases(scale: str, dtype: str) -> list[Case]:
     result = [_head(width, batch, length, VOCAB_SIZE, t, dtype) for t in (0.5, 0.06)]
     result.append(_network("sampler", *size, TWIN, num_steps=32))
     sixteen = (layers, width, 16, length, VOCAB_SIZE, dtype)
-    result.append(_network("correction", *sixteen, (EAGER,), num_steps=8))
+    result.append(_network("correction", *sixteen, (EAGER,), num_steps=4))
     result += [
         _network("sampler", layers, width, b, length, VOCAB_SIZE, dtype, num_steps=4, sweep="batch")
         for b in (1, 2, 4)

@@ -101,13 +101,17 @@ def predicted(process: Hybrid, logits: Tensor) -> Tensor:
 def divergences(
     process: Hybrid, logits: Tensor, x: Tensor, z_t: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KL(q_t(.|x) || q_t(.|x_hat)) and D_IS(q_t(z_t|x) || q_t(z_t|x_hat)), each [B, L]."""
+    """KL(q_t(.|x) || q_t(.|x_hat)) and D_IS(q_t(z_t|x) || q_t(z_t|x_hat)), each [B, L].
+
+    Both marginals as log-probabilities, with a floor: tokens without noise mass have none.
+    """
     x_hat = predicted(process, logits)
     q = process.marginal(F.one_hot(x, process.vocab_size).to(x_hat.dtype), t)
-    q_hat = process.marginal(x_hat, t)
-    kl = (q * (torch.log(q) - torch.log(q_hat))).sum(-1)
-    ratio = (q.gather(2, z_t[..., None]) / q_hat.gather(2, z_t[..., None]))[..., 0]
-    return kl, ratio - torch.log(ratio) - 1
+    log_q = q.clamp_min(1e-30).log()
+    log_q_hat = process.marginal(x_hat, t).clamp_min(1e-30).log()
+    kl = F.kl_div(log_q_hat, log_q, reduction="none", log_target=True).sum(-1)
+    log_ratio = (log_q.gather(2, z_t[..., None]) - log_q_hat.gather(2, z_t[..., None]))[..., 0]
+    return kl, log_ratio.exp() - log_ratio - 1
 
 
 def mean_loss(process: Hybrid, logits: Tensor, x: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
