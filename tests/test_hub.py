@@ -205,6 +205,13 @@ def test_real_torch_files(tmp_path, golden):
     table = load_pretrained(folder).params["vocab_embed"]["embedding"]
     np.testing.assert_array_equal(table, weights["model.embed_tokens.weight"])
 
+    other = original(tmp_path / "b", ORIGINAL_DIT, "")
+    weights = golden("c05_dit_strong_state_dict.safetensors")
+    torch.save({k: torch.from_numpy(v) for k, v in weights.items()}, other / "model.pt")
+    arrays = golden("c05_dit_forward.npz")
+    found = logits(Gidd.from_pretrained(other), arrays["z_t"], arrays["t"])
+    np.testing.assert_allclose(found, arrays["strong/logits"], atol=1e-4, rtol=0)
+
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "touched",))
