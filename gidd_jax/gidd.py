@@ -6,33 +6,32 @@ print(model.generate(num_samples=4, num_steps=64).texts[0])
 print(model.generate(prompts=["It was"], method="psi", top_p=0.9).texts[0])
 print(model.infill([["It was the best of ", 3, ", it was the worst of times"]]).texts[0])
 print(model.correct(["It was the the best of times"]).texts[0])
+print(model.suspicion(["It was the beast of times"]).wrong[0])
 print(model.log_likelihood(["the best of times"], prompts=["It was"]).log_probs[0])
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax import programs
-from gidd_jax.autoregressive import check_autoregressive, sample_autoregressive
+from gidd_jax.autoregressive import check_autoregressive
 from gidd_jax.cli import nearest
-from gidd_jax.correct import Correction, CorrectionOptions, proposals, self_correct
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.export import save_pretrained
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
-from gidd_jax.options import SamplerOptions
+from gidd_jax.options import CorrectionOptions, SamplerOptions, SuspicionOptions
 from gidd_jax.pretrained import Pretrained, load_pretrained
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.programs import SpecialIds, denoiser
+from gidd_jax.programs import Batch, SpecialIds
 from gidd_jax.prompts import (
     Piece,
     Rows,
@@ -44,15 +43,16 @@ from gidd_jax.prompts import (
     scored_texts,
     whole_texts,
 )
-from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
-from gidd_jax.samples import Corrected, Likelihoods, Samples
+from gidd_jax.sampler import Drawn
+from gidd_jax.samples import Corrected, Likelihoods, Samples, Suspicions
 from gidd_jax.sharding import batch_sharding, make_mesh, replicated
+from gidd_jax.suspicion import check_suspicion
 from gidd_jax.trace import changes_of, changes_of_correction, join_changes, make_trace
 
 _NOT_A_NUMBER = (
     "the network's output is not a number: its parameters are damaged, use an older checkpoint"
 )
-Options = TypeVar("Options", SamplerOptions, CorrectionOptions)
+Options = TypeVar("Options", SamplerOptions, CorrectionOptions, SuspicionOptions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,19 +168,11 @@ class Gidd:
         if self.process is None:
             raise InputError("self-correction needs a diffusion model: this one is autoregressive")
         _check_some(texts, "texts")
-        if isinstance(texts, np.ndarray):
-            if texts.shape[1] > self.max_seq_len:
-                raise InputError(
-                    f"sequences of {texts.shape[1]} tokens exceed the context {self.max_seq_len}"
-                )
-            lengths = np.full(len(texts), texts.shape[1], np.int32)
-            rows = Rows(texts.astype(np.int32), np.ones(texts.shape, bool), lengths)
-        else:
-            rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
+        rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
         settings = _options(options or CorrectionOptions(), changes)
         parts, traced = [], []
         for batch in self._batches(rows, batch_size, seed):
-            part = _correct(
+            part = programs.correct(
                 *batch, network=self.network, process=self.process, options=settings, trace=trace
             )
             parts.append(part._replace(frames=None))
@@ -195,6 +187,45 @@ class Gidd:
             joined, given = join_changes(traced, len(rows.ids)), np.ones(rows.ids.shape, bool)
             fields["trace"] = make_trace(joined, given, rows.lengths, texts_out, self.tokenizer)
         return Corrected(**fields)
+
+    def suspicion(
+        self,
+        texts: Sequence[Text] | Rows,
+        *,
+        batch_size: int = 16,
+        options: SuspicionOptions | None = None,
+        **changes: Any,
+    ) -> Suspicions:
+        """Return how probably each token of the texts is wrong, and what belongs there instead.
+
+        texts: also lists of token ids, or rows whose free tokens are judged. `changes` are fields
+        of `options`, such as method="leave_one_out". Raises InputError for autoregressive models,
+        for method "one_pass" with masks alone, and for texts that are empty or too long.
+        """
+        if self.process is None:
+            raise InputError("suspicion needs a diffusion model: this one is autoregressive")
+        _check_some(texts, "texts")
+        settings = _options(options or SuspicionOptions(), changes)
+        check_suspicion(self.process, settings)
+        given = isinstance(texts, Rows)
+        rows = texts if given else scored_texts(self.tokenizer, texts, None, self.max_seq_len)
+        kinds = (np.float32, np.int32, np.float32)  # wrong, proposals, proposal_probs
+        found, calls = [np.zeros(rows.ids.shape, kind) for kind in kinds], 0
+        for numbers, part in by_width(rows):
+            width = part.ids.shape[1]
+            parts = [
+                programs.suspicion(
+                    *batch, network=self.network, process=self.process, options=settings
+                )
+                for batch in self._batches(part, batch_size, seed=0)
+            ]
+            for whole, *leaves in zip(found, *parts, strict=True):
+                whole[numbers, :width] = np.concatenate(leaves)[: len(numbers)]
+            calls += len(parts) * (width if settings.method == "leave_one_out" else 1)
+        if not np.isfinite(found[0]).all():
+            raise InputError(_NOT_A_NUMBER)
+        texts_out = self._decode_rows(rows.ids, rows)
+        return Suspicions(rows.ids, texts_out, rows.free, *found, network_calls=calls)
 
     def log_likelihood(
         self,
@@ -295,14 +326,14 @@ class Gidd:
         if self.process is None:
             check_autoregressive(options)
             for batch in batches:
-                yield _autoregressive(
+                yield programs.autoregressive(
                     *batch, network=self.network, special=self._special_ids, options=options
                 )
             return
         # Where the schedule does not depend on it, any number of tokens shares one program.
         depends = options.block_length > 0 or options.method == "first_hitting"
         for batch in batches:
-            yield _diffusion(
+            yield programs.diffusion(
                 *batch,
                 network=self.network,
                 process=self.process,
@@ -323,7 +354,7 @@ class Gidd:
 
     def _batches(
         self, rows: Rows, batch_size: int, seed: int, names: np.ndarray | None = None
-    ) -> Iterator["_Batch"]:
+    ) -> Iterator[Batch]:
         """Yield the rows in batches of one size, split over the local devices.
 
         names: the numbers that rows draw by; default: their own.
@@ -344,82 +375,7 @@ class Gidd:
                 part.free,
                 part.lengths if rows.is_ragged else None,
             )
-            yield _Batch(params, *jax.device_put(arrays, batch_sharding(mesh)))
-
-
-class _Batch(NamedTuple):
-    """Parameters, and for each row its key, ids, free positions and length (None: all full)."""
-
-    params: Any
-    keys: jax.Array
-    ids: jax.Array
-    free: jax.Array
-    lengths: jax.Array | None
-
-
-@functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free", "trace"))
-def _diffusion(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
-    *,
-    network: Any,
-    process: InterpolatingProcess,
-    options: SamplerOptions,
-    num_free: int,
-    trace: bool,
-) -> Drawn:
-    denoise, prompt = denoiser(network, params, lengths), Prompt(ids, free)
-    return sample_diffusion(process, denoise, options, keys, ids.shape[1], prompt, num_free, trace)
-
-
-@functools.partial(jax.jit, static_argnames=("network", "special", "options"))
-def _autoregressive(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
-    *,
-    network: Any,
-    special: SpecialIds,
-    options: SamplerOptions,
-) -> Drawn:
-    del lengths  # padding comes last: no token before it sees it
-
-    def decode(token: jax.Array, cache: Any, position: jax.Array) -> Any:
-        return network.apply({"params": params}, token, cache, position, method="decode_step")
-
-    return sample_autoregressive(
-        decode,
-        network.init_cache(*ids.shape),
-        options,
-        keys,
-        Prompt(ids, free),
-        eos_id=special.eos,
-        pad_id=special.pad,
-        vocab_size=special.vocab_size,
-        excluded_ids=special.excluded,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("network", "process", "options", "trace"))
-def _correct(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
-    *,
-    network: Any,
-    process: InterpolatingProcess,
-    options: CorrectionOptions,
-    trace: bool,
-) -> Correction:
-    denoise = denoiser(network, params, lengths)
-    return self_correct(process, denoise, options, ids, free, proposals(keys), trace)
+            yield Batch(params, *jax.device_put(arrays, batch_sharding(mesh)))
 
 
 def _check_some(texts: Sequence[Any] | np.ndarray, name: str) -> None:

@@ -10,6 +10,7 @@ from gidd_jax.errors import InputError
 REMASKING = ("remdm_cap", "remdm_rescale", "remdm_loop")
 METHODS = ("ancestral", "psi", *REMASKING, "confidence", "adaptive", "first_hitting")
 GRIDS = ("uniform", "cosine", "reference")
+SUSPICION_METHODS = ("one_pass", "leave_one_out")
 # Options that only some methods read: setting one for another method is an error.
 READ_BY = {
     "num_steps": tuple(m for m in METHODS if m != "first_hitting"),
@@ -95,5 +96,22 @@ class CorrectionOptions:
                 raise InputError(f"{name} must be at least {least}: {getattr(self, name)}")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
+        if not 0 < self.t < 1:
+            raise InputError(f"t must lie in (0, 1): {self.t}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SuspicionOptions:
+    """How wrong tokens are looked for; raises InputError for values outside their range."""
+
+    method: str = "one_pass"  # one network call, or "leave_one_out": one a token, for any process
+    t: float = (
+        CorrectionOptions.t
+    )  # the time the network is told: the later, the more is suspicious
+
+    def __post_init__(self):
+        if self.method not in SUSPICION_METHODS:
+            legal = ", ".join(SUSPICION_METHODS)
+            raise InputError(f"unknown method {self.method!r}: use one of {legal}")
         if not 0 < self.t < 1:
             raise InputError(f"t must lie in (0, 1): {self.t}")

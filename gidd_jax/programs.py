@@ -1,8 +1,4 @@
-"""Compiled programs of a model that scores texts, each for one batch of rows.
-
-They take what `Gidd` yields for a batch: the parameters and, for each row, its key, its ids and
-bool [B, L] where a token is free, and the lengths (None: all full).
-"""
+"""The compiled programs of `Gidd`, each for one batch of rows: they take what `Batch` holds."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,8 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax import likelihood
+from gidd_jax.autoregressive import sample_autoregressive
+from gidd_jax.correct import Correction, proposals, self_correct
 from gidd_jax.greedy import autoregressive_is_greedy, diffusion_is_greedy
+from gidd_jax.options import CorrectionOptions, SamplerOptions, SuspicionOptions
 from gidd_jax.process import InterpolatingProcess
+from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
+from gidd_jax.suspicion import Suspicion, judge
+
+
+class Batch(NamedTuple):
+    """Parameters, and for each row its key, ids, free positions and length (None: all full)."""
+
+    params: Any
+    keys: jax.Array
+    ids: jax.Array
+    free: jax.Array
+    lengths: jax.Array | None
 
 
 class SpecialIds(NamedTuple):
@@ -32,6 +43,92 @@ class SpecialIds(NamedTuple):
 def denoiser(network: Any, params: Any, lengths: jax.Array | None) -> likelihood.Denoiser:
     """Return the network as a function of noisy ids and time alone."""
     return lambda z_t, t: network.apply({"params": params}, z_t, t, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free", "trace"))
+def diffusion(
+    params: Any,
+    keys: jax.Array,
+    ids: jax.Array,
+    free: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    network: Any,
+    process: InterpolatingProcess,
+    options: SamplerOptions,
+    num_free: int,
+    trace: bool,
+) -> Drawn:
+    """Return the rows with their free tokens drawn by diffusion."""
+    denoise, prompt = denoiser(network, params, lengths), Prompt(ids, free)
+    return sample_diffusion(process, denoise, options, keys, ids.shape[1], prompt, num_free, trace)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "special", "options"))
+def autoregressive(
+    params: Any,
+    keys: jax.Array,
+    ids: jax.Array,
+    free: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    network: Any,
+    special: SpecialIds,
+    options: SamplerOptions,
+) -> Drawn:
+    """Return the rows with their free tokens drawn from left to right."""
+    del lengths  # padding comes last: no token before it sees it
+
+    def decode(token: jax.Array, cache: Any, position: jax.Array) -> Any:
+        return network.apply({"params": params}, token, cache, position, method="decode_step")
+
+    return sample_autoregressive(
+        decode,
+        network.init_cache(*ids.shape),
+        options,
+        keys,
+        Prompt(ids, free),
+        eos_id=special.eos,
+        pad_id=special.pad,
+        vocab_size=special.vocab_size,
+        excluded_ids=special.excluded,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("network", "process", "options", "trace"))
+def correct(
+    params: Any,
+    keys: jax.Array,
+    ids: jax.Array,
+    free: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    network: Any,
+    process: InterpolatingProcess,
+    options: CorrectionOptions,
+    trace: bool,
+) -> Correction:
+    """Return the rows with their free tokens corrected (see `correct.self_correct`)."""
+    denoise = denoiser(network, params, lengths)
+    return self_correct(process, denoise, options, ids, free, proposals(keys), trace)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "process", "options"))
+def suspicion(
+    params: Any,
+    keys: jax.Array,
+    ids: jax.Array,
+    free: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    network: Any,
+    process: InterpolatingProcess,
+    options: SuspicionOptions,
+) -> Suspicion:
+    """Return how probably each free token is wrong (see `suspicion.judge`)."""
+    del keys
+    judged = judge(process, denoiser(network, params, lengths), options, ids)
+    return jax.tree.map(lambda leaf: jnp.where(free, leaf, 0), judged)
 
 
 @functools.partial(

@@ -101,8 +101,18 @@ def infillings(tokenizer: Tokenizer, texts: Sequence[Sequence[Piece]], length: i
     return join_pieces(tokenizer, rows)
 
 
-def whole_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Rows:
-    """Return rows whose texts may be changed everywhere, but for the token that begins a text."""
+def whole_texts(tokenizer: Tokenizer, texts: Sequence[str] | np.ndarray, length: int) -> Rows:
+    """Return rows that may be changed everywhere, but for the token that begins a text.
+
+    Of token ids int [N, L] every token may be changed. Raises InputError for texts that are empty,
+    and for what is longer than `length`.
+    """
+    if isinstance(texts, np.ndarray):
+        count, columns = texts.shape
+        if columns > length:
+            raise InputError(f"sequences of {columns} tokens exceed the context {length}")
+        lengths = np.full(count, columns, np.int32)
+        return Rows(texts.astype(np.int32), np.ones(texts.shape, bool), lengths)
     rows = tokenizer.encode(texts)
     for number, ids in enumerate(rows, start=1):
         if not 0 < len(ids) < length:

@@ -65,6 +65,23 @@ class Corrected(NamedTuple):
     trace: Trace | None = None
 
 
+class Suspicions(NamedTuple):
+    """N texts, each token judged (see `suspicion`): all arrays [N, L], padded like ids int32.
+
+    judged bool: the tokens of the text; wrong float32: probability that the token is wrong;
+    proposals int32, proposal_probs float32: the best other token, and the probability that it is
+    what belongs there; all 0 where nothing is judged. network_calls as in `Samples`.
+    """
+
+    ids: np.ndarray
+    texts: list[str]
+    judged: np.ndarray
+    wrong: np.ndarray
+    proposals: np.ndarray
+    proposal_probs: np.ndarray
+    network_calls: int
+
+
 def check_output(path: str | Path, suffix: str, flag: str = "--out") -> Path:
     """Return the path of a file to be written; InputError unless it ends in suffix in a folder."""
     path = Path(path)
