@@ -1,5 +1,6 @@
 """Metrics of a run: their averages, where they are written, and how fast the run goes."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -18,25 +19,8 @@ from etils import epath
 from gidd_jax.checkpoint import write_atomically
 from gidd_jax.errors import InputError
 from gidd_jax.models.dit import padded_vocab_size
+from gidd_jax.roofline import find_chip
 from gidd_jax.settings import ModelSettings
-
-# Dense bf16 FLOP/s of one device as its maker states them, by a part of jax's device_kind.
-# The first part that occurs counts.
-PEAK_FLOPS = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("TPU v3", 61.5e12),  # a device is one of the chip's two cores
-)
 
 
 @flax.struct.dataclass
@@ -58,19 +42,34 @@ def flops_per_token(model: ModelSettings, vocab_size: int) -> float:
     vocabulary) and the two products of attention, of which causal attention needs half. The
     time conditioning is computed once per sequence and left out: less than 0.1 %.
     """
+    weights, attention = _layer_products(model)
+    llama = model.name == "llama"
+    output = model.hidden_size * (vocab_size if llama else padded_vocab_size(vocab_size))
+    return 6.0 * (model.num_layers * weights + output) + 3.0 * model.num_layers * attention
+
+
+def recomputed_flops_per_token(model: ModelSettings) -> float:
+    """Return the FLOPs of one token that model.remat adds: what the backward pass computes again.
+
+    `full`: the layers' whole forward pass; `dots`: its attention.
+    """
+    weights, attention = _layer_products(model)
+    again = {"none": 0.0, "dots": attention, "full": 2.0 * weights + attention}
+    return model.num_layers * again[model.remat]
+
+
+def _layer_products(model: ModelSettings) -> tuple[int, int]:
+    """Return the weights of a layer's products, and the FLOPs of its attention (one token)."""
     D, L = model.hidden_size, model.max_seq_len
     if model.name == "llama":
-        block, attention = 4 * D * D + 3 * D * (4 * D), 2 * L * D
-        output = D * vocab_size
-    else:
-        block, attention = 4 * D * D + 2 * D * (4 * D), 4 * L * D
-        output = D * padded_vocab_size(vocab_size)
-    return 6.0 * (model.num_layers * block + output) + 3.0 * model.num_layers * attention
+        return 4 * D * D + 3 * D * (4 * D), 2 * L * D
+    return 4 * D * D + 2 * D * (4 * D), 4 * L * D
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device by jax's name for it, None where unknown."""
-    return next((peak for part, peak in PEAK_FLOPS if part in device_kind), None)
+    chip = find_chip(device_kind)
+    return chip.peak_flops if chip else None
 
 
 class MetricWriter:
@@ -244,13 +243,17 @@ def _drop_after(path: epath.Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def _start_wandb(folder: epath.Path, project: str) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
+def check_wandb() -> None:
+    """Raise InputError unless the package wandb is installed."""
+    if importlib.util.find_spec("wandb") is None:
         raise InputError(
             "logging.wandb = True needs the package wandb: pip install 'gidd-jax[wandb]'"
-        ) from None
+        )
+
+
+def _start_wandb(folder: epath.Path, project: str) -> Any:
+    import wandb  # pyright: ignore[reportMissingImports]
+
     # Kept in the workdir, so that a resumed run goes on in the same W&B run.
     path = folder / "wandb_run_id"
     if not path.exists():

@@ -27,7 +27,7 @@ from gidd_jax.checkpoint import (
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
-from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
+from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, check_wandb, flops_per_token
 from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.settings import Settings
 from gidd_jax.state import (
@@ -47,6 +47,8 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
     written, DivergenceError when a loss or a gradient is not finite.
     """
     check_workdir(workdir, settings, allow_config_change=allow_config_change)
+    if settings.logging.wandb:
+        check_wandb()
     num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
     seq_len = settings.model.max_seq_len
     tokenizer = load_tokenizer(settings.data.tokenizer)

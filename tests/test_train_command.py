@@ -156,6 +156,7 @@ CASES = {  # name: (arguments, words of the error)
     "wrong mesh": (["--config.mesh.fsdp=3"], "do not multiply to the number of devices, 8"),
     "another config": (["--workdir={folder}/finished", "--config.model.num_layers=2"], "1 -> 2"),
     "truncated checkpoint": (["--workdir={folder}/truncated"], "checkpoints/20 is damaged"),
+    "no wandb": (["--config.logging.wandb=True"], "pip install 'gidd-jax[wandb]'"),
     "bucket": (["--workdir=gs://bucket/run"], "mount the bucket"),
     "no config": (["--config=nowhere"], "the shipped configs are"),
 }
