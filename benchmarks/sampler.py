@@ -43,7 +43,7 @@ def cases(scale: str, dtype: str) -> list[Case]:
     sixteen = (layers, width, 16, length, VOCAB_SIZE, dtype)
     result.append(_network("correction", *sixteen, (EAGER,), num_steps=4))
     result += [
-        _network("sampler", layers, width, b, length, VOCAB_SIZE, dtype, num_steps=4, sweep="batch")
+        _network("sampler", layers, width, b, length, VOCAB_SIZE, dtype, num_steps=2, sweep="batch")
         for b in (1, 2, 4)
     ]
     if scale == "cpu":

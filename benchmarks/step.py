@@ -41,10 +41,11 @@ def cases(scale: str, dtype: str) -> list[Case]:
         _case(4, 256, 16, 128, VOCAB_SIZE, dtype, TWIN),
         _case(8, 512, 4, 512, VOCAB_SIZE, dtype, TWIN),
     ]
-    series = [_case(2, 256, b, 64, VOCAB_SIZE, dtype, sweep="batch") for b in (4, 8, 16)]
-    series += [_case(2, 256, 2, n, VOCAB_SIZE, dtype, sweep="length") for n in (64, 256, 512)]
-    series += [_case(2, 256, 4, 64, VOCAB_SIZE // k, dtype, sweep="vocab_size") for k in (16, 4, 1)]
-    series += [_case(n, 256, 4, 64, VOCAB_SIZE, dtype, sweep="num_layers") for n in (2, 4, 8)]
+    v = VOCAB_SIZE // 4
+    series = [_case(2, 256, b, 64, v, dtype, sweep="batch") for b in (4, 16, 64)]
+    series += [_case(2, 256, 2, n, v, dtype, sweep="length") for n in (64, 256, 512)]
+    series += [_case(2, 256, 4, 64, v * k, dtype, sweep="vocab_size") for k in (1, 2, 4)]
+    series += [_case(n, 256, 4, 64, v, dtype, sweep="num_layers") for n in (2, 4, 8)]
     scaling = [_case(2, 128, 16, 64, 4096, dtype, sweep="devices", devices=n) for n in DEVICES]
     return [*compared, *series, *scaling]
 
