@@ -1,6 +1,6 @@
 """Figures of sets of token sequences, and how much they vary with the set: the bootstrap."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,15 @@ class Estimate(NamedTuple):
     interval: tuple[float, float] | None
 
 
+def bootstrap_counts(count: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each of `count` items is in each resample, int [some resamples, count]."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // max(count, 1))
+    for start in range(0, num_resamples, rows):
+        size = min(rows, num_resamples - start)
+        yield rng.multinomial(count, np.full(count, 1 / count), size=size)
+
+
 def bootstrap_ratios(
     numerators: np.ndarray, denominators: np.ndarray, num_resamples: int, seed: int
 ) -> np.ndarray:
@@ -24,17 +33,16 @@ def bootstrap_ratios(
     numerators and denominators [N] belong to the same items (documents, samples): the ratio of
     sums weighs items by their size. Resamples whose denominators sum to 0 give NaN.
     """
-    rng = np.random.default_rng(seed)
-    count = len(numerators)
     values = np.stack([numerators, denominators], axis=1).astype(np.float64)
-    rows = max(1, _CHUNK // max(count, 1))
-    sums = [
-        rng.multinomial(count, np.full(count, 1 / count), size=min(rows, num_resamples - start))
-        @ values
-        for start in range(0, num_resamples, rows)
-    ]
+    sums = [counts @ values for counts in bootstrap_counts(len(values), num_resamples, seed)]
     top, bottom = np.concatenate(sums).T
     return np.divide(top, bottom, out=np.full(num_resamples, np.nan), where=bottom > 0)
+
+
+def estimate_from(value: float, resampled: np.ndarray) -> Estimate:
+    """Return a figure with the error and interval of its resampled values, NaN ones left out."""
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    return Estimate(value, float(np.nanstd(resampled, ddof=1)), (float(low), float(high)))
 
 
 def ratio_estimate(
@@ -44,9 +52,7 @@ def ratio_estimate(
     value = float(np.sum(numerators, dtype=np.float64) / np.sum(denominators, dtype=np.float64))
     if len(numerators) < 2 or num_resamples < 2:
         return Estimate(value, None, None)
-    ratios = bootstrap_ratios(numerators, denominators, num_resamples, seed)
-    low, high = np.nanquantile(ratios, [0.025, 0.975])
-    return Estimate(value, float(np.nanstd(ratios, ddof=1)), (float(low), float(high)))
+    return estimate_from(value, bootstrap_ratios(numerators, denominators, num_resamples, seed))
 
 
 def mean_estimate(values: np.ndarray, num_resamples: int, seed: int) -> Estimate:

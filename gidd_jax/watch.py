@@ -74,7 +74,7 @@ def written(trace: Trace, sample: int, played: Played, call: int) -> Text:
         fresh = since[i] > 0 and call - since[i] < linger
         old = int(ids[max(since[i] - 1, 0), i])
         if fresh and old != trace.mask_id:
-            text.append(_printable(shown([texts[old]])[0]), style="red strike")
+            text.append(printable(shown([texts[old]])[0]), style="red strike")
         if ids[call, i] == trace.mask_id:
             text.append(MASK, style="dim")
             continue
@@ -83,7 +83,7 @@ def written(trace: Trace, sample: int, played: Played, call: int) -> Text:
             style = "cyan" if trace.given[sample, i] else "italic yellow"
         elif fresh:
             style += " green"
-        text.append(_printable(part), style=style)
+        text.append(printable(part), style=style)
     return text
 
 
@@ -92,6 +92,8 @@ def _confidence(log_prob: float) -> str:
     return "dim" if prob < DIM_BELOW else "bold" if prob >= BOLD_FROM else "not bold"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return the text without control characters: a terminal would obey them."""
-    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

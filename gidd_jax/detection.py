@@ -1,0 +1,193 @@
+"""Finding wrong tokens: long texts window by window, and how well it goes on corrupted text.
+
+For the figures, a share of the tokens of validation text is replaced, each by a token drawn
+uniformly from those that are not special. Wrong is what differs from the original. Special tokens
+are neither replaced nor judged.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.errors import InputError
+from gidd_jax.evaluation import CorpusRows
+from gidd_jax.gidd import Gidd
+from gidd_jax.options import SuspicionOptions
+from gidd_jax.prompts import Rows, scored_texts
+from gidd_jax.text_metrics import Estimate, bootstrap_counts, estimate_from
+from gidd_jax.trace import shown, written_by
+
+
+class JudgedText(NamedTuple):
+    """The tokens of one text: what each writes, the probability that it is wrong float32 [L], and
+    what the best other token writes, with the probability that it belongs there float32 [L]."""
+
+    tokens: list[str]
+    wrong: np.ndarray
+    proposals: list[str]
+    proposal_probs: np.ndarray
+
+
+class Calibration(NamedTuple):
+    """Probabilities against frequencies: the expected calibration error (the mean difference over
+    tokens), and by bins of suspicion of equal width, where there are tokens: the mean suspicion,
+    the share that is wrong, and the number of tokens."""
+
+    error: float
+    suspicion: np.ndarray
+    share_wrong: np.ndarray
+    tokens: np.ndarray
+
+
+def judge_text(model: Gidd, text: str, options: SuspicionOptions, batch_size: int) -> JudgedText:
+    """Judge each token of a text of any length, in the window in which it is closest to the middle.
+
+    Raises InputError for a text without tokens, and like `Gidd.suspicion`.
+    """
+    ids = model.tokenizer.encode([text])[0]
+    if not len(ids):
+        raise InputError("the text is empty: give one with at least one token")
+    size = model.max_seq_len - 1  # the first token of a row is the one that begins a text
+    starts, owner = windows(len(ids), size)
+    rows = scored_texts(
+        model.tokenizer, [ids[a : a + size] for a in starts], None, model.max_seq_len
+    )
+    position = np.arange(len(ids))
+    free = np.zeros_like(rows.free)
+    free[owner, 1 + position - starts[owner]] = True
+    found = model.suspicion(rows._replace(free=free), batch_size=batch_size, options=options)
+    proposals = found.proposals[free]  # windows follow each other: in order of the text
+    known = np.unique([*ids, *proposals])
+    written = dict(zip(known.tolist(), written_by(model.tokenizer, known), strict=True))
+    return JudgedText(
+        shown([written[i] for i in ids.tolist()]),
+        found.wrong[free],
+        ["".join(shown([written[i]])) for i in proposals.tolist()],
+        found.proposal_probs[free],
+    )
+
+
+def windows(num_tokens: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where windows that overlap by half start, and for each token the window it is most
+    central in, int [num_windows] and [num_tokens]; the windows' tokens follow each other."""
+    step, last = max(1, size // 2), max(0, num_tokens - size)
+    starts = np.minimum(np.arange(0, last + step, step), last)
+    middles = 0.5 * (starts[1:] + starts[:-1] + size)  # between the centres of neighbours
+    return starts, np.searchsorted(middles, np.arange(num_tokens) + 0.5)
+
+
+def ordinary_ids(model: Gidd) -> np.ndarray:
+    """Return the ids of the tokens that are not special, and that model and tokenizer share."""
+    tokenizer: Tokenizer = model.tokenizer
+    added = tokenizer.backend.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special}
+    special |= {tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id, tokenizer.bos_id}
+    known = set(tokenizer.backend.get_vocab(with_added_tokens=True).values()) - special
+    return np.array(sorted(i for i in known if i < model.network.vocab_size), np.int32)
+
+
+def judged_rows(corpus: CorpusRows, ordinary: np.ndarray, pad_id: int) -> Rows:
+    """Return the rows of a corpus, in which tokens that are not special are judged."""
+    rows = [np.asarray(corpus.ids[i]) for i in range(len(corpus.ids))]
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.full((len(rows), int(lengths.max())), pad_id, np.int32)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    within = np.arange(ids.shape[1]) < lengths[:, None]
+    return Rows(ids, within & np.isin(ids, ordinary), lengths)
+
+
+def corrupted(rows: Rows, ordinary: np.ndarray, share: float, seed: int) -> Rows:
+    """Replace each judged token with probability `share`; larger shares replace what smaller do."""
+    rng = np.random.default_rng(seed)
+    replaced = rows.free & (rng.random(rows.ids.shape) < share)
+    return rows._replace(ids=np.where(replaced, rng.choice(ordinary, rows.ids.shape), rows.ids))
+
+
+def detection_figures(
+    model: Gidd,
+    corpus: CorpusRows,
+    share: float,
+    options: SuspicionOptions,
+    *,
+    batch_size: int,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return how well wrong tokens are found at one share, ready for JSON; see `highlight`.
+
+    Raises InputError when no token is wrong, or none is right.
+    """
+    ordinary = ordinary_ids(model)
+    clean = judged_rows(corpus, ordinary, model.tokenizer.pad_id)
+    noisy = corrupted(clean, ordinary, share, seed)
+    found = model.suspicion(noisy, batch_size=batch_size, options=options)
+    judged = clean.free
+    wrong, scores = (noisy.ids != clean.ids)[judged], found.wrong[judged]
+    if wrong.all() or not wrong.any():
+        raise InputError(
+            f"corruption {share} of {len(wrong)} tokens makes {int(wrong.sum())} wrong: give a "
+            "share that leaves right and wrong ones, or more text"
+        )
+    restored = (found.proposals == clean.ids)[judged][wrong]
+    documents = np.broadcast_to(corpus.documents[:, None], judged.shape)[judged]
+    estimate = auroc_estimate(scores, wrong, documents, num_resamples, seed)
+    calibration = calibration_of(scores, wrong)
+    return {
+        "corruption": share,
+        "tokens": len(wrong),
+        "share_wrong": float(wrong.mean()),
+        "mean_suspicion": float(scores.mean(dtype=np.float64)),
+        "auroc": estimate.value,
+        "auroc_standard_error": estimate.standard_error,
+        "auroc_interval": estimate.interval,
+        "calibration_error": calibration.error,
+        "restored": float(restored.mean()),
+        "calibration": {
+            name: getattr(calibration, name).tolist()
+            for name in ("suspicion", "share_wrong", "tokens")
+        },
+    }
+
+
+def auroc(scores: np.ndarray, wrong: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Return P(score of a wrong token > score of a right one), ties counting half; NaN where there
+    are not both. All [N]; weights count tokens several times."""
+    return _auroc(np.unique(scores, return_inverse=True)[1], wrong, weights)
+
+
+def _auroc(rank: np.ndarray, wrong: np.ndarray, weights: np.ndarray | None) -> float:
+    weights = np.ones(len(rank)) if weights is None else weights
+    bad, good = (np.bincount(rank, weights * kind) for kind in (wrong, ~wrong))
+    pairs = bad.sum() * good.sum()
+    return float(np.sum(bad * (np.cumsum(good) - 0.5 * good)) / pairs) if pairs else float("nan")
+
+
+def auroc_estimate(
+    scores: np.ndarray, wrong: np.ndarray, documents: np.ndarray, num_resamples: int, seed: int
+) -> Estimate:
+    """Return the AUROC with its bootstrap error over documents: int [N], the one of each token."""
+    rank = np.unique(scores, return_inverse=True)[1]
+    names, document = np.unique(documents, return_inverse=True)
+    value = _auroc(rank, wrong, None)
+    if len(names) < 2:
+        return Estimate(value, None, None)
+    resampled = [
+        _auroc(rank, wrong, counts[document])
+        for chunk in bootstrap_counts(len(names), num_resamples, seed)
+        for counts in chunk
+    ]
+    return estimate_from(value, np.array(resampled))
+
+
+def calibration_of(scores: np.ndarray, wrong: np.ndarray, num_bins: int = 15) -> Calibration:
+    """Return the calibration of probabilities [N] (arXiv 1706.04599): the error is a difference of
+    probabilities, 0 to 1."""
+    index = np.minimum((scores * num_bins).astype(int), num_bins - 1)
+    tokens = np.bincount(index, minlength=num_bins)
+    used = tokens > 0
+    sums = (np.bincount(index, v, num_bins)[used] / tokens[used] for v in (scores, wrong))
+    suspicion, share_wrong = sums
+    error = np.sum(tokens[used] * np.abs(suspicion - share_wrong)) / len(scores)
+    return Calibration(float(error), suspicion, share_wrong, tokens[used])
