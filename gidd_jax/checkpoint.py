@@ -19,8 +19,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from gidd_jax.checksums import array_checksums, json_checksum
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gidd_jax.errors import InputError
+from gidd_jax.errors import InputError, StorageError
 from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
 
 CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
@@ -47,11 +48,24 @@ class Checkpoint:
                 (Path(folder) / name).write_text(text, encoding="utf-8")
             return dataclasses.replace(load_tokenizer(folder), name=str(self.folder))
 
+    def data_position(self) -> dict[str, Any]:
+        """Return the state of the data iterator."""
+        return self._json("data")
+
+    def array_checksums(self) -> dict[str, int]:
+        """Return the checksum of every array of the state by its dotted name."""
+        return self._json("checksums")["arrays"]
+
     def _json(self, item: str) -> Any:
         try:
-            return ocp.JsonCheckpointHandler().restore(self.folder / item)
+            value = ocp.JsonCheckpointHandler().restore(self.folder / item)
+            if item != "checksums" and json_checksum(value) != self._json("checksums")[item]:
+                raise ValueError(f"the checksum of its {item} is another")
+        except InputError:
+            raise
         except Exception as error:
             raise _damaged(self, error) from error
+        return value
 
 
 def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
@@ -104,7 +118,7 @@ def load_params(checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = Fal
         )
     _check_fits(checkpoint, wanted, {k: v for k, v in saved.items() if k.startswith(name + ".")})
     try:
-        return ocp.PyTreeCheckpointer().restore(
+        params = ocp.PyTreeCheckpointer().restore(
             checkpoint.folder / "state",
             args=ocp.args.PyTreeRestore(
                 item=wanted,
@@ -114,6 +128,8 @@ def load_params(checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = Fal
         )[name]
     except Exception as error:
         raise _damaged(checkpoint, error) from error
+    _check_sums(checkpoint, f"{name}.", params)
+    return params
 
 
 class Checkpointer:
@@ -154,11 +170,16 @@ class Checkpointer:
         if step == self._manager.latest_step() or (step % self._every and not force):
             return False
         items = {"data": dict(data_state), **self._context}
+        arrays = {name: leaf for name, leaf in _flat(state).items() if leaf is not None}
+        items["checksums"] = {name: json_checksum(value) for name, value in items.items()} | {
+            "arrays": array_checksums(arrays)
+        }
         json_items = {name: ocp.args.JsonSave(value) for name, value in items.items()}  # pyright: ignore[reportCallIssue]
-        arrays = ocp.args.StandardSave(state)  # pyright: ignore[reportCallIssue]
-        return self._manager.save(
-            step, args=ocp.args.Composite(state=arrays, **json_items), force=True
-        )
+        state_item = ocp.args.StandardSave(state)  # pyright: ignore[reportCallIssue]
+        with self._named_failures():
+            return self._manager.save(
+                step, args=ocp.args.Composite(state=state_item, **json_items), force=True
+            )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Return (state, data position) of `step` or of the newest step.
@@ -173,28 +194,42 @@ class Checkpointer:
         checkpoint = Checkpoint(self._root / str(step), step)
         _check_fits(checkpoint, abstract_state, _saved_shapes(checkpoint))
         try:
-            restored = self._manager.restore(
+            state = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract_state),  # pyright: ignore[reportCallIssue]
-                    data=ocp.args.JsonRestore(),
                 ),
-            )
+            )["state"]
         except Exception as error:
             raise _damaged(checkpoint, error) from error
-        return restored["state"], restored["data"]
+        _check_sums(checkpoint, "", state)
+        return state, checkpoint.data_position()
 
     def reached_preemption(self, step: int) -> bool:
         """Return whether the machine is about to be taken away (needs jax.distributed)."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Return when everything started is on disk; raises what the writing raised."""
-        self._manager.wait_until_finished()
+        """Return when everything started is on disk; raises StorageError if that failed."""
+        with self._named_failures():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, then release the background threads."""
-        self._manager.close()
+        """Wait, then release the background threads; raises StorageError if writing failed."""
+        with self._named_failures():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:  # TensorStore's are ValueErrors
+            steps = ocp.utils.checkpoint_steps(self._root) if self._root.is_dir() else []
+            last = f"step {max(steps)}" if steps else "its beginning"
+            raise StorageError(
+                f"a checkpoint could not be written to {self._root} ({_reason(error)}): make room "
+                f"or mend the folder; the same command goes on from {last}"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +240,12 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StorageError:
+            if error is None:
+                raise
+            # The block ended by another error, which is often this one: the first is what counts.
 
 
 def check_workdir(
@@ -318,6 +358,15 @@ def _check_fits(checkpoint: Checkpoint, wanted: Any, saved: Mapping[str, Any]) -
             )
 
 
+def _check_sums(checkpoint: Checkpoint, prefix: str, tree: Any) -> None:
+    """Raise InputError unless the arrays of the tree are those that were saved."""
+    saved = checkpoint.array_checksums()
+    arrays = {f"{prefix}{n}": leaf for n, leaf in _flat(tree).items() if leaf is not None}
+    for name, value in array_checksums(arrays).items():
+        if saved.get(name) != value:
+            raise _damaged(checkpoint, ValueError(f"the checksum of {name} is another"))
+
+
 def _describe(leaf: Any) -> str:
     if leaf is None:
         return "missing"
@@ -330,7 +379,11 @@ def _damaged(checkpoint: Checkpoint, error: Exception) -> InputError:
     steps = ocp.utils.checkpoint_steps(checkpoint.folder.parent)
     older = [step for step in steps if step < checkpoint.step]
     fix = f"delete it to go on from step {max(older)}" if older else "there is no older one"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = _reason(error)
     if isinstance(error, PermissionError | ConnectionError | TimeoutError | MemoryError):
         return InputError(f"checkpoint {checkpoint.folder} cannot be read now: {reason}")
     return InputError(f"checkpoint {checkpoint.folder} is damaged ({reason}): {fix}")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

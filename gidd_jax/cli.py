@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gidd_jax.errors import DivergenceError, InputError
+from gidd_jax.errors import InputError, RunError
 
 flags.disclaim_key_flags()  # `--config` belongs to the command that asks for it
 
@@ -102,7 +102,7 @@ def run(
             main(argv)
         except InputError as error:
             _fail(str(error))
-        except DivergenceError as error:
+        except RunError as error:
             _fail(str(error), code=1)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples, own_flags))

@@ -5,5 +5,13 @@ class InputError(ValueError):
     """Bad input from the user: the message names the thing, the legal values and the fix."""
 
 
-class DivergenceError(RuntimeError):
+class RunError(RuntimeError):
+    """Something that ended a run: the message says what, and where the run can go on from."""
+
+
+class DivergenceError(RunError):
     """A loss that is not finite: the message names the step and the last good checkpoint."""
+
+
+class StorageError(RunError):
+    """Something that could not be written: the message names it and the last good checkpoint."""

@@ -1,6 +1,7 @@
 """Checkpoints: bitwise round trips, other meshes, partial reads, damage and sudden death."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,10 @@ from gidd_jax.checkpoint import (
     open_workdir,
     write_atomically,
 )
+from gidd_jax.checksums import array_checksums
 from gidd_jax.cli import load_config
 from gidd_jax.data.tokenizer import load_tokenizer
-from gidd_jax.errors import InputError
+from gidd_jax.errors import InputError, StorageError
 from gidd_jax.settings import Settings
 
 CONFIG = {"seed": 3, "process": {"name": "hybrid", "p_uniform": 0.1}}
@@ -279,6 +281,108 @@ def test_a_damaged_checkpoint_is_named_with_the_older_one(tmp_path, open_in, dam
         assert "\n" not in message
         restored, _ = checkpointer.restore(abstract(state), step=1)
     assert_same(restored, make_state(1))
+
+
+def flip(file: Path, where: int, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[where] ^= 1 << bit
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_bit_is_noticed(tmp_path, open_in):
+    """Wherever it is: either an error that names the step, or the state as it was."""
+    state, position = make_state(5, ema=True), {"next_index": 3}
+    with open_in(tmp_path) as checkpointer:
+        checkpointer.save(5, state, position)
+    step = tmp_path / "checkpoints" / "5"
+    arrays = max((step / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    rng, noticed = np.random.default_rng(0), 0
+    size = arrays.stat().st_size
+    places = [(arrays, int(where)) for where in rng.choice(size, 25, replace=False)]
+    places += [(step / name / "metadata", 1) for name in ("data", "config", "checksums")]
+    for file, where in places:
+        whole = file.read_bytes()
+        flip(file, where, int(rng.integers(8)))
+        try:
+            with open_in(tmp_path) as checkpointer:
+                restored, data = checkpointer.restore(abstract(state))
+                found = find_checkpoint(tmp_path)
+                params = load_params(found, abstract(state.params))
+                assert found.config() == CONFIG
+        except InputError as error:
+            assert "checkpoints/5 is damaged" in str(error)  # noqa: PT017
+            noticed += 1
+        else:
+            assert_same(restored, state)
+            assert_same(params, state.params)
+            assert data == position
+        file.write_bytes(whole)
+    assert noticed > 15
+
+
+def test_flipped_characters_of_the_tokenizer_are_noticed(tmp_path, open_in):
+    with open_in(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+    file = tmp_path / "checkpoints" / "1" / "tokenizer" / "metadata"
+    text = file.read_text()
+    file.write_text(text.replace("the", "thf", 1))
+    with pytest.raises(InputError, match="the checksum of its tokenizer is another"):
+        find_checkpoint(tmp_path).tokenizer()
+
+
+def test_checksums_see_every_bit_and_every_place(open_in):
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.uint8, np.bool_, jnp.bfloat16):
+        array = np.asarray(jnp.asarray(rng.integers(0, 2, size=(6, 5)), dtype))
+        whole = array_checksums({"a": jnp.asarray(array)})
+        raw = array.view(np.uint8)
+        for place in range(raw.size):
+            for bit in range(1 if dtype is np.bool_ else 8):
+                changed = raw.copy()
+                changed.reshape(-1)[place] ^= 1 << bit
+                other = jnp.asarray(changed.view(array.dtype).reshape(array.shape))
+                if place % 7 == 0 or dtype is np.float32:  # a few of each are enough
+                    assert array_checksums({"a": other}) != whole
+        turned = np.roll(array, 1, axis=0)
+        assert array_checksums({"a": jnp.asarray(turned)}) != whole
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+    array = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+    split = jax.device_put(array, NamedSharding(mesh, P("x", "y")))
+    assert array_checksums({"a": split}) == array_checksums({"a": array})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_named_and_the_last_step_stays(tmp_path, open_in):
+    """A limit on the size of files stands for the full disk."""
+
+    def fill() -> None:
+        with open_in(tmp_path) as checkpointer:
+            checkpointer.save(1, state, {})
+            checkpointer.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, old[1]))
+            checkpointer.save(2, make_state(2), {})
+            checkpointer.wait()
+
+    state, old = make_state(1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"a checkpoint could not be written to .*: make room .* goes on from step 1"
+    try:
+        with pytest.raises(StorageError, match=message):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with open_in(tmp_path) as checkpointer:
+        assert_same(checkpointer.restore(abstract(state))[0], state)
+
+
+def test_checkpoints_removed_under_the_run_are_made_again(tmp_path, open_in):
+    with open_in(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+        checkpointer.wait()
+        shutil.rmtree(tmp_path / "checkpoints")
+        checkpointer.save(2, make_state(2), {})
+    with open_in(tmp_path) as checkpointer:
+        assert_same(checkpointer.restore(abstract(make_state(2)))[0], make_state(2))
 
 
 def test_damaged_context_is_one_line(tmp_path, open_in):
