@@ -4,6 +4,7 @@ Examples:
   python -m gidd_jax.train --config=configs/quickstart.py --workdir=outputs/quickstart
   python -m gidd_jax.train --config=gidd:small --config.data.path='texts/*.jsonl'
   python -m gidd_jax.train --config=mdlm --config.mesh.fsdp=8 --config.train.batch_size=64
+  python -m gidd_jax.train --config=gidd:1B --config.mesh.fsdp=8 --plan=8xH200   # does it fit?
   python -m gidd_jax.train --config=gidd:base --distributed   # on every host of a cluster
 """
 
@@ -16,6 +17,26 @@ from gidd_jax.cli import config_flag, run
 from gidd_jax.distributed import distributed_flags
 from gidd_jax.errors import InputError
 
+
+def _plan_flag() -> flags.FlagHolder[str | None]:
+    """Define `--plan[=TOPOLOGY]`: `--plan` alone plans for the devices of this machine."""
+
+    class PlanFlag(flags.Flag):
+        def parse(self, argument: str) -> None:
+            super().parse("here" if argument == "true" else argument)
+
+    flag = PlanFlag(
+        flags.ArgumentParser(),
+        None,
+        "plan",
+        None,
+        "Say what the run needs on a topology (8xH200, v5e-256, v4-128, cpu-8; alone: on the "
+        "devices of this machine), whether it fits and how fast it can be at most; train nothing.",
+        boolean=True,  # it may stand without a value, which is then "true"
+    )
+    return flags.DEFINE_flag(flag)
+
+
 CONFIG = config_flag("gidd")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run. Default: outputs/YYYY-MM-DD/HH-MM-SS."
@@ -23,6 +44,7 @@ WORKDIR = flags.DEFINE_string(
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir that was made with another config."
 )
+PLAN = _plan_flag()
 DISTRIBUTED = distributed_flags()
 
 
@@ -32,6 +54,12 @@ def main(argv: list[str]) -> None:
     from gidd_jax.trainer import train
 
     settings = Settings.from_config(CONFIG.value)
+    if PLAN.value is not None:
+        from gidd_jax.plan import describe, make_plan, set_devices
+
+        set_devices(PLAN.value)
+        print(describe(make_plan(settings, PLAN.value)))
+        return
     if "://" in (WORKDIR.value or ""):
         raise InputError(
             f"--workdir={WORKDIR.value}: must be a folder; mount the bucket, for example with "

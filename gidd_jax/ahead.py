@@ -1,0 +1,183 @@
+"""The real training step, compiled ahead of time for devices that need not exist."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gidd_jax import sharding
+from gidd_jax.build import build_objective
+from gidd_jax.models.dit import MLP_RATIO
+from gidd_jax.optimizer import learning_rate, make_optimizer
+from gidd_jax.roofline import Topology
+from gidd_jax.settings import Settings
+from gidd_jax.state import Noised, Objective, TrainState, abstract_params
+from gidd_jax.trainer import compile_step, state_maker
+
+
+class Temporaries(NamedTuple):
+    """Bytes of one device that a step needs beyond the state, and how they were found.
+
+    accepted: whether the chip's own compiler takes the step; None where another compiled it.
+    """
+
+    bytes: int
+    way: str
+    accepted: bool | None
+
+
+class Builder:
+    """The real state and step of a run for any mesh."""
+
+    def __init__(self, settings: Settings, vocab_size: int, mask_id: int) -> None:
+        self.settings, self._vocabulary = settings, (vocab_size, mask_id)
+        self._optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+
+    def objective(self, attention: str) -> Objective:
+        model = dataclasses.replace(self.settings.model, attention=attention)
+        return build_objective(dataclasses.replace(self.settings, model=model), *self._vocabulary)
+
+    def state(self, mesh: Mesh) -> TrainState:
+        """The description of the state on a mesh: arrays that do not exist, with shardings."""
+        objective = self.objective("xla")
+        return state_maker(self.settings, objective, self._optimizer, mesh)[1]
+
+    def compile(self, mesh: Mesh, batch_size: int, attention: str, backend: str) -> Any:
+        """Compile the training step; `backend` is what the code takes the devices for."""
+        objective = self.objective(attention)
+        rate = learning_rate(self.settings.optimizer, self.settings.train.num_steps)
+        state = self.state(mesh)
+        shape = (batch_size, self.settings.model.max_seq_len)
+        batch = {
+            "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
+            "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
+        }
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        step = compile_step(self.settings, objective, self._optimizer, rate, state, mesh)
+        # Nothing will run: optimised machine code for a CPU would only take longer.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        # The devices may be a description that cannot hold an array: only their mesh is current.
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            nn.logical_axis_rules(sharding.RULES),
+            _taken_for(backend),
+        ):
+            return step.lower(state, batch, key).compile(compiler_options=options)
+
+
+def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
+    """Return what the compiler plans beyond the state on one device.
+
+    Compiled for the devices of the mesh where those are what is planned for, by the TPU's compiler
+    for a described slice where libtpu is installed, and otherwise for virtual CPU devices: an upper
+    bound, for attention is not fused there and 16-bit products are computed in float32.
+    """
+    batch_size, attention = build.settings.train.batch_size, build.settings.model.attention
+    if topology.here or topology.chip is None:
+        compiled = build.compile(mesh, batch_size, attention, jax.default_backend())
+        return Temporaries(_planned(compiled), "compiled for these devices", None)
+    reason = ""
+    if topology.chip.torus:
+        try:
+            compiled = build.compile(_described(topology, mesh), batch_size, attention, "tpu")
+            way = "compiled by the TPU's own compiler for the described slice"
+            return Temporaries(_planned(compiled), way, True)
+        except Exception as error:  # of any kind: libtpu is missing, or refuses slice or step
+            words = str(error).strip().splitlines()[0]
+            if (found := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", words)) is not None:
+                needed = float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))
+                way = "by the TPU's own compiler, which refuses the step for want of memory"
+                return Temporaries(round(needed), way, False)
+            reason = f" (the TPU's compiler did not do it: {words[:100]})"
+    # Copies of the model beyond two change no array of a device: fewer devices compile sooner.
+    copies = min(mesh.shape["data"], 2)
+    sizes = (copies, mesh.shape["fsdp"], mesh.shape["tensor"])
+    part = sharding.make_mesh(*sizes, devices=list(mesh.devices.flat)[: math.prod(sizes)])
+    rows = batch_size // mesh.shape["data"] * copies
+    compiled = build.compile(part, rows, "xla", "tpu" if topology.chip.torus else "gpu")
+    way = f"at most; compiled for {part.size} CPU devices with the same arrays on each{reason}"
+    return Temporaries(_planned(compiled), way, None)
+
+
+def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
+    """Return the bytes of activations that a micro batch's backward pass reads, on one device.
+
+    By the shapes of what jax.vjp keeps: no compiler can do with less, and there are temporaries
+    beside it. The scores of attention [..., L, L] do not count where a GPU's kernel computes them
+    again; arrays with an axis of heads or hidden units are split over tensor.
+    """
+    model, train = build.settings.model, build.settings.train
+    small, large = (_residuals(build, rows) for rows in (2, 4))
+    fused = model.attention == "cudnn" or (model.attention == "" and model.dtype == "bfloat16")
+    on_gpu = topology.chip is not None and not topology.chip.torus
+    L, split = model.max_seq_len, {model.num_heads, MLP_RATIO * model.hidden_size}
+    total = 0
+    for a, b in zip(small, large, strict=True):  # arrays that do not grow are not activations
+        if not (fused and on_gpu and a.shape[-2:] == (L, L)):
+            ways = mesh.shape["tensor"] if split & set(a.shape) else 1
+            total += (b.size - a.size) * a.dtype.itemsize // (2 * ways)
+    return (
+        total * train.batch_size // (train.micro_batches * mesh.shape["data"] * mesh.shape["fsdp"])
+    )
+
+
+def _residuals(build: Builder, rows: int) -> list[Any]:
+    """Return the shapes and dtypes of what the backward pass of `rows` sequences reads."""
+    objective = build.objective("xla")
+    shape = (rows, build.settings.model.max_seq_len)
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    times: Any = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    autoregressive = objective.process is None
+    losses = jax.ShapeDtypeStruct((rows, shape[1] - autoregressive), jnp.float32)
+
+    def backward(params: Any, x: Any, noised: Any, coefficient: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return objective.summed_loss(params, x, noised, coefficient)[0]
+
+        return jax.vjp(loss, params)[1]
+
+    backward_pass = jax.eval_shape(
+        backward, abstract_params(objective), tokens, Noised(tokens, times), losses
+    )
+    return jax.tree.leaves(backward_pass)
+
+
+def _planned(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _described(topology: Topology, mesh: Mesh) -> Mesh:
+    """Return the mesh over a described TPU slice; raises what libtpu raises, or ImportError."""
+    from jax.experimental import topologies
+
+    assert topology.chip is not None
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise ImportError("pip install libtpu to have it")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask about itself
+    # A v4 chip is one device, as in a real run, not one for each of its cores.
+    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    described = topologies.get_topology_desc(
+        f"{topology.chip.name}:{topology.shape}", platform="tpu", **options
+    )
+    return sharding.make_mesh(*mesh.shape.values(), devices=described.devices)
+
+
+@contextlib.contextmanager
+def _taken_for(backend: str) -> Iterator[None]:
+    """Let code that asks for the backend hear this one: it chooses chunks and layouts by it."""
+    real = jax.default_backend
+    jax.default_backend = lambda: backend
+    try:
+        yield
+    finally:
+        jax.default_backend = real

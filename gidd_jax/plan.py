@@ -1,0 +1,321 @@
+"""What a run will need, before it is started: memory, work, traffic and the least time of a step.
+
+The state's bytes are exact: they follow from its abstract arrays and their shardings. Activations
+are what the compiler plans for the real training step, compiled for devices that need not exist.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gidd_jax import sharding
+from gidd_jax.ahead import Builder, kept_bytes, temporaries
+from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.metrics import flops_per_token, recomputed_flops_per_token
+from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
+from gidd_jax.roofline import Roofline, Sent, Topology, find_chip, parse_topology, roofline
+from gidd_jax.settings import Settings
+
+HERE = "here"  # the topology of `--plan` without a value
+GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+_FLOAT32 = {"vocab_embed", "modulation", "final_modulation", "time_embed"}  # whatever model.dtype
+
+
+class Memory(NamedTuple):
+    """Bytes of one device by kind.
+
+    gradients: one set, and with micro batches the sum of them too. activations: everything else
+    that the step needs at once. kept: the least of them, what the backward pass reads.
+    """
+
+    parameters: int
+    optimizer: int
+    ema: int
+    gradients: int
+    activations: int
+    kept: int
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.optimizer + self.ema
+
+    @property
+    def total(self) -> int:
+        return self.state + self.gradients + self.activations
+
+    @property
+    def least(self) -> int:
+        return self.state + self.gradients + self.kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs of each device, and of all of them per step.
+
+    way: how the activations were found; accepted: the word of the chip's own compiler on whether
+    the step fits, None where it was not asked. notes: what a user should know of the layout.
+    flops: those of the model per token; device_flops: what one device computes in a step,
+    recomputation included; bytes_moved: its memory traffic.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    model: str
+    parameters: int
+    memory: Memory
+    way: str
+    accepted: bool | None
+    notes: list[str]
+    tokens_per_step: int
+    num_steps: int
+    flops: float
+    device_flops: float
+    bytes_moved: float
+    sent: list[Sent]
+
+    @property
+    def time(self) -> Roofline | None:
+        """The roofline of a step; None for chips of which nothing is known."""
+        chip = self.topology.chip
+        return chip and roofline(chip, self.device_flops, self.bytes_moved, self.sent)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory suffices; None where that is not known."""
+        chip = self.topology.chip
+        if chip is None or self.accepted is not None:
+            return self.accepted
+        if self.memory.total <= chip.memory:
+            return True
+        return None if self.memory.least <= chip.memory else False
+
+
+def set_devices(name: str) -> None:
+    """Make the CPU as many devices as the topology has; before anything touches a device.
+
+    Raises InputError for a name that is not a topology.
+    """
+    if name != HERE:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", parse_topology(name).devices)
+
+
+def make_plan(settings: Settings, name: str) -> Plan:
+    """Return the plan of a run on a topology (a name of `parse_topology`, or HERE).
+
+    Needs as many devices as `set_devices` makes. Raises InputError for what the run would refuse:
+    a mesh that does not fit the devices, a batch that does not split.
+    """
+    topology, devices = _devices(name)
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, devices)
+    rows = settings.train.batch_size // settings.train.micro_batches
+    sharding.check_batch_size(rows, mesh)
+    build = Builder(settings, tokenizer.vocab_size, tokenizer.mask_id)
+    state = build.state(mesh)
+    parameters = device_bytes(state.params)
+    gradients = parameters * (2 if settings.train.micro_batches > 1 else 1)
+    extra = temporaries(build, topology, mesh)
+    memory = Memory(
+        parameters=parameters,
+        optimizer=device_bytes(state.opt_state),
+        ema=device_bytes(state.ema),
+        gradients=gradients,
+        activations=max(extra.bytes - gradients, 0),
+        kept=kept_bytes(build, topology, mesh),
+    )
+    tokens = settings.train.batch_size * settings.model.max_seq_len
+    flops = flops_per_token(settings.model, tokenizer.vocab_size)
+    computed = flops + recomputed_flops_per_token(settings.model)
+    return Plan(
+        topology=topology,
+        mesh=dict(mesh.shape),
+        model=f"{settings.model.name} {settings.model.num_layers} x {settings.model.hidden_size}",
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        memory=memory,
+        way=extra.way,
+        accepted=extra.accepted,
+        notes=_layout_notes(settings, tokenizer.vocab_size, mesh),
+        tokens_per_step=tokens,
+        num_steps=settings.train.num_steps,
+        flops=flops,
+        device_flops=computed * tokens / mesh.size,
+        bytes_moved=bytes_moved(settings, memory, state.params, mesh),
+        sent=bytes_sent(settings, state.params, mesh),
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Return the bytes that one device holds of abstract (or real) arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def bytes_moved(settings: Settings, memory: Memory, params: Any, mesh: Mesh) -> float:
+    """Return the memory traffic of one device in a step, at the least.
+
+    2 * state (the update reads and writes it) + for each micro batch: 2 * its gradients, the
+    layers' weights, gathered over fsdp, once per pass in the dtype of the products (two passes,
+    three with remat = full), and 2 * what the backward pass reads (written, then read).
+    """
+    passes = 3 if settings.model.remat == "full" else 2
+    gathered = sum(
+        _gathered_bytes(settings, path, leaf, mesh)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    )
+    each = 2 * memory.parameters + passes * gathered + 2 * memory.kept
+    return 2 * memory.state + settings.train.micro_batches * each
+
+
+def bytes_sent(settings: Settings, params: Any, mesh: Mesh) -> list[Sent]:
+    """Return what each device sends in a step, estimated from the shardings.
+
+    A ring over n devices sends (n-1)/n of the whole array in a gather or a reduce-scatter, twice
+    that in an all-reduce. For each micro batch: parameters split over fsdp are gathered in the
+    forward and in the backward pass, their gradients reduce-scattered over fsdp and all-reduced
+    over data; gradients of other parameters are all-reduced over both. With tensor = t each layer
+    all-reduces its activations [rows, L, D] twice per pass (with remat = full the forward pass
+    counts twice), the embedding and the gradient of the last features once. Arrays travel in
+    the dtype of the products, those of embedding and time conditioning in float32.
+    """
+    d, f, t = (mesh.shape[axis] for axis in sharding.MESH_AXES)
+    parts, model = settings.train.micro_batches, settings.model
+    gather = split = whole = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size = _gathered_bytes(settings, path, leaf, mesh)
+        if f > 1 and "fsdp" in leaf.sharding.spec:
+            gather += 3 * size * (f - 1) / f
+            split += 2 * (size / f) * (d - 1) / d
+        else:
+            whole += 2 * size * (d * f - 1) / (d * f)
+    rows = settings.train.batch_size / (parts * d * f)
+    itemsize = jnp.dtype(model.dtype).itemsize
+    activations = rows * model.max_seq_len * model.hidden_size * itemsize
+    times = model.num_layers * (6 if model.remat == "full" else 4) + 2
+    sums = times * 2 * activations * (t - 1) / t
+    return [
+        Sent("parameters and gradients over fsdp", t, f, parts * gather),
+        Sent("gradients over data", f * t, d, parts * split),
+        Sent("gradients over data and fsdp", t, d * f, parts * whole),
+        Sent("activations over tensor", 1, t, parts * sums),
+    ]
+
+
+def describe(plan: Plan) -> str:
+    """Return the plan as text for people; a GB is 1e9 bytes."""
+    chip, memory = plan.topology.chip, plan.memory
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    lines = [
+        f"plan: {plan.model} on {plan.topology.name} ({plan.topology.devices} devices, {mesh})",
+        f"parameters            {plan.parameters:,}",
+        "memory of one device" + (f", which has {_gb(chip.memory)}" if chip else ""),
+        f"  parameters          {_gb(memory.parameters)}",
+        f"  optimizer state     {_gb(memory.optimizer)}",
+        f"  moving average      {_gb(memory.ema)}",
+        f"  gradients           {_gb(memory.gradients)}",
+        f"  activations         {_gb(memory.activations)}",
+        f"  total               {_gb(memory.total)}: {_verdict(plan)}",
+        f"  activations: {plan.way}; {_gb(memory.kept)} of them are kept for the backward pass",
+        *(f"  {note}" for note in plan.notes),
+        "one step",
+        f"  tokens              {plan.tokens_per_step:,}",
+        f"  FLOPs               {plan.flops / 1e9:.3f} G per token, "
+        f"{plan.flops * plan.tokens_per_step / 1e12:,.2f} T in all",
+        f"  computed by each    {plan.device_flops / 1e12:,.2f} TFLOP",
+        f"  moved by each       {_gb(plan.bytes_moved)} in its memory",
+        f"  sent by each        {_gb(sum(s.bytes for s in plan.sent))}",
+        *(f"    {s.what}: {_gb(s.bytes)}" for s in plan.sent if s.bytes),
+        *_time_lines(plan),
+        _run_line(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _devices(name: str) -> tuple[Topology, Sequence[Any]]:
+    if name == HERE:
+        devices = jax.devices()
+        kind = devices[0].device_kind
+        return Topology(f"this machine ({kind})", find_chip(kind), len(devices), here=True), devices
+    topology = parse_topology(name)
+    return topology, jax.devices("cpu")[: topology.devices]
+
+
+def _gathered_bytes(settings: Settings, path: Any, leaf: Any, mesh: Mesh) -> float:
+    """Return the bytes of a parameter on one device while a layer uses it, gathered over fsdp."""
+    is_float32 = any(getattr(entry, "key", None) in _FLOAT32 for entry in path)
+    itemsize = 4 if is_float32 else jnp.dtype(settings.model.dtype).itemsize
+    ways = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec else 1
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * ways * itemsize
+
+
+def _layout_notes(settings: Settings, vocab_size: int, mesh: Mesh) -> list[str]:
+    """Say what a mesh does not divide: the run works, but holds it whole on every device."""
+    model, rules = settings.model, dict(sharding.RULES)
+    columns = vocab_size if model.name == "llama" else padded_vocab_size(vocab_size)
+    sizes = {
+        "vocab": ("vocabulary", columns),
+        "heads": ("model.num_heads", model.num_heads),
+        "mlp": ("hidden units of the MLP", MLP_RATIO * model.hidden_size),
+        "embed": ("model.hidden_size", model.hidden_size),
+    }
+    notes = []
+    for logical, (words, size) in sizes.items():
+        axis = str(rules[logical])
+        if size % mesh.shape[axis]:
+            notes.append(
+                f"not split: {words} = {size} is no multiple of mesh.{axis} = {mesh.shape[axis]}, "
+                "so every device holds these parameters whole"
+            )
+    return notes
+
+
+def _verdict(plan: Plan) -> str:
+    chip, fits = plan.topology.chip, plan.fits
+    if chip is None:
+        return "compare it with the memory of the machine"
+    if fits is False:
+        return "does not fit; use mesh.fsdp, model.remat=full or more train.micro_batches"
+    if fits is None:
+        return f"may fit; the least that it can be is {_gb(plan.memory.least)}"
+    if not chip.torus and plan.memory.total > GPU_SHARE * chip.memory:
+        return "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX takes 75 % by default)"
+    return "fits"
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    time, chip = plan.time, plan.topology.chip
+    if time is None or chip is None:
+        return ["  least time          unknown: no chip, no roofline"]
+    rate = plan.tokens_per_step / time.step
+    mfu = rate * plan.flops / (chip.peak_flops * plan.topology.devices)
+    return [
+        f"  least time          {_ms(time.step)}, limited by {time.limit} (compute "
+        f"{_ms(time.compute)}, memory {_ms(time.memory)}, interconnect {_ms(time.interconnect)})",
+        f"  at most             {rate:,.0f} tokens/s, MFU {100 * mfu:.1f} % of "
+        f"{chip.peak_flops / 1e12:,.0f} TFLOP/s bf16 each",
+    ]
+
+
+def _run_line(plan: Plan) -> str:
+    tokens = plan.num_steps * plan.tokens_per_step / 1e9
+    line = f"run: {plan.num_steps:,} steps, {tokens:,.3f} billion tokens"
+    if plan.time is None:
+        return line
+    seconds = plan.num_steps * plan.time.step
+    words = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds:,.1f} s"
+    return f"{line}, at least {words}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.3f} GB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.3f} ms"
