@@ -1,5 +1,6 @@
 """The documentation: its code runs, its links lead somewhere, what it names is there."""
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +25,6 @@ DOCS, NOTEBOOK = ROOT / "docs", ROOT / "notebooks" / "gidd_jax.ipynb"
 GENERATED = {DOCS / "commands.md"}  # by docs/write_commands.py, before each build
 PAGES = sorted(set(DOCS.glob("*.md")) - GENERATED)
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-COMMANDS = {
-    file.stem: file.read_text("utf-8")
-    for file in (ROOT / "gidd_jax").glob("*.py")
-    if '__name__ == "__main__"' in file.read_text("utf-8")
-}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REASON = re.compile(r"<!-- not executed: (.*?) -->\n\Z")
 # Stands in for IPython, which notebooks have: the page that is shown goes to a file.
@@ -99,10 +96,11 @@ def execute_page(page: Path, folder: Path, environment: dict[str, str]) -> list[
 def test_the_tutorial_and_the_readme_run(tmp_path, environment):
     """The README's model is that of the tutorial."""
     printed = execute_page(DOCS / "tutorial.md", tmp_path, environment)
-    assert len(printed) == 9
+    assert len(printed) == 10
     assert "validation: loss " in printed[2]
     assert "network calls" in printed[3]
     assert (tmp_path / "replay.html").is_file()
+    assert (tmp_path / "essay.html").is_file()
     assert json.loads((tmp_path / "evaluation.json").read_text())["corpora"][0]["nelbo"] > 0
     assert (tmp_path / "published" / "model.safetensors").is_file()
     (tmp_path / "runs" / "small").symlink_to(tmp_path / "runs" / "tiny")
@@ -204,29 +202,44 @@ def test_config_keys_that_are_named_exist(page):
         assert key in legal, f"{page.name}: {key}"
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
-def test_flags_that_are_shown_exist(page):
-    """Of every `python -m gidd_jax.NAME --flag ...` in blocks and in the text."""
-    text = page.read_text("utf-8").replace("\\\n", " ")
-    shared = (ROOT / "gidd_jax" / "distributed.py").read_text("utf-8")
-    for name, arguments in re.findall(r"python -m gidd_jax\.(\w+)([^\n`]*)", text):
-        if name in ("NAME", "harness"):  # the harness's flags are not ours
-            continue
-        assert name in COMMANDS, f"{page.name}: no command gidd_jax.{name}"
-        source = COMMANDS[name] + (shared if name == "train" else "")
-        legal = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
-        legal |= {"config"} if "config_flag(" in source else set()
-        given = set(re.findall(r"--(\w+)", re.sub(r"--config\.\S+", "", arguments)))
-        assert given <= legal, f"{page.name}: gidd_jax.{name}: {given - legal}"
-
-
-def test_the_page_of_commands_is_what_help_prints():
+@functools.cache
+def write_commands() -> types.ModuleType:
+    """The script that makes the page of commands."""
     spec = importlib.util.spec_from_file_location("write_commands", DOCS / "write_commands.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert set(script.commands()) == COMMANDS.keys()
+    return script
+
+
+@functools.cache
+def flags_of(command: str) -> set[str]:
+    return set(re.findall(r"^ +--(\w+):", write_commands().help_text(command), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_flags_that_are_shown_exist(page):
+    """Of every `python -m gidd_jax.NAME --flag ...` in blocks and in the text."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    for name, arguments in re.findall(r"python -m gidd_jax\.(\w+)([^\n`]*)", text):
+        if name in ("NAME", "harness"):  # the harness's flags are not ours
+            continue
+        assert name in write_commands().commands(), f"{page.name}: no command gidd_jax.{name}"
+        given = set(re.findall(r"--(\w+)", re.sub(r"--config\.\S+", "", arguments)))
+        unknown = given - flags_of(name) - {"help"}
+        assert not unknown, f"{page.name}: gidd_jax.{name}: {unknown}"
+
+
+def test_the_page_of_commands_is_what_help_prints():
+    script = write_commands()
+    entries = [
+        file.stem
+        for file in (ROOT / "gidd_jax").glob("*.py")
+        if '__name__ == "__main__"' in file.read_text("utf-8")
+    ]
+    assert sorted(script.commands()) == sorted(entries)
+    assert "train" in entries
     page = script.page(["replay"])
     assert "## gidd_jax.replay\n" in page
     assert "--trace: File of a trace" in page
