@@ -93,8 +93,10 @@ def bytes_on_first_device(tree):
 
 @pytest.mark.usefixtures("uncompiled")
 def test_state_bytes_are_those_of_real_arrays(folder):
-    sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    settings = tiny_settings(folder, **sizes, **{"optimizer.ema_decay": 0.9})
+    settings = tiny_settings(
+        folder,
+        **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "optimizer.ema_decay": 0.9},
+    )
     plan = make_plan(settings, "v5e-8")
     state = real_state(settings, sharding.make_mesh(2, 2, 2))
     assert plan.memory.parameters == bytes_on_first_device(state.params)
