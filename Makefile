@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart demo test test-slow lint format types docs constraints clean
+.PHONY: quickstart demo test test-slow torture lint format types docs constraints clean
 
 quickstart: $(VENV)/.core  ## train, evaluate and sample a small model on the embedded corpus
 	$(BIN)/python -m gidd_jax.quickstart --workdir=outputs/quickstart
@@ -42,6 +42,9 @@ test: $(VENV)/.dev  ## the tests, in parallel on two cores
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+torture: $(VENV)/.dev  ## kill -9 at random moments, again and again
+	$(BIN)/python -m pytest -s -m slow tests/test_torture.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -104,6 +104,10 @@ def run(
             _fail(str(error))
         except RunError as error:
             _fail(str(error), code=1)
+        except OSError as error:  # a full disk, a folder without permission: no bug of ours
+            if error.errno is None:
+                raise
+            _fail(str(error), code=1)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples, own_flags))
     raise AssertionError("absl's run always exits")

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.linen.spmd import logical_to_mesh_axes
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -50,7 +51,10 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"{asked} do not multiply to the number of devices, {count}; change the sizes or set "
             "one of them to -1."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # jax.make_mesh would refuse sizes that cut through an axis of a TPU's torus, such as 2x8x4 of
+    # 64 chips.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager

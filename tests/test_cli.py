@@ -30,6 +30,8 @@ def main(argv):
     print("layers:", CONFIG.value.model.num_layers, "wandb:", CONFIG.value.logging.wandb)
     if WORKDIR.value == "bad":
         raise InputError("workdir 'bad' is bad:\\n  use another")
+    if WORKDIR.value == "full":
+        open("/dev/full", "w").write("x" * 100_000)
     if WORKDIR.value == "bug":
         raise RuntimeError("a bug")
 if __name__ == "__main__":
@@ -140,6 +142,13 @@ def test_a_command_without_default_asks_for_a_config(command):
     result = command(default=None)
     assert result.returncode == 2
     assert result.stderr.startswith("error: --config is required")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_one_line_and_exit_code_1(command):
+    result = command("--workdir=full")
+    assert result.returncode == 1
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
 
 
 def test_a_bug_keeps_its_traceback(command):

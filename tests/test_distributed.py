@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_run import (
     assert_same_arrays,
+    environment,
     figures_by_step,
     saved_arrays,
     steps_on_disk,
@@ -76,13 +77,7 @@ def run_two(folder: Path, workdir: Path, number: int = 0, at: int = 0, *more: st
             subprocess.Popen(
                 [sys.executable, "-c", TRAIN, *arguments],
                 cwd=folder,
-                env={
-                    **os.environ,
-                    "JAX_PLATFORMS": "cpu",
-                    "JAX_NUM_CPU_DEVICES": "2",
-                    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-                },
+                env=environment(folder, JAX_NUM_CPU_DEVICES="2"),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

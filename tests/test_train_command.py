@@ -14,6 +14,7 @@ import pytest
 from tiny_run import (
     assert_same_arrays,
     contents,
+    environment,
     figures_by_step,
     saved_arrays,
     steps_on_disk,
@@ -79,17 +80,6 @@ def folder(tmp_path_factory) -> Path:
     )
     (folder / "empty.txt").write_text("")
     return folder
-
-
-def environment(folder: Path, **changes: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        # Compile once: the runs are the same program.
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        **changes,
-    }
 
 
 def run_train(folder: Path, workdir: Path, number: int = 0, at: int = 0) -> Result:

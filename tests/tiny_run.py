@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def tiny_config(folder: Path, name: str = "gidd", **changes: object) -> ConfigDi
         write_tokenizer(folder / "tokenizer")
     config.update_from_flattened_dict(changes)
     return config
+
+
+def environment(folder: Path, **changes: str) -> dict[str, str]:
+    """The environment of a command that trains in `folder`, again and again the same program."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        **changes,
+    }
 
 
 def tiny_settings(folder: Path, name: str = "gidd", **changes: object) -> Settings:
