@@ -1,39 +1,120 @@
-"""Pictures of a run, drawn from the figures that it wrote."""
+"""Draw pictures of runs and of what was measured on them, as PNG and SVG.
+
+Examples:
+  python -m gidd_jax.plots --workdir=outputs/quickstart
+  python -m gidd_jax.plots --workdir=RUN --evaluation=evaluation.json --out=pictures
+  python -m gidd_jax.plots --compare=RUN_A,RUN_B,RUN_C --out=pictures
+  python -m gidd_jax.plots --frontier=t0.8.json,t0.9.json,t1.0.json --out=pictures
+
+Files of --out (each as .png and .svg):
+  training   of --workdir: losses, KL and IS parts, bounds, learning rate, gradient norm, speed
+  process    of --workdir (diffusion): mixing schedule, weights of the ELBO and of training
+  compare    the curves of several runs in one picture
+  profile    of --evaluation: which times the bound comes from
+  frontier   of --frontier: generative perplexity against token entropy, with 95% intervals
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
+from gidd_jax.cli import run
 from gidd_jax.errors import InputError
 
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+COMPARE = flags.DEFINE_list("compare", [], "Folders of runs, separated by commas.")
+EVALUATION = flags.DEFINE_string("evaluation", None, "File that gidd_jax.evaluate --out wrote.")
+FRONTIER = flags.DEFINE_list(
+    "frontier", [], "Files that gidd_jax.generative_ppl --out wrote, separated by commas."
+)
+OUT = flags.DEFINE_string("out", None, "Folder to write to. Default: WORKDIR/plots.")
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Return the lines of WORKDIR/metrics.jsonl; raises InputError when there is no such file."""
-    path = workdir / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"{workdir} holds no metrics.jsonl: give the workdir of a training run")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+
+def main(argv: list[str]) -> None:
+    del argv
+    if not (WORKDIR.value or COMPARE.value or EVALUATION.value or FRONTIER.value):
+        raise InputError("nothing to draw: give --workdir, --compare, --evaluation or --frontier")
+    if OUT.value:
+        out = Path(OUT.value)
+    elif WORKDIR.value:
+        out = Path(WORKDIR.value) / "plots"
+    else:
+        raise InputError("--out is required without --workdir: name a folder for the pictures")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out={out} is a file: name a folder")
+
+    from gidd_jax import pictures
+
+    figures = pictures.run_pictures(Path(WORKDIR.value)) if WORKDIR.value else {}
+    if COMPARE.value:
+        runs = zip(labels(COMPARE.value), COMPARE.value, strict=True)
+        figures["compare"] = pictures.training_curves(
+            {label: pictures.read_metrics(Path(folder)) for label, folder in runs}
+        )
+    if EVALUATION.value:
+        figures["profile"] = pictures.profile_picture(load_profiles(EVALUATION.value))
+    if FRONTIER.value:
+        reports = zip(labels(FRONTIER.value), FRONTIER.value, strict=True)
+        figures["frontier"] = pictures.frontier_picture(
+            {label: load_report(file) for label, file in reports}
+        )
+    for path in pictures.save_figures(figures, out):
+        print(f"wrote {path}")
 
 
-def plot_loss(workdir: Path) -> Path:
-    """Draw training loss and validation bits per byte over the steps to WORKDIR/loss.png."""
-    import matplotlib
+def labels(paths: Sequence[str]) -> list[str]:
+    """Return the last parts of paths that tell them apart; raises InputError for a path twice."""
+    parts = [Path(path.removesuffix(".json")).absolute().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise InputError(f"{','.join(paths)}: name each only once")
+    for length in range(1, max(map(len, parts)) + 1):
+        found = ["/".join(part[-length:]) for part in parts]
+        if len(set(found)) == len(found):
+            return found
+    raise AssertionError("different paths have different parts")
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
-    lines = read_metrics(workdir)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = ((left, "train/loss", "training loss"), (right, "eval/bits_per_byte", "bits per byte"))
-    for axis, name, label in panels:
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    left.set_title("training loss")
-    right.set_title("validation bound")
-    path = workdir / "loss.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
+def load_profiles(path: str) -> dict[str, dict[str, Any]]:
+    """Return the profile over t of each corpus by its name; raises InputError if there is none."""
+    corpora = _load_json(path).get("corpora", [])
+    profiles = {
+        f"{corpus['data']} ({corpus['split']})": corpus["profile"]
+        for corpus in corpora
+        if "profile" in corpus
+    }
+    if not profiles:
+        raise InputError(
+            f"--evaluation={path} holds no profile over t: give what gidd_jax.evaluate --out wrote "
+            "of a diffusion model"
+        )
+    return profiles
+
+
+def load_report(path: str) -> dict[str, Any]:
+    """Return a report of generative_ppl; raises InputError when a figure is missing."""
+    report = _load_json(path)
+    for name in ("gen_ppl", "gen_ppl_interval", "token_entropy", "token_entropy_interval"):
+        if name not in report or report[name.removesuffix("_interval")] is None:
+            raise InputError(
+                f"--frontier: {path} holds no {name}: give what gidd_jax.generative_ppl --out wrote"
+            )
+    return report
+
+
+def _load_json(path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is no report: give a file that --out of a command wrote")
+    return value
+
+
+if __name__ == "__main__":
+    run(main)

@@ -3,7 +3,8 @@
 Example:
   python -m gidd_jax.quickstart --workdir=outputs/quickstart
 
-The workdir then holds summary.json, samples.npz, loss.png, TensorBoard files and checkpoints.
+The workdir then holds summary.json, samples.npz, loss.png, plots/ (see gidd_jax.plots), TensorBoard
+files and checkpoints.
 """
 
 import json
@@ -24,11 +25,10 @@ def main(argv: list[str]) -> None:
     del argv
     start = time.monotonic()
 
-    from gidd_jax import evaluation
+    from gidd_jax import evaluation, pictures
     from gidd_jax.checkpoint import find_checkpoint, write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
     from gidd_jax.gidd import Gidd
-    from gidd_jax.plots import plot_loss
     from gidd_jax.samples import save_samples
     from gidd_jax.settings import Settings
     from gidd_jax.trainer import train
@@ -37,7 +37,6 @@ def main(argv: list[str]) -> None:
     train(settings, workdir)
     if find_checkpoint(workdir).step < settings.train.num_steps:
         return  # stopped by a signal; the same command goes on
-    plot_loss(workdir)
 
     model = Gidd.from_pretrained(workdir)
     samples = model.generate(NUM_SAMPLES, seed=settings.seed)
@@ -57,6 +56,10 @@ def main(argv: list[str]) -> None:
     figures = evaluation.corpus_figures(
         model.process, corpus, scores, num_resamples=1000, seed=settings.seed
     )
+    pictures.save_figures({"loss": pictures.loss_picture(workdir)}, workdir, formats=["png"])
+    drawn = pictures.run_pictures(workdir)
+    drawn["profile"] = pictures.profile_picture({"validation": figures["profile"]})
+    pictures.save_figures(drawn, workdir / "plots")
     data = (settings.data, model.tokenizer, model.max_seq_len)
     unigram = unigram_bits_per_byte(*data, validation_batches(*data, settings.train.batch_size))
     summary = {
@@ -72,7 +75,7 @@ def main(argv: list[str]) -> None:
         f"\nvalidation: {summary['bits_per_byte']:.3f} bits per byte (an upper bound), "
         f"{1 - summary['bits_per_byte'] / unigram:.1%} below the unigram baseline {unigram:.3f}; "
         f"perplexity {summary['perplexity']:.1f} per token; {summary['seconds']:.0f} s\n"
-        f"written to {workdir}: summary.json, samples.npz, loss.png"
+        f"written to {workdir}: summary.json, samples.npz, loss.png, plots/"
     )
 
 

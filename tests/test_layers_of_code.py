@@ -46,6 +46,7 @@ LAYERS = {
         "trainer",
     },
     "interop": {
+        "array_files",
         "detection",
         "evaluation",
         "export",
@@ -53,7 +54,7 @@ LAYERS = {
         "harness_model",
         "hub",
         "marked",
-        "plots",
+        "pictures",
         "pretrained",
         "programs",
         "prompts",
