@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gidd_jax.checksums import array_checksums, json_checksum
+from gidd_jax.data.files import stays_in_folder
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
@@ -43,9 +44,14 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the run that wrote it."""
         files = self._json("tokenizer")
+        if not _are_files(files):
+            raise _damaged(self, ValueError("its tokenizer is no set of files"))
         with tempfile.TemporaryDirectory() as folder:
-            for name, text in files.items():
-                (Path(folder) / name).write_text(text, encoding="utf-8")
+            try:
+                for name, text in files.items():
+                    (Path(folder) / name).write_text(text, encoding="utf-8")
+            except ValueError as error:  # no name of a file, or half of a surrogate pair
+                raise _damaged(self, error) from error
             return dataclasses.replace(load_tokenizer(folder), name=str(self.folder))
 
     def data_position(self) -> dict[str, Any]:
@@ -54,7 +60,10 @@ class Checkpoint:
 
     def array_checksums(self) -> dict[str, int]:
         """Return the checksum of every array of the state by its dotted name."""
-        return self._json("checksums")["arrays"]
+        sums = self._json("checksums")
+        if not isinstance(sums, dict) or not isinstance(sums.get("arrays"), dict):
+            raise _damaged(self, ValueError("it has no checksums of arrays"))
+        return sums["arrays"]
 
     def _json(self, item: str) -> Any:
         try:
@@ -260,7 +269,7 @@ def check_workdir(
         return
     try:
         old = Settings.from_saved(json.loads(path.read_text()))
-    except ValueError as error:  # not JSON, or the settings of another version
+    except (OSError, ValueError, RecursionError) as error:  # no JSON, or of another version
         raise InputError(
             f"{path} cannot be read ({error}): use another workdir, or --allow_config_change"
         ) from error
@@ -321,6 +330,13 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         return {file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir())}
+
+
+def _are_files(files: Any) -> bool:
+    """Tell whether names that stay in their folder have texts, as `_tokenizer_files` gives them."""
+    return isinstance(files, dict) and all(
+        stays_in_folder(name) and isinstance(text, str) for name, text in files.items()
+    )
 
 
 def _saved_shapes(checkpoint: Checkpoint) -> dict[str, Any]:

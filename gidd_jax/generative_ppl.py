@@ -106,10 +106,7 @@ def load_texts(path: str) -> tuple[list[str], str | None]:
 
     Raises InputError when it is no such file or holds no text.
     """
-    import zipfile
-
-    import numpy as np
-
+    from gidd_jax.array_files import read_arrays
     from gidd_jax.data.files import open_text_file
 
     file = Path(path).expanduser()
@@ -119,11 +116,7 @@ def load_texts(path: str) -> tuple[list[str], str | None]:
         documents = open_text_file(file, "text", "line")
         texts, precision = [documents[i] for i in range(len(documents))], None
     else:
-        try:
-            with np.load(file, allow_pickle=False) as data:
-                found = {n: data[n] for n in ("texts", "sampling_precision") if n in data}
-        except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is no file of samples (.npz with texts): {error}") from error
+        found = read_arrays(file, ("texts", "sampling_precision"), "file of samples")
         if "texts" not in found or found["texts"].ndim != 1 or found["texts"].dtype.kind != "U":
             raise InputError(f"{path} holds no texts [N]: write it with gidd_jax.sample --out")
         texts = [str(text) for text in found["texts"]]

@@ -124,7 +124,10 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
         raise InputError(f"--out={out} is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     if file.is_file():
-        old = json.loads(file.read_text())
+        try:
+            old = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{file} is damaged ({error}): delete {out}") from error
         changed = [k for k in plan if old.get(k) != plan[k]]
         if changed:
             raise InputError(
@@ -157,9 +160,9 @@ def _read_done(out: Path, task: _Task) -> "Shard | None":
     try:
         shard = Shard(**json.loads(_note(out, task).read_text()))
         check_size(out, shard)
-    except (OSError, ValueError, TypeError):  # InputError is a ValueError
+    except (OSError, ValueError, TypeError, RecursionError):  # InputError is a ValueError
         return None
-    return shard
+    return shard if shard.file == task.file else None
 
 
 def _note(out: Path, task: _Task) -> Path:

@@ -7,6 +7,7 @@ the file and the fix.
 import dataclasses
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def _is_hugging_face(folder: Path) -> bool:
         return True
     try:  # the config.json of a workdir holds our settings, without a model_type
         return "model_type" in json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -139,12 +140,15 @@ class _Fields:
         return self._typed(key, default, bool, "true or false")
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._typed(key, default, (int, float), "a number"))
+        try:
+            return float(self._typed(key, default, (int, float), "a number"))
+        except OverflowError as error:
+            raise self.error(f"{key} is too large") from error
 
     def size(self, key: str, default: int | None = None) -> int:
         value = self._typed(key, default, int, "an integer")
-        if value < 1:
-            raise self.error(f"{key} = {value}: must be at least 1")
+        if not 1 <= value < 1 << 31:
+            raise self.error(f"{key} = {reprlib.repr(value)}: must be at least 1, and below 2^31")
         return value
 
     def _typed(self, key: str, default: Any, kinds: Any, words: str) -> Any:
@@ -152,7 +156,8 @@ class _Fields:
         if value is None:
             raise self.error(f"{key} is missing: add it")
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise self.error(f"{key} = {value!r}: must be {words}")
+            # Shortened: aliases of YAML can stand for more than the memory holds.
+            raise self.error(f"{key} = {reprlib.repr(value)}: must be {words}")
         return value
 
     def error(self, message: str) -> InputError:
@@ -165,7 +170,7 @@ def _from_hugging_face(folder: Path) -> Pretrained:
         values = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{file} is missing: it describes {WEIGHTS_FILE}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is no JSON ({first_line(error)}): fetch it again") from error
     if not isinstance(values, Mapping):
         raise InputError(f"{file} holds no keys: fetch it again")
@@ -265,7 +270,7 @@ def _from_original(folder: Path) -> Pretrained:
     file, weights = folder / "config.yaml", folder / "model.pt"
     try:
         values = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # YAML's own, and those of the values that it makes
         raise InputError(
             f"{file} is no plain YAML ({first_line(error)}): fetch it again"
         ) from error
@@ -329,6 +334,7 @@ def _dit(
 ) -> Pretrained:
     def convert() -> Any:
         shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1))
+        _check_layers(network, state_dict)
         _check_shapes(state_dict, dit_tensor_shapes(shapes, rows))
         return dit_params_from_torch(state_dict, network.num_layers, network.num_heads)
 
@@ -340,6 +346,7 @@ def _dit(
 def _llama(network: Llama, state_dict: StateDict, tokenizer: Tokenizer, file: Path) -> Pretrained:
     def convert() -> Any:
         shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32))
+        _check_layers(network, state_dict)
         _check_shapes(state_dict, llama_tensor_shapes(shapes))
         return llama_params_from_torch(
             state_dict,
@@ -370,6 +377,15 @@ def _within(tokenizer: Tokenizer, rows: int, file: Path) -> Tokenizer:
 
 def _abstract(network: DiT | Llama, *inputs: jax.Array) -> Any:
     return nn.unbox(jax.eval_shape(network.init, jax.random.key(0), *inputs))["params"]
+
+
+def _check_layers(network: DiT | Llama, state_dict: StateDict) -> None:
+    # Before all names of that many layers are made.
+    if network.num_layers > len(state_dict):
+        raise InputError(
+            f"the config has {network.num_layers} layers, and the weights have "
+            f"{len(state_dict)} tensors: use the config of these weights"
+        )
 
 
 def _check_shapes(state_dict: StateDict, expected: Shapes) -> None:

@@ -1,12 +1,12 @@
 """Generated and corrected texts, and the files that hold them."""
 
 import os
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from gidd_jax.array_files import read_arrays
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.trace import Trace
@@ -120,13 +120,7 @@ def load_ids(path: str | Path, tokenizer: Tokenizer) -> np.ndarray:
 
     Raises InputError when it is no such file, or was made with another tokenizer.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in ("ids", "tokenizer") if name in file}
-    except FileNotFoundError as error:
-        raise InputError(f"no file of samples {path}") from error
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no file of samples (.npz with ids): {error}") from error
+    data = read_arrays(path, ("ids", "tokenizer"), "file of samples")
     ids = data.get("ids")
     if ids is None or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"{path} holds no token ids [N, L]: write it with gidd_jax.sample --out")

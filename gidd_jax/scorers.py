@@ -75,7 +75,7 @@ def _is_for_jax(name: str) -> bool:
         return importlib.util.find_spec("torch") is None
     try:
         kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type", "llama")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         kind = "llama"  # a workdir or damaged: the loader says more
     return kind == "llama"
 

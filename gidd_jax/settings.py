@@ -89,7 +89,7 @@ class _Section:
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """Return `value` as `kind`: an int serves as a float, nothing else is converted."""
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:
         value = float(value)
     if type(value) is not kind:
         words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

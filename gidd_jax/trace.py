@@ -21,14 +21,14 @@ changes of all calls up to c.
 
 import os
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import pre_tokenizers
 
+from gidd_jax.array_files import read_arrays
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
@@ -242,18 +242,27 @@ def save_trace(path: str | Path, trace: Trace) -> None:
     os.replace(part, path)
 
 
+# Kind of dtype and number of axes of everything in a file.
+_KINDS = {
+    **{name: ("i", 1) for name in ("num_calls", "sample", "call", "position", "token")},
+    **{name: ("i", 1) for name in ("lengths", "token_ids", "special_ids")},
+    "start": ("i", 2),
+    "log_prob": ("f", 1),
+    "given": ("b", 2),
+    "texts": ("U", 1),
+    "token_texts": ("U", 1),
+    "mask_id": ("i", 0),
+    "tokenizer": ("U", 0),
+}
+
+
 def load_trace(path: str | Path) -> Trace:
     """Read a trace; raises InputError when it is no such file, or its parts do not fit."""
-    names = {*Changes._fields, *Trace._fields} - {"changes"}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in names if name in file}
-    except FileNotFoundError as error:
-        raise InputError(f"no trace {path}: write one with gidd_jax.sample --trace") from error
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no trace (.npz): {error}") from error
-    if missing := names - data.keys():
+    data: dict[str, Any] = read_arrays(path, _KINDS, "trace")
+    if missing := _KINDS.keys() - data.keys():
         raise InputError(f"{path} is no trace, it lacks {', '.join(sorted(missing))}")
+    if any((data[name].dtype.kind, data[name].ndim) != kind for name, kind in _KINDS.items()):
+        raise InputError(f"{path} is a damaged trace: its parts are of other kinds")
     changes = Changes(*(data.pop(name) for name in Changes._fields))
     for name in ("texts", "token_texts"):
         data[name] = data[name].tolist()
@@ -269,7 +278,7 @@ def _fits(trace: Trace) -> bool:
     """Tell whether shapes agree and all numbers point to something."""
     changes = trace.changes
     columns = changes[2:]
-    if changes.start.ndim != 2 or any(column.shape != columns[0].shape for column in columns):
+    if any(column.shape != columns[0].shape for column in columns):
         return False
     count, length = changes.start.shape
     if not (
@@ -280,6 +289,8 @@ def _fits(trace: Trace) -> bool:
     ):
         return False
     if not np.isin([trace.mask_id, *changes.start.ravel(), *changes.token], trace.token_ids).all():
+        return False
+    if np.any((trace.lengths < 0) | (trace.lengths > length)):
         return False
     inside = (changes.sample >= 0) & (changes.sample < count)
     inside &= (changes.position >= 0) & (changes.position < length) & (changes.call >= 1)

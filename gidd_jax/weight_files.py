@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gidd_jax.data.files import stays_in_folder
 from gidd_jax.errors import InputError
 from gidd_jax.hub import StateDict
 
@@ -34,10 +35,10 @@ def read_safetensors(folder: Path) -> tuple[StateDict, Path]:
 def _shard_names(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        if all(Path(name).name == name for name in names):
+        if all(map(stays_in_folder, names)):
             return names
         reason = "a file of another folder"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
     raise InputError(f"{index} is no index of safetensors ({reason}): fetch it again")
 

@@ -6,6 +6,7 @@ import json
 import lzma
 import mmap
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class FileDocuments:
         where = f"{self._file}: JSON document {index + 1}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not valid JSON: {error}") from error
         return _text_of(record, self._text_key or "", where)
 
@@ -83,9 +84,9 @@ class ParquetDocuments:
         self._cached: tuple[int, list] = (-1, [])
         try:
             metadata = pyarrow.parquet.read_metadata(file)
-        except pyarrow.ArrowException as error:
+            names = metadata.schema.to_arrow_schema().names
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{file} is not a Parquet file: {error}") from error
-        names = metadata.schema.to_arrow_schema().names
         if text_key not in names:
             raise InputError(f"{file} has no column {text_key!r}; it has: {', '.join(names)}")
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
@@ -111,7 +112,7 @@ class ParquetDocuments:
         try:
             with pyarrow.parquet.ParquetFile(self._file) as parquet:
                 return parquet.read_row_group(group, [self._text_key])[self._text_key].to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self._file}: row group {group} is damaged: {error}") from error
 
 
@@ -130,6 +131,11 @@ def open_text_file(
     if file.name.endswith(SUFFIXES):
         return FileDocuments(file, rb"\n", text_key)
     raise InputError(f"{file}: unknown kind of file; legal suffixes: {', '.join(SUFFIXES)}")
+
+
+def stays_in_folder(name: object) -> bool:
+    """Tell whether an entry of a manifest or an index is a plain file name, not a path."""
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def _text_of(record: object, text_key: str, where: str) -> str:
@@ -158,7 +164,7 @@ def _read_buffer(file: Path) -> mmap.mmap | bytes:
                 return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         with openers[file.suffix](file, "rb") as stream:
             data = stream.read(MAX_UNPACKED_BYTES + 1)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     if len(data) > MAX_UNPACKED_BYTES:
         limit = f"{MAX_UNPACKED_BYTES >> 20} MiB"

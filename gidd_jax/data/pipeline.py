@@ -85,8 +85,8 @@ class TrainBatches:
 
     def set_state(self, state: dict[str, int]) -> None:
         """Continue from a position that `get_state` gave, whatever the number of processes then."""
-        index = state.get(_STATE_KEY)
-        if not isinstance(index, int) or index < 0:
+        index = state.get(_STATE_KEY) if isinstance(state, dict) else None
+        if type(index) is not int or index < 0:
             raise InputError(f"data position {state!r} is not of the form {{{_STATE_KEY!r}: rows}}")
         self.close()
         self._next_index = index

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gidd_jax.data.files import stays_in_folder
 from gidd_jax.data.rows import ids_dtype
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
@@ -36,6 +37,13 @@ class Shard:
     tokens: int
     bytes: int
 
+    def __post_init__(self):
+        counts = (self.size, self.documents, self.records, self.tokens, self.bytes)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError("a count that is none")
+        if not isinstance(self.sha256, str) or not stays_in_folder(self.file):
+            raise ValueError("a shard that is no file of the folder")
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -49,6 +57,14 @@ class Manifest:
     mode: str
     seq_len: int
     splits: dict[str, list[Shard]]
+
+    def __post_init__(self):
+        words = (self.path, self.validation, self.tokenizer, self.fingerprint, self.mode)
+        sizes = (self.vocab_size, self.seq_len)
+        if not all(isinstance(w, str) for w in words) or any(type(n) is not int for n in sizes):
+            raise TypeError("a value of another kind")
+        if any(not self.totals(split)["records"] for split in SPLITS):
+            raise ValueError("a split without records")
 
     def write(self, folder: Path) -> None:
         """Write manifest.json."""
@@ -77,7 +93,7 @@ class Manifest:
             raise InputError(
                 f"{folder} holds no {MANIFEST}: run gidd_jax.prepare_data to its end"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file} is damaged ({error}): prepare the data again") from error
         if version != _FORMAT:
             raise InputError(f"{file} has format {version}, not {_FORMAT}: prepare the data again")
@@ -149,6 +165,7 @@ def open_shards(
     for name, made, wanted in (
         ("mode", manifest.mode, mode),
         ("seq_len", manifest.seq_len, seq_len),
+        ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
         ("tokenizer", manifest.fingerprint[:12], tokenizer.fingerprint[:12]),
     ):
         if made != wanted:
