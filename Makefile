@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart demo test test-slow torture lint format types docs constraints clean
+.PHONY: quickstart demo study test test-slow torture lint format types docs constraints clean
 
 quickstart: $(VENV)/.core  ## train, evaluate and sample a small model on the embedded corpus
 	$(BIN)/python -m gidd_jax.quickstart --workdir=outputs/quickstart
@@ -33,6 +33,11 @@ demo: $(RUN)/summary.json  ## sample, correct, evaluate, exchange and check the 
 	$(BIN)/python -m gidd_jax.convert --checkpoint=$(RUN) --out=$(DEMO)/exported
 	$(BIN)/python -m gidd_jax.sample --checkpoint=$(DEMO)/exported --num_samples=1 --num_steps=32
 	$(BIN)/python -m gidd_jax.check --checkpoint=$(RUN)
+
+# 18 runs of the quickstart's length; the duration on 2 cores is not measured yet. The same command
+# goes on after a stop.
+study: $(VENV)/.core  ## the paper's ablation at a small size: uniform noise, weighting, seed
+	$(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/ablation.py --workdir=outputs/study
 
 $(RUN)/summary.json: $(VENV)/.core
 	$(BIN)/python -m gidd_jax.quickstart --workdir=$(RUN)

@@ -21,6 +21,7 @@ COMMANDS = (  # in the order in which people meet them
     "quickstart",
     "prepare_data",
     "train",
+    "sweep",
     "plots",
     "evaluate",
     "sample",

@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
     )
     pictures.save_figures({"loss": pictures.loss_picture(workdir)}, workdir, formats=["png"])
     drawn = pictures.run_pictures(workdir)
-    drawn["profile"] = pictures.profile_picture({"validation": figures["profile"]})
+    if "profile" in figures:  # of diffusion models
+        drawn["profile"] = pictures.profile_picture({"validation": figures["profile"]})
     pictures.save_figures(drawn, workdir / "plots")
     data = (settings.data, model.tokenizer, model.max_seq_len)
     unigram = unigram_bits_per_byte(*data, validation_batches(*data, settings.train.batch_size))
