@@ -241,6 +241,25 @@ def _error(report: Mapping[str, Any], name: str) -> list[list[float]] | None:
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]]
 
 
+def calibration_picture(figures: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw how often tokens of a suspicion are wrong, from `figures` of `gidd_jax.highlight`."""
+    with _style():
+        figure = Figure(figsize=(6, 5.5), layout="constrained")
+        axis = figure.subplots()
+        looks = zip(_looks(), itertools.cycle(MARKERS), strict=True)
+        for one, (look, marker) in zip(figures, looks, strict=False):
+            bins = one["calibration"]
+            label = f"{one['corruption']:.0%} replaced (error {one['calibration_error']:.3f})"
+            axis.plot(bins["suspicion"], bins["share_wrong"], marker=marker, label=label, **look)
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=1, zorder=0, label="calibrated")
+        axis.set(title="Calibration of suspicion", xlabel="mean suspicion of the bin")
+        axis.set(
+            ylabel="share of its tokens that are wrong", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02)
+        )
+        axis.legend()
+    return figure
+
+
 def sweep_picture(
     rows: Sequence[Mapping[str, Any]], keys: Sequence[str], figure_name: str, baseline: float
 ) -> Figure:

@@ -12,6 +12,7 @@ Files of --out (each as .png and .svg):
   compare    the curves of several runs in one picture
   profile    of --evaluation: which times the bound comes from
   frontier   of --frontier: generative perplexity against token entropy, with 95% intervals
+  calibration   of --calibration: how often tokens of a suspicion are wrong
 """
 
 import json
@@ -30,13 +31,18 @@ EVALUATION = flags.DEFINE_string("evaluation", None, "File that gidd_jax.evaluat
 FRONTIER = flags.DEFINE_list(
     "frontier", [], "Files that gidd_jax.generative_ppl --out wrote, separated by commas."
 )
+CALIBRATION = flags.DEFINE_string(
+    "calibration", None, "File that gidd_jax.highlight --evaluate --out wrote."
+)
 OUT = flags.DEFINE_string("out", None, "Folder to write to. Default: WORKDIR/plots.")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    if not (WORKDIR.value or COMPARE.value or EVALUATION.value or FRONTIER.value):
-        raise InputError("nothing to draw: give --workdir, --compare, --evaluation or --frontier")
+    sources = (WORKDIR, COMPARE, EVALUATION, FRONTIER, CALIBRATION)
+    if not any(source.value for source in sources):
+        names = ", ".join(f"--{source.name}" for source in sources)
+        raise InputError(f"nothing to draw: give one or more of {names}")
     if OUT.value:
         out = Path(OUT.value)
     elif WORKDIR.value:
@@ -61,6 +67,8 @@ def main(argv: list[str]) -> None:
         figures["frontier"] = pictures.frontier_picture(
             {label: load_report(file) for label, file in reports}
         )
+    if CALIBRATION.value:
+        figures["calibration"] = pictures.calibration_picture(load_detection(CALIBRATION.value))
     for path in pictures.save_figures(figures, out):
         print(f"wrote {path}")
 
@@ -102,6 +110,17 @@ def load_report(path: str) -> dict[str, Any]:
                 f"--frontier: {path} holds no {name}: give what gidd_jax.generative_ppl --out wrote"
             )
     return report
+
+
+def load_detection(path: str) -> list[dict[str, Any]]:
+    """Return the figures of each share of wrong tokens; raises InputError if there are none."""
+    figures = _load_json(path).get("figures", [])
+    if not figures:
+        raise InputError(
+            f"--calibration={path} holds no figures: give what gidd_jax.highlight --evaluate --out "
+            "wrote"
+        )
+    return figures
 
 
 def _load_json(path: str) -> dict[str, Any]:

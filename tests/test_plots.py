@@ -151,6 +151,19 @@ def test_the_frontier_joins_what_nothing_beats():
     assert axis.get_yscale() == "log"
 
 
+DETECTION = {
+    "corruption": 0.1,
+    "calibration_error": 0.05,
+    "calibration": {"suspicion": [0.1, 0.6], "share_wrong": [0.2, 0.9], "tokens": [50, 5]},
+}
+
+
+def test_the_calibration():
+    (axis,) = pictures.calibration_picture([DETECTION]).axes
+    points = drawn(axis)["10% replaced (error 0.050)"]
+    np.testing.assert_array_equal(points, [[0.1, 0.2], [0.6, 0.9]])
+
+
 def test_labels_tell_paths_apart():
     assert plots.labels(["x/a", "x/b.json"]) == ["a", "b"]
     three = ["x/run.v1", "y/run.v1", "y/run.v2"]
@@ -174,15 +187,18 @@ def test_the_command_writes_files_that_open(tmp_path):
     for name, one in (("cold", report(4, 40)), ("hot", report(5, 90))):
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(one))
+    detection = tmp_path / "found.json"
+    detection.write_text(json.dumps({"figures": [DETECTION]}))
     result = plot(
         f"--workdir={run}",
+        f"--calibration={detection}",
         f"--compare={run},{ar}",
         f"--evaluation={evaluation}",
         f"--frontier={files[0]},{files[1]}",
     )
     assert result.returncode == 0, result.stderr
     out = run / "plots"
-    names = ("training", "process", "compare", "profile", "frontier")
+    names = ("training", "process", "compare", "profile", "frontier", "calibration")
     written = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert {file.name for file in out.iterdir()} == written
     for name in names:
@@ -223,7 +239,7 @@ def entry(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "nothing to draw: give --workdir, --compare"),
+        ({}, "nothing to draw: give one or more of --workdir, --compare"),
         ({"compare": "a,b"}, "--out is required without --workdir"),
         ({"workdir": "nowhere"}, "nowhere holds no metrics.jsonl"),
         ({"workdir": "fresh"}, "metrics.jsonl is empty"),
@@ -233,6 +249,7 @@ def entry(monkeypatch, tmp_path):
         ({"evaluation": "list.json", "out": "o"}, "list.json is no report"),
         ({"evaluation": "empty.json", "out": "o"}, "empty.json holds no profile over t"),
         ({"frontier": "empty.json", "out": "o"}, "empty.json holds no gen_ppl"),
+        ({"calibration": "empty.json", "out": "o"}, "empty.json holds no figures"),
         ({"workdir": "bare", "out": "bad.json"}, "--out=bad.json is a file"),
     ],
 )
