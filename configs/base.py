@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.path = "embedded"  # embedded | file | folder | glob | comma list of them
     # | folder of shards made by gidd_jax.prepare_data | tfds:NAME/CONFIG
+    # | WEIGHT:PATH,WEIGHT:PATH,... a mixture, as 0.7:wiki/,0.3:books/*.txt; weights are shares of
+    # the training rows, numbers in [1e-6, 1e6]; the validation split is that of all parts
     data.tokenizer = "embedded"  # embedded | local folder | name on the Hugging Face hub
     data.validation = "hash:0.05"  # last:COUNT documents | hash:FRACTION of the documents
     # | path:FILES | split:NAME (tfds)

@@ -76,9 +76,15 @@ def prepare(
     """
     from gidd_jax.data import rows, shards
     from gidd_jax.data.corpus import open_corpus
+    from gidd_jax.data.mixture import split_mixture
     from gidd_jax.data.tokenizer import load_tokenizer
 
     rows.check_mode(mode)
+    if split_mixture(path)[0].path != path:
+        raise InputError(
+            f"data path {path!r} has weights, which belong to training: prepare each part into a "
+            "folder of its own, and mix those in data.path"
+        )
     if shards.is_shard_folder(path):
         raise InputError(f"data path {path!r} is a folder of shards: prepare from the texts")
     tokenizer = load_tokenizer(tokenizer_name)

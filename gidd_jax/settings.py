@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 from ml_collections import ConfigDict
 
 from gidd_jax.cli import load_config, nearest
+from gidd_jax.data.mixture import split_mixture
 from gidd_jax.errors import InputError
 
 # What may differ when a run goes on in its workdir: none of these changes the numbers of a step,
@@ -127,7 +128,7 @@ class ProcessSettings(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(_Section):
-    path: str = _not_empty()
+    path: str = _legal(lambda value: value != "" and bool(split_mixture(value)), "not empty")
     tokenizer: str = _not_empty()
     validation: str = _matches(
         r"last:[1-9][0-9_]*|hash:0?\.[0-9]*[1-9][0-9]*|(path|split):.+",

@@ -7,14 +7,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from gidd_jax.data.files import SUFFIXES, FileDocuments, ParquetDocuments, open_text_file
+from gidd_jax.data.mixture import split_mixture
 from gidd_jax.errors import InputError
 
+T = TypeVar("T")
 EMBEDDED = "embedded"
 _SPLIT_HELP = "legal values: 'last:COUNT', 'hash:FRACTION', 'path:FILES', 'split:NAME' (tfds only)"
 
@@ -41,23 +43,30 @@ class CorpusSplits:
     validation: Documents
 
 
-class Concatenation:
-    """Several sequences of documents, one after the other."""
+class Chain(Generic[T]):
+    """Several random-access sequences, one after the other."""
 
-    def __init__(self, parts: Sequence[Documents]):
+    def __init__(self, parts: Sequence[Any]):
         self._parts = list(parts)
         self._ends = np.cumsum([len(p) for p in parts])
-        self.num_bytes = sum(p.num_bytes for p in parts)
-        self.is_random_access = all(p.is_random_access for p in parts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> T:
         part = int(np.searchsorted(self._ends, index, side="right"))
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+
+
+class Concatenation(Chain[str]):
+    """Several sequences of documents, one after the other."""
+
+    def __init__(self, parts: Sequence[Documents]):
+        super().__init__(parts)
+        self.num_bytes = sum(p.num_bytes for p in parts)
+        self.is_random_access = all(p.is_random_access for p in parts)
 
 
 class Subset:
@@ -103,8 +112,29 @@ def open_corpus(path: str, validation: str, text_key: str, txt_documents: str) -
     `path` is 'embedded', a file, folder or glob of .txt, .jsonl, .jsonl.gz, .jsonl.xz and .parquet,
     a comma list of those, or 'tfds:NAME' ('tfds:FOLDER' for a prepared one). The rule is one of
     'last:COUNT', 'hash:FRACTION' (of document contents), 'path:FILES', 'split:NAME'.
+    Of a mixture it is applied to each part, and the splits are those of all parts, end to end.
     Raises InputError when something is missing, empty or unreadable.
     """
+    paths = [part.path for part in split_mixture(path)]
+    return open_parts(paths, validation, text_key, txt_documents)
+
+
+def open_parts(
+    paths: Sequence[str], validation: str, text_key: str, txt_documents: str
+) -> CorpusSplits:
+    """Open the parts of a mixture, as `open_corpus` does, without their weights."""
+    parts = [_open_part(path, validation, text_key, txt_documents) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    # Files that the rule names are the same for each part.
+    held_out = parts[:1] if validation.startswith("path:") else parts
+    return CorpusSplits(
+        Concatenation([part.train for part in parts]),
+        Concatenation([part.validation for part in held_out]),
+    )
+
+
+def _open_part(path: str, validation: str, text_key: str, txt_documents: str) -> CorpusSplits:
     rule, _, argument = validation.partition(":")
     if path.startswith("tfds:"):
         name = path.removeprefix("tfds:")

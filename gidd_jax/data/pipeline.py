@@ -6,12 +6,13 @@ have consumed, so that a run resumes exactly on another number of hosts or worke
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gidd_jax.data import rows, shards
-from gidd_jax.data.corpus import Documents, iterate, open_corpus
+from gidd_jax.data.corpus import Chain, CorpusSplits, Documents, iterate, open_parts
+from gidd_jax.data.mixture import split_mixture
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
@@ -38,8 +39,9 @@ class TrainBatches:
     """Endless training batches {'tokens': int32 [B / hosts, L], 'mask': bool [B / hosts, L]}.
 
     The batches of all processes, concatenated in their order, are the same for any number of
-    processes. Every epoch covers all records in a new order. Raises InputError when the data does
-    not fit the settings.
+    processes. Every epoch covers all records in a new order; of a mixture each part has epochs of
+    its own, and the weights are its share of the rows, up to 1 % of the smallest (grain's mix).
+    Raises InputError when the data does not fit the settings.
     """
 
     def __init__(
@@ -53,7 +55,8 @@ class TrainBatches:
         process_count: int = 1,
     ):
         local_batch_size(global_batch_size, process_count)
-        self._records, is_lazy = _train_records(settings, tokenizer, seq_len)
+        self._sources = _train_sources(settings, tokenizer, seq_len)
+        is_lazy = any(isinstance(s.records, _TokenisedOnTheFly) for s in self._sources)
         self._num_workers = settings.num_workers if is_lazy else 0
         self._is_cropped = settings.mode == "crop"
         self._seq_len = seq_len
@@ -66,8 +69,8 @@ class TrainBatches:
 
     @property
     def num_records(self) -> int:
-        """Number of rows in an epoch: documents, or windows in mode 'packed'."""
-        return len(self._records)
+        """Number of rows in an epoch of all parts: documents, or windows in mode 'packed'."""
+        return sum(len(source.records) for source in self._sources)
 
     def __iter__(self) -> "TrainBatches":
         return self
@@ -101,11 +104,10 @@ class TrainBatches:
         import grain
 
         process_index, process_count = self._process
-        dataset = grain.MapDataset.source(self._records).seed(self._seed).shuffle()
-        # Without an end for all purposes; grain's endless repeat overflows with batches of one.
-        dataset = dataset.repeat(_NUM_ROWS // len(self._records) + 1)
-        if self._is_cropped:  # before the slices: the crop depends on the global index alone
-            dataset = dataset.random_map(_Crop(self._seq_len))
+        parts = [self._endless(s.records, number) for number, s in enumerate(self._sources)]
+        dataset = parts[0]
+        if len(parts) > 1:
+            dataset = grain.MapDataset.mix(parts, [source.weight for source in self._sources])
         dataset = dataset.map(_Pad(self._seq_len, self._pad_id))
         dataset = dataset[index:].batch(self._global_batch_size // process_count)
         # A process takes adjacent rows of the global batch, as a sharded jax.Array does.
@@ -116,6 +118,18 @@ class TrainBatches:
                 grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2)
             )
         return iter(iterator)
+
+    def _endless(self, records: "Records", number: int) -> Any:
+        """The rows of one part, epoch after epoch, each in its order."""
+        import grain
+
+        # Parts of one size must not have one order, nor the same crops.
+        dataset = grain.MapDataset.source(records).seed(self._seed + number).shuffle()
+        # Without an end for all purposes; grain's endless repeat overflows with batches of one.
+        dataset = dataset.repeat(_NUM_ROWS // len(records) + 1)
+        if self._is_cropped:  # before the slices: the crop depends on the global index alone
+            dataset = dataset.random_map(_Crop(self._seq_len))
+        return dataset
 
 
 class ValidationBatches:
@@ -195,10 +209,12 @@ def unigram_bits_per_byte(
 ) -> float:
     """Bits per byte of the unigram model on the tokens and bytes of `validation`.
 
-    Its probabilities are the frequencies in the training rows plus one, over the vocabulary.
+    Its probabilities are the frequencies in the training rows plus one, over the vocabulary; the
+    rows of a mixture count alike.
     """
-    records, _ = _train_records(settings, tokenizer, seq_len)
-    counts = _count_tokens(records, tokenizer.vocab_size, MAX_UNIGRAM_TOKENS) + 1
+    counts = np.ones(tokenizer.vocab_size, np.int64)
+    for source in _train_sources(settings, tokenizer, seq_len):
+        counts += _count_tokens(source.records, tokenizer.vocab_size, MAX_UNIGRAM_TOKENS)
     bits = -np.log2(counts / counts.sum())
     scored = validation.token_counts(tokenizer.vocab_size)
     return float((bits * scored).sum() / validation.num_bytes)
@@ -248,41 +264,58 @@ class _TokenisedOnTheFly:
         return rows.frame(ids, self._tokenizer, self._mode)[0][: self._limit]
 
 
-def _train_records(
-    settings: "DataSettings", tokenizer: Tokenizer, seq_len: int
-) -> tuple[Records, bool]:
-    """Records of the training split, and whether reading one means tokenising it."""
+class _Source(NamedTuple):
+    weight: float
+    records: Records
+
+
+def _train_sources(settings: "DataSettings", tokenizer: Tokenizer, seq_len: int) -> list[_Source]:
+    """Records of the training split of each part of a mixture, or of the one corpus."""
     rows.check_mode(settings.mode)
-    if shards.is_shard_folder(settings.path):
-        train, _ = shards.open_shards(settings.path, tokenizer, settings.mode, seq_len)
-        return train, False
-    documents = _open(settings).train
+    return [
+        _Source(weight, _train_records(settings, path, tokenizer, seq_len))
+        for weight, path in split_mixture(settings.path)
+    ]
+
+
+def _train_records(
+    settings: "DataSettings", path: str, tokenizer: Tokenizer, seq_len: int
+) -> Records:
+    if shards.is_shard_folder(path):
+        return shards.open_shards(path, tokenizer, settings.mode, seq_len)[0]
+    documents = _open(settings, [path]).train
     is_large = documents.num_bytes > MAX_TEXT_BYTES
     if is_large and settings.mode != "packed" and documents.is_random_access:
-        return _TokenisedOnTheFly(documents, tokenizer, settings.mode, seq_len), True
+        return _TokenisedOnTheFly(documents, tokenizer, settings.mode, seq_len)
     tokenised = tokenise_all(documents, tokenizer, settings, "training")
     if settings.mode == "crop":
-        return tokenised.whole(), False
-    return rows.cut(tokenised, settings.mode, seq_len), False
+        return tokenised.whole()
+    return rows.cut(tokenised, settings.mode, seq_len)
 
 
 def _validation_records(
     settings: "DataSettings", tokenizer: Tokenizer, seq_len: int
 ) -> tuple[Records, Sequence[int] | np.ndarray]:
-    """Rows of the validation split and the UTF-8 bytes each stands for."""
+    """Rows of the validation split of all parts and the UTF-8 bytes each stands for."""
     rows.check_mode(settings.mode)
-    if shards.is_shard_folder(settings.path):
-        _, held_out = shards.open_shards(settings.path, tokenizer, settings.mode, seq_len)
-        return held_out, [held_out.num_bytes(i) for i in range(len(held_out))]
-    tokenised = tokenise_all(_open(settings).validation, tokenizer, settings, "validation")
-    windows = rows.cut(tokenised, settings.mode, seq_len)
-    return windows, windows.sums(tokenised.num_bytes)
+    paths = [part.path for part in split_mixture(settings.path)]
+    texts = [path for path in paths if not shards.is_shard_folder(path)]
+    found: list[tuple[Records, Sequence[int] | np.ndarray]] = []
+    if texts:
+        held_out = _open(settings, texts).validation
+        tokenised = tokenise_all(held_out, tokenizer, settings, "validation")
+        windows = rows.cut(tokenised, settings.mode, seq_len)
+        found.append((windows, windows.sums(tokenised.num_bytes)))
+    for path in (p for p in paths if p not in texts):
+        records = shards.open_shards(path, tokenizer, settings.mode, seq_len)[1]
+        found.append((records, [records.num_bytes(i) for i in range(len(records))]))
+    if len(found) == 1:
+        return found[0]
+    return Chain([records for records, _ in found]), np.concatenate([size for _, size in found])
 
 
-def _open(settings: "DataSettings"):
-    return open_corpus(
-        settings.path, settings.validation, settings.text_key, settings.txt_documents
-    )
+def _open(settings: "DataSettings", paths: Sequence[str]) -> CorpusSplits:
+    return open_parts(paths, settings.validation, settings.text_key, settings.txt_documents)
 
 
 def tokenise_all(
