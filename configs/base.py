@@ -41,12 +41,13 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.path = "embedded"  # embedded | file | folder | glob | comma list of them
     # | folder of shards made by gidd_jax.prepare_data | tfds:NAME/CONFIG
+    # | hf:OWNER/NAME/CONFIG of the Hugging Face hub (pip install 'gidd-jax[datasets]')
     # | WEIGHT:PATH,WEIGHT:PATH,... a mixture, as 0.7:wiki/,0.3:books/*.txt; weights are shares of
     # the training rows, numbers in [1e-6, 1e6]; the validation split is that of all parts
     data.tokenizer = "embedded"  # embedded | local folder | name on the Hugging Face hub
     data.validation = "hash:0.05"  # last:COUNT documents | hash:FRACTION of the documents
-    # | path:FILES | split:NAME (tfds)
-    data.text_key = "text"  # field that holds the text in jsonl, parquet and tfds records
+    # | path:FILES | split:NAME (tfds and hf)
+    data.text_key = "text"  # field that holds the text in jsonl, parquet, tfds and hf records
     data.txt_documents = "blank_line"  # what is one document in a .txt: file | line | blank_line
     data.mode = "crop"  # crop (random window of a document, padded) | packed | padded
     data.num_workers = 0  # processes that prepare batches, integer >= 0; 0 uses threads

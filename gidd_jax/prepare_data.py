@@ -30,6 +30,10 @@ EXAMPLES = """Examples:
   python -m gidd_jax.prepare_data --path=embedded --tokenizer=embedded --out=shards --shard_size=50
   python -m gidd_jax.prepare_data --path=tfds:lm1b --tokenizer=bert-base-uncased --out=lm1b \\
       --seq_len=128 --mode=padded --validation=split:test
+  python -m gidd_jax.prepare_data --path=hf:Skylion007/openwebtext --tokenizer=gpt2 --out=owt \\
+      --seq_len=512 --mode=crop --validation=last:100000 --num_workers=16
+  python -m gidd_jax.prepare_data --path=hf:HuggingFaceFW/fineweb/sample-10BT --tokenizer=gpt2 \\
+      --out=fineweb --seq_len=1024 --validation=hash:0.001 --num_workers=16
   python -m gidd_jax.prepare_data --out=shards --verify
   python -m gidd_jax.train --config=gidd --config.data.path=shards --config.data.mode=packed"""
 
@@ -280,13 +284,15 @@ def _lots(documents: "Documents", start: int, stop: int) -> Iterator[list[str]]:
 
 def define_flags() -> None:
     """The command's flags; not at import, where they would clash with those of other commands."""
-    flags.DEFINE_string("path", None, "Corpus, as data.path: files, folders, globs or tfds:NAME.")
+    flags.DEFINE_string(
+        "path", None, "Corpus, as data.path: files, folders, globs, tfds:NAME, hf:OWNER/NAME."
+    )
     flags.DEFINE_string("tokenizer", None, "embedded, a local folder or a Hugging Face hub name.")
     flags.DEFINE_string("out", None, "Folder for the shards; an unfinished one is continued.")
     flags.DEFINE_integer("seq_len", 512, "Tokens per row.", lower_bound=2)
     flags.DEFINE_string("mode", "packed", "crop | packed | padded, as data.mode.")
     flags.DEFINE_string("validation", "hash:0.005", "Rule of the validation split, as in configs.")
-    flags.DEFINE_string("text_key", "text", "Field of the text in jsonl, parquet and tfds records.")
+    flags.DEFINE_string("text_key", "text", "Field of the text in jsonl, parquet, tfds and hf.")
     flags.DEFINE_string("txt_documents", "blank_line", "Document of a .txt: file|line|blank_line.")
     flags.DEFINE_integer("num_workers", 2, "Processes that tokenise.", lower_bound=1)
     flags.DEFINE_integer("shard_size", 10_000, "Documents per shard.", lower_bound=1)

@@ -13,12 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from gidd_jax.data.files import SUFFIXES, FileDocuments, ParquetDocuments, open_text_file
+from gidd_jax.data.hugging_face import HuggingFaceDocuments
 from gidd_jax.data.mixture import split_mixture
 from gidd_jax.errors import InputError
 
 T = TypeVar("T")
 EMBEDDED = "embedded"
-_SPLIT_HELP = "legal values: 'last:COUNT', 'hash:FRACTION', 'path:FILES', 'split:NAME' (tfds only)"
+_SPLIT_HELP = "legal values: 'last:COUNT', 'hash:FRACTION', 'path:FILES', 'split:NAME' (tfds, hf)"
 
 
 class Documents(Protocol):
@@ -106,12 +107,19 @@ class TfdsDocuments:
         return text.decode("utf-8") if isinstance(text, bytes) else str(text)
 
 
+# Collections of datasets by the prefix of their names: name, split and text key to documents.
+_DATASETS: dict[str, Callable[[str, str, str], Documents]] = {
+    "tfds": TfdsDocuments,
+    "hf": HuggingFaceDocuments,
+}
+
+
 def open_corpus(path: str, validation: str, text_key: str, txt_documents: str) -> CorpusSplits:
     """Open `path` and split it by the rule `validation`.
 
     `path` is 'embedded', a file, folder or glob of .txt, .jsonl, .jsonl.gz, .jsonl.xz and .parquet,
-    a comma list of those, or 'tfds:NAME' ('tfds:FOLDER' for a prepared one). The rule is one of
-    'last:COUNT', 'hash:FRACTION' (of document contents), 'path:FILES', 'split:NAME'.
+    a comma list of those, 'tfds:NAME' or 'hf:OWNER/NAME' (a folder for a prepared one). The rule is
+    one of 'last:COUNT', 'hash:FRACTION' (of document contents), 'path:FILES', 'split:NAME'.
     Of a mixture it is applied to each part, and the splits are those of all parts, end to end.
     Raises InputError when something is missing, empty or unreadable.
     """
@@ -135,21 +143,10 @@ def open_parts(
 
 
 def _open_part(path: str, validation: str, text_key: str, txt_documents: str) -> CorpusSplits:
+    kind, colon, name = path.partition(":")
+    if colon and kind in _DATASETS:
+        return _open_dataset(kind, name, validation, text_key)
     rule, _, argument = validation.partition(":")
-    if path.startswith("tfds:"):
-        name = path.removeprefix("tfds:")
-        if rule == "split":
-            if argument.split("[")[0] == "train":
-                raise InputError(
-                    f"validation {validation!r} is part of the training split: "
-                    "name another split, or use 'last:COUNT' or 'hash:FRACTION'"
-                )
-            splits = [TfdsDocuments(name, s, text_key) for s in ("train", argument)]
-            return _checked(splits[0], splits[1], path, validation)
-        if rule == "path":
-            raise InputError(f"validation {validation!r} does not fit a tfds corpus; {_SPLIT_HELP}")
-        documents: Documents = TfdsDocuments(name, "train", text_key)
-        return _split_by_document(documents, path, validation)
     files = list_files(path)
     if rule == "path":
         held_out = list_files(argument)
@@ -159,6 +156,22 @@ def _open_part(path: str, validation: str, text_key: str, txt_documents: str) ->
         train = _open_files(files, text_key, txt_documents)
         return _checked(train, _open_files(held_out, text_key, txt_documents), path, validation)
     return _split_by_document(_open_files(files, text_key, txt_documents), path, validation)
+
+
+def _open_dataset(kind: str, name: str, validation: str, text_key: str) -> CorpusSplits:
+    open_split, path = _DATASETS[kind], f"{kind}:{name}"
+    rule, _, argument = validation.partition(":")
+    if rule == "path":
+        raise InputError(f"validation {validation!r} does not fit a {kind} corpus; {_SPLIT_HELP}")
+    if rule != "split":
+        return _split_by_document(open_split(name, "train", text_key), path, validation)
+    if argument.split("[")[0] == "train":
+        raise InputError(
+            f"validation {validation!r} is part of the training split: "
+            "name another split, or use 'last:COUNT' or 'hash:FRACTION'"
+        )
+    train, held_out = (open_split(name, split, text_key) for split in ("train", argument))
+    return _checked(train, held_out, path, validation)
 
 
 def list_files(path: str) -> list[Path]:

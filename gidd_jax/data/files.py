@@ -56,7 +56,7 @@ class FileDocuments:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not valid JSON: {error}") from error
-        return _text_of(record, self._text_key or "", where)
+        return text_of(record, self._text_key or "", where)
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
@@ -103,7 +103,7 @@ class ParquetDocuments:
             rows = self._read_group(group)
             self._cached = (group, rows)
         row = rows[index - (int(self._ends[group - 1]) if group else 0)]
-        return _text_of({self._text_key: row}, self._text_key, f"{self._file}: row {index + 1}")
+        return text_of({self._text_key: row}, self._text_key, f"{self._file}: row {index + 1}")
 
     def _read_group(self, group: int) -> list:
         import pyarrow
@@ -138,7 +138,8 @@ def stays_in_folder(name: object) -> bool:
     return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
-def _text_of(record: object, text_key: str, where: str) -> str:
+def text_of(record: object, text_key: str, where: str) -> str:
+    """The text of a record; raises InputError that begins with `where` if it has none."""
     if not isinstance(record, dict) or text_key not in record:
         keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise InputError(f"{where} has no {text_key!r}; it has: {keys}. Set the text key")

@@ -17,7 +17,8 @@ class Part(NamedTuple):
 def split_mixture(path: str) -> list[Part]:
     """Return the parts of a data path; one part of weight 1 where it names no weights.
 
-    A weight is a number and a colon before a file, folder, glob, 'tfds:NAME' or folder of shards.
+    A weight is a number and a colon before a file, folder, glob, 'tfds:NAME' or folder of shards;
+    a file whose name begins like that is written './0.7:a.txt'.
     Raises InputError when only some parts have weights, or one does not lie in [1e-6, 1e6].
     """
     pieces = [_weighted(piece) for piece in path.split(",")]
