@@ -20,10 +20,11 @@ class DistributedFlags(NamedTuple):
     num_processes: flags.FlagHolder[int | None]
     process_id: flags.FlagHolder[int | None]
 
-    def start(self) -> None:
+    def start(self) -> bool:
         """Join the other processes, if the flags say so; before anything touches a device.
 
-        Raises InputError when flags are missing, or no cluster is found.
+        Return whether this is the process that prints and writes files. Raises InputError when
+        flags are missing, or no cluster is found.
         """
         address = {
             "coordinator_address": self.coordinator_address.value,
@@ -34,11 +35,11 @@ class DistributedFlags(NamedTuple):
         if not self.distributed.value:
             if given:
                 raise InputError(f"--{given[0]} needs --distributed")
-            return
+            return True
         if given and len(given) < len(address):
             missing = ", ".join(f"--{name}" for name in address if name not in given)
             raise InputError(f"--{given[0]} needs {missing} too; or give none of them on a cluster")
-        _initialize(address)
+        return _initialize(address) == 0
 
 
 def distributed_flags() -> DistributedFlags:
@@ -56,7 +57,7 @@ def distributed_flags() -> DistributedFlags:
     )
 
 
-def _initialize(address: dict[str, str | int | None]) -> None:
+def _initialize(address: dict[str, str | int | None]) -> int:
     import jax
     from absl import logging
 
@@ -78,3 +79,4 @@ def _initialize(address: dict[str, str | int | None]) -> None:
         jax.local_device_count(),
         jax.device_count(),
     )
+    return jax.process_index()

@@ -30,6 +30,7 @@ from typing import Any
 from absl import flags
 
 from gidd_jax.cli import run
+from gidd_jax.distributed import distributed_flags
 from gidd_jax.errors import InputError
 
 CHECKPOINT = flags.DEFINE_string(
@@ -64,6 +65,7 @@ TXT_DOCUMENTS = flags.DEFINE_enum(
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .json.")
+DISTRIBUTED = distributed_flags()
 
 HEADERS = (
     "data",
@@ -91,6 +93,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
+    is_writer = DISTRIBUTED.start()
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     run_settings = evaluation.run_data_settings(CHECKPOINT.value)
     if DATA.value:
@@ -123,6 +126,8 @@ def main(argv: list[str]) -> None:
             model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
         )
         results.append({"data": one.path, "split": SPLIT.value, **figures})
+    if not is_writer:
+        return
     print(table(results))
     if out is not None:
         report = {

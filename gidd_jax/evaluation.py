@@ -39,7 +39,14 @@ from gidd_jax.likelihood import (
 )
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import DataSettings, Settings
-from gidd_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, replicated
+from gidd_jax.sharding import (
+    BATCH_AXES,
+    batch_sharding,
+    gather_batches,
+    make_mesh,
+    own_batches,
+    replicated,
+)
 from gidd_jax.text_metrics import Estimate, ratio_estimate
 
 TFDS = "tfds:"
@@ -171,7 +178,7 @@ def score_rows(
     seed: int,
     label: str,
 ) -> Scores:
-    """Score every row, in batches that are split over the local devices.
+    """Score every row, in batches that the processes share and split over their devices.
 
     What a row draws depends on the seed and its number, not on the batch size or the devices.
     """
@@ -185,8 +192,9 @@ def score_rows(
     keys = jax.random.split(jax.random.key(seed), 3)
     times, original = _times(model.process, keys[0], num_samples_t, num_rows)
     parts = []
-    for begin in tqdm(range(0, num_rows, size), label, disable=None, unit="batch", leave=False):
-        numbers = np.arange(begin, begin + size)
+    own = own_batches(-(-num_rows // size))
+    for number in tqdm(own, label, disable=None, unit="batch", leave=False):
+        numbers = np.arange(number * size, (number + 1) * size)
         real = np.minimum(numbers, num_rows - 1)  # the last batch is filled up, and cut below
         batch = [
             rows.pad(corpus.ids[int(i)], model.max_seq_len, model.tokenizer.pad_id) for i in real
@@ -202,6 +210,7 @@ def score_rows(
             keep_padding_columns=model.keep_padding_columns,
         )
         parts.append(jax.tree.map(np.asarray, part))
+    parts = gather_batches(parts)
     bounds = jax.tree.map(lambda *a: np.concatenate(a, axis=-1)[..., :num_rows], *parts)
     return Scores(bounds, times, size, time.perf_counter() - start)
 

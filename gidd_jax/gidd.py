@@ -22,6 +22,7 @@ import numpy as np
 from gidd_jax import programs
 from gidd_jax.autoregressive import check_autoregressive
 from gidd_jax.cli import nearest
+from gidd_jax.correct import Correction
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
@@ -45,7 +46,13 @@ from gidd_jax.prompts import (
 )
 from gidd_jax.sampler import Drawn
 from gidd_jax.samples import Corrected, Likelihoods, Samples, Suspicions
-from gidd_jax.sharding import batch_sharding, make_mesh, replicated
+from gidd_jax.sharding import (
+    batch_sharding,
+    gather_batches,
+    make_mesh,
+    own_batches,
+    replicated,
+)
 from gidd_jax.suspicion import check_suspicion
 from gidd_jax.trace import changes_of, changes_of_correction, join_changes, make_trace
 
@@ -170,14 +177,18 @@ class Gidd:
         _check_some(texts, "texts")
         rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
         settings = _options(options or CorrectionOptions(), changes)
-        parts, traced = [], []
-        for batch in self._batches(rows, batch_size, seed):
+        _check_trace(trace)
+        traced = []
+
+        def corrected(batch: Batch) -> Correction:
             part = programs.correct(
                 *batch, network=self.network, process=self.process, options=settings, trace=trace
             )
-            parts.append(part._replace(frames=None))
             if trace:
                 traced.append(changes_of_correction(part))
+            return part._replace(frames=None)
+
+        parts = gather_batches(map(corrected, self._batches(rows, batch_size, seed)))
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
         texts_out = self._decode_rows(result.ids, rows)
@@ -213,12 +224,12 @@ class Gidd:
         found, calls = [np.zeros(rows.ids.shape, kind) for kind in kinds], 0
         for numbers, part in by_width(rows):
             width = part.ids.shape[1]
-            parts = [
+            parts = gather_batches(
                 programs.suspicion(
                     *batch, network=self.network, process=self.process, options=settings
                 )
                 for batch in self._batches(part, batch_size, seed=0)
-            ]
+            )
             for whole, *leaves in zip(found, *parts, strict=True):
                 whole[numbers, :width] = np.concatenate(leaves)[: len(numbers)]
             calls += len(parts) * (width if settings.method == "leave_one_out" else 1)
@@ -249,7 +260,7 @@ class Gidd:
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
         by_token, calls = np.zeros(rows.ids.shape, np.float32), 0
         for numbers, part in by_width(rows):
-            scores = [
+            scores = gather_batches(
                 programs.log_likelihood(
                     *batch,
                     network=self.network,
@@ -258,7 +269,7 @@ class Gidd:
                     num_samples_t=num_samples_t,
                 )
                 for batch in self._batches(part, batch_size, seed, numbers)
-            ]
+            )
             by_token[numbers, : part.ids.shape[1]] = np.concatenate(scores)[: len(numbers)]
             calls += len(scores) * (1 if self.process is None else num_samples_t + 1)
         if not np.isfinite(by_token).all():
@@ -282,12 +293,12 @@ class Gidd:
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
         found = np.zeros(len(rows.ids), bool)
         for numbers, part in by_width(rows):
-            matches = [
+            matches = gather_batches(
                 programs.is_greedy(
                     *batch, network=self.network, process=self.process, special=self._special_ids
                 )
                 for batch in self._batches(part, batch_size, seed=0)
-            ]
+            )
             found[numbers] = np.concatenate(matches)[: len(numbers)]
         return found
 
@@ -301,11 +312,16 @@ class Gidd:
     def _draw(
         self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
     ) -> Samples:
-        parts, traced = [], []
-        for drawn in self._drawn_batches(rows, batch_size, seed, options, trace):
-            parts.append(drawn._replace(frames=None))
+        _check_trace(trace)
+        traced = []
+
+        def noted_down(drawn: Drawn) -> Drawn:
             if trace:
                 traced.append(changes_of(drawn, self.tokenizer.mask_id))
+            return drawn._replace(frames=None)
+
+        drawn = self._drawn_batches(rows, batch_size, seed, options, trace)
+        parts = gather_batches(map(noted_down, drawn))
         calls = sum(int(part.network_calls) for part in parts)
         ids, log_probs, drawn_at = (
             np.concatenate(leaves)[: len(rows.ids)]
@@ -355,17 +371,17 @@ class Gidd:
     def _batches(
         self, rows: Rows, batch_size: int, seed: int, names: np.ndarray | None = None
     ) -> Iterator[Batch]:
-        """Yield the rows in batches of one size, split over the local devices.
+        """Yield this process's share of the rows in batches of one size, split over its devices.
 
-        names: the numbers that rows draw by; default: their own.
+        names: the numbers that rows draw by; default: their own. Rows beyond the last repeat it.
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1: {batch_size}")
         mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
         params = jax.device_put(self.params, replicated(mesh))
         size = -(-min(batch_size, len(rows.ids)) // mesh.size) * mesh.size
-        for start in range(0, len(rows.ids), size):
-            numbers = np.arange(start, start + size)
+        for batch in own_batches(-(-len(rows.ids) // size)):
+            numbers = np.arange(batch * size, (batch + 1) * size)
             part = jax.tree.map(lambda a, n=numbers: a[np.minimum(n, len(a) - 1)], rows)
             if names is not None:
                 numbers = names[np.minimum(numbers, len(names) - 1)]
@@ -376,6 +392,11 @@ class Gidd:
                 part.lengths if rows.is_ragged else None,
             )
             yield Batch(params, *jax.device_put(arrays, batch_sharding(mesh)))
+
+
+def _check_trace(trace: bool) -> None:
+    if trace and jax.process_count() > 1:
+        raise InputError("a trace needs one process: leave out --distributed, or the trace")
 
 
 def _check_some(texts: Sequence[Any] | np.ndarray, name: str) -> None:

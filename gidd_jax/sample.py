@@ -15,6 +15,7 @@ texts came about, call by call; --trace the file behind it (see gidd_jax.replay)
 from absl import flags
 
 from gidd_jax.cli import run
+from gidd_jax.distributed import distributed_flags
 from gidd_jax.errors import InputError
 from gidd_jax.options import GRIDS, METHODS, SamplerOptions
 
@@ -33,6 +34,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.",
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+DISTRIBUTED = distributed_flags()
 
 # The rest are fields of SamplerOptions; what is not given keeps the default there.
 OPTIONS = {
@@ -84,6 +86,8 @@ def main(argv: list[str]) -> None:
     if not PROMPT.value and num_samples is None:
         num_samples = 16
 
+    is_writer = DISTRIBUTED.start()
+
     from gidd_jax.gidd import Gidd
     from gidd_jax.replay_page import write_files
 
@@ -97,6 +101,8 @@ def main(argv: list[str]) -> None:
         trace=bool(trace_file or page or WATCH.value),
         options=options,
     )
+    if not is_writer:
+        return
     # Files first: nobody should lose them by leaving the replay.
     if out is not None:
         save_samples(out, samples, model.tokenizer)

@@ -7,13 +7,14 @@ Models name the axes of their parameters; RULES maps the names to mesh axes.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.linen.spmd import logical_to_mesh_axes
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -82,6 +83,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def own_batches(count: int) -> range:
+    """Numbers of the batches that this process computes, out of `count` that all share.
+
+    Every process gets as many; the last ones may lie beyond `count`.
+    """
+    processes = jax.process_count()
+    return range(jax.process_index(), -(-count // processes) * processes, processes)
+
+
+def gather_batches(parts: Iterable[Any]) -> list[Any]:
+    """Return the results of all processes' batches in their order, as NumPy arrays.
+
+    Each process gives those of `own_batches`, computed on its own devices, and gets all of them.
+    """
+    own = [jax.tree.map(np.asarray, part) for part in parts]
+    if jax.process_count() == 1:
+        return own
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *own)
+    everyone = multihost_utils.process_allgather(stacked)  # [processes, batches, ...]
+    return [
+        jax.tree.map(lambda leaf, n=number, p=process: leaf[p, n], everyone)
+        for number in range(len(own))
+        for process in range(jax.process_count())
+    ]
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
