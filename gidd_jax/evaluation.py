@@ -16,10 +16,10 @@ from gidd_jax.checkpoint import find_checkpoint
 from gidd_jax.cli import load_config
 from gidd_jax.data import rows, shards
 from gidd_jax.data.corpus import (
+    DATASETS,
     Concatenation,
     Documents,
     Subset,
-    TfdsDocuments,
     list_files,
     open_corpus,
 )
@@ -48,8 +48,6 @@ from gidd_jax.sharding import (
     replicated,
 )
 from gidd_jax.text_metrics import Estimate, ratio_estimate
-
-TFDS = "tfds:"
 
 
 class CorpusRows(NamedTuple):
@@ -133,8 +131,9 @@ def _own_documents(settings: DataSettings, split: str) -> Documents:
 
 
 def _all_documents(settings: DataSettings, split: str) -> Documents:
-    if settings.path.startswith(TFDS):
-        return TfdsDocuments(settings.path.removeprefix(TFDS), split, settings.text_key)
+    kind, _, name = settings.path.partition(":")
+    if name and kind in DATASETS:
+        return DATASETS[kind](name, split, settings.text_key)
     return Concatenation(
         [
             open_text_file(file, settings.text_key, settings.txt_documents)

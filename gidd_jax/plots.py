@@ -128,7 +128,7 @@ def _load_json(path: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is no report: give a file that --out of a command wrote")

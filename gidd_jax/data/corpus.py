@@ -108,7 +108,7 @@ class TfdsDocuments:
 
 
 # Collections of datasets by the prefix of their names: name, split and text key to documents.
-_DATASETS: dict[str, Callable[[str, str, str], Documents]] = {
+DATASETS: dict[str, Callable[[str, str, str], Documents]] = {
     "tfds": TfdsDocuments,
     "hf": HuggingFaceDocuments,
 }
@@ -144,7 +144,7 @@ def open_parts(
 
 def _open_part(path: str, validation: str, text_key: str, txt_documents: str) -> CorpusSplits:
     kind, colon, name = path.partition(":")
-    if colon and kind in _DATASETS:
+    if colon and kind in DATASETS:
         return _open_dataset(kind, name, validation, text_key)
     rule, _, argument = validation.partition(":")
     files = list_files(path)
@@ -159,7 +159,7 @@ def _open_part(path: str, validation: str, text_key: str, txt_documents: str) ->
 
 
 def _open_dataset(kind: str, name: str, validation: str, text_key: str) -> CorpusSplits:
-    open_split, path = _DATASETS[kind], f"{kind}:{name}"
+    open_split, path = DATASETS[kind], f"{kind}:{name}"
     rule, _, argument = validation.partition(":")
     if rule == "path":
         raise InputError(f"validation {validation!r} does not fit a {kind} corpus; {_SPLIT_HELP}")
