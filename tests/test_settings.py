@@ -124,7 +124,7 @@ def test_a_run_saved_before_a_key_existed_is_read_with_the_base_value():
     saved = json.loads(settings.to_json())
     del saved["optimizer"]["skip_above"], saved["mesh"]
     assert Settings.from_saved(saved) == settings
-    with pytest.raises(InputError, match="unknown config key model.layers"):
+    with pytest.raises(InputError, match=r"unknown config key model\.layers"):
         Settings.from_saved({**saved, "model": {**saved["model"], "layers": 2}})
     with pytest.raises(InputError, match="must be sections"):
         Settings.from_saved([])  # pyright: ignore[reportArgumentType]
