@@ -1,6 +1,6 @@
 """Eight virtual CPU devices, strict ranks, and the golden arrays of the original implementation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -34,3 +34,11 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return dict(file)
 
     return load
+
+
+@pytest.fixture
+def compile_quickly() -> Iterator[None]:
+    """For small programs: compiling them well would take longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

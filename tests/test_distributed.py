@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import (
+    TRAIN,
     environment,
     figures_by_step,
     saved_arrays,
@@ -24,23 +25,6 @@ from tiny_run import (
 from gidd_jax.trainer import train
 
 CHANGES = {"train.num_steps": 10, "train.eval_every": 5, "optimizer.ema_decay": 0.9}
-
-# Process 1 sends itself a signal before the n-th training batch; without n, the plain command.
-TRAIN = """
-import os, runpy, sys
-number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-if at:
-    from gidd_jax.data.pipeline import TrainBatches
-    original, count = TrainBatches.__next__, 0
-    def following(self):
-        global count
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), number)
-        return original(self)
-    TrainBatches.__next__ = following
-runpy.run_module("gidd_jax.train", run_name="__main__", alter_sys=True)
-"""
 
 
 class Ended(NamedTuple):

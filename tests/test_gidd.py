@@ -14,15 +14,9 @@ from gidd_jax.errors import InputError
 from gidd_jax.options import SamplerOptions
 from gidd_jax.samples import load_ids, save_samples
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PROMPTS = ["It", "a truth univ", "[MASK]", "single"]  # one token a byte; the context is 16
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """These programs are small: compiling them well would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

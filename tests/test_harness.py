@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny_checkpoint import write_checkpoint
@@ -23,6 +22,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from gidd_jax.harness_model import HarnessModel
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 DOCS = [
     {"question": "It is ", "choices": ["a truth", "men"], "answer": 0, "text": "a single man"},
@@ -52,14 +53,6 @@ generation_kwargs: {until: ["~~"], max_gen_toks: 6}
 metric_list: [{metric: exact_match}]
 """,
 }
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """These programs are small: compiling them well would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -34,6 +33,8 @@ from gidd_jax.options import SuspicionOptions
 from gidd_jax.prompts import Rows
 from gidd_jax.samples import Suspicions
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 EVIL = '</mark><script>hit=1</script><img src="x" onerror=hit=1>'
 JUDGED = JudgedText(
     ["It", " is", EVIL, " \x1b[2J", "\n", ""],
@@ -41,14 +42,6 @@ JUDGED = JudgedText(
     ["A", "\x1b", EVIL, ".", "\n", "a"],
     np.float32([0.0005, 0.1, 0.5, 0.25, 0.9, 0.4]),
 )
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """These programs are small: compiling them well would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

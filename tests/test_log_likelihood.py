@@ -16,15 +16,9 @@ from gidd_jax.errors import InputError
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.prompts import by_width, scored_texts
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TEXTS, PROMPTS = ["ab cd", "x", "hello worl"], ["q", "", "ef"]  # one token a byte
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """These programs are small: compiling them well would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

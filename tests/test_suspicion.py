@@ -15,6 +15,8 @@ from gidd_jax.options import SuspicionOptions
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.suspicion import expected_share, judge
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 V, L, MASK = 5, 3, 2
 SKEWED = (0.1, 0.5, 0.0, 0.05, 0.35)
 PROCESSES: dict[str, InterpolatingProcess] = {
@@ -131,14 +133,6 @@ def test_the_prior_share_of_noise():
 
 
 # Models.
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """These programs are small: compiling them well would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

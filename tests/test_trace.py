@@ -29,16 +29,10 @@ from gidd_jax.trace import (
     written_by,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Calls of a batch: the steps, and one more to fill the masks that six steps of one token leave.
 METHODS = [({"method": "ancestral"}, 6), ({"method": "adaptive", "tokens_per_step": 1}, 7)]
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """These programs are small: compiling them well would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

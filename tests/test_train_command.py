@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from tiny_run import (
+    TRAIN,
     assert_same_arrays,
     contents,
     environment,
@@ -20,23 +21,6 @@ from tiny_run import (
     steps_on_disk,
     tiny_config,
 )
-
-# Sends itself a signal before the n-th training batch; without n it is the plain command.
-TRAIN = """
-import os, runpy, signal, sys
-number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-if at:
-    from gidd_jax.data.pipeline import TrainBatches
-    original, count = TrainBatches.__next__, 0
-    def following(self):
-        global count
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), number)
-        return original(self)
-    TrainBatches.__next__ = following
-runpy.run_module("gidd_jax.train", run_name="__main__", alter_sys=True)
-"""
 
 # Runs the command once per line of arguments, each time in a fork of a process that has imported
 # everything and touched no device: the seconds of importing are spent once.

@@ -21,6 +21,24 @@ SENTENCE = "Line {}: it is a truth universally acknowledged, that {} single men 
 END = "<|endoftext|>"
 VOCAB_SIZE = 259  # the bytes, END, and the [PAD] and [MASK] that are added
 
+# `python -c TRAIN SIGNAL N ...` is the train command that sends itself the signal before its n-th
+# training batch; with 0 0 it is the plain command.
+TRAIN = """
+import os, runpy, sys
+number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+if at:
+    from gidd_jax.data.pipeline import TrainBatches
+    original, count = TrainBatches.__next__, 0
+    def following(self):
+        global count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), number)
+        return original(self)
+    TrainBatches.__next__ = following
+runpy.run_module("gidd_jax.train", run_name="__main__", alter_sys=True)
+"""
+
 
 def write_corpus(folder: Path, name: str = "corpus.txt", lines: int = 24) -> Path:
     """A .txt file with one document a line."""
