@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from gidd_jax import sharding
 from gidd_jax.loss import autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weights
-from gidd_jax.ops.fused_loss import fused_loss, pairwise_sum
+from gidd_jax.ops.fused_loss import chunk_size, fused_loss, pairwise_sum
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 
 VOCAB, COLUMNS, WIDTH, BATCH, LENGTH = 200, 256, 32, 8, 16
@@ -120,6 +120,15 @@ def test_fused_on_a_mesh_is_plain(name, mesh_shape):
         assert_same(value_and_grads(loss, placed), want)
 
 
+@pytest.mark.parametrize(
+    ("name", "mesh_shape"),
+    [("background", (8, 1, 1)), ("hybrid", (2, 2, 2)), ("masked", (1, 1, 8))],
+)
+def test_fused_with_the_vocabulary_on_the_minor_axis_is_plain(name, mesh_shape, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    test_fused_on_a_mesh_is_plain(name, mesh_shape)
+
+
 def test_bfloat16_features_are_near_float64():
     process = PROCESSES["hybrid"]
     (h, kernel, bias), data = case(process)
@@ -191,6 +200,41 @@ def test_no_array_of_all_logits_exists():
     assert f"{COLUMNS}x16x" in text or f"16x{COLUMNS}x" in text  # logits of a chunk
     for shape in ((BATCH, LENGTH, COLUMNS), (BATCH * LENGTH, COLUMNS), (COLUMNS, BATCH * LENGTH)):
         assert "x".join(map(str, shape)) + "xf32" not in text
+
+
+def test_one_array_of_a_chunks_logits_is_held():
+    columns, tokens, width = 4096, 64, 16
+    process = HybridProcess(columns, 0, 0.1)
+    x = jnp.ones((1, 4 * tokens), jnp.int32)
+    h, kernel = jnp.ones((*x.shape, width)), jnp.ones((width, columns))
+
+    def loss(h, kernel):
+        case = x, x, jnp.full(1, 0.5), jnp.ones(x.shape)
+        return fused_loss(
+            process,
+            h,
+            kernel,
+            None,
+            *case,
+            cross_entropy=False,
+            vocab_size=columns,
+            tokens_per_chunk=tokens,
+        )[0]
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(h, kernel).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    held = memory.temp_size_in_bytes
+    assert 1 <= held / (4 * columns * tokens) < 1.5
+
+
+def test_chunk_size_follows_the_shapes():
+    assert chunk_size(50304, 768, "cpu") == 512
+    assert chunk_size(128, 768, "cpu") * 128 == 1 << 20
+    sizes = [chunk_size(50304, d, "gpu") for d in (256, 768, 1024, 2048, 8192)]
+    assert sizes == [4096, 4096, 4096, 8192, 8192]
+    assert chunk_size(1 << 18, 2048, "tpu") << 18 == 1 << 29  # 2 GiB of float32
+    assert chunk_size(1 << 10, 768, "tpu") << 10 == 1 << 27
 
 
 def test_pairwise_sum_keeps_small_terms():
