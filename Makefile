@@ -42,8 +42,8 @@ study: $(VENV)/.core  ## the paper's ablation at a small size: uniform noise, we
 $(RUN)/summary.json: $(VENV)/.core
 	$(BIN)/python -m gidd_jax.quickstart --workdir=$(RUN)
 
-test: $(VENV)/.dev  ## the tests, in parallel on two cores
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+test: $(VENV)/.dev  ## the tests on two cores; a file stays on one, which makes its models once
+	$(BIN)/python -m pytest -n 2 --dist=loadfile -m "not slow"
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

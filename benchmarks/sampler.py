@@ -121,10 +121,10 @@ def _our_head(case: Case) -> Subject:
     import jax
     import jax.numpy as jnp
 
-    from gidd_jax import steps
     from gidd_jax.draws import row_keys
     from gidd_jax.loss import masked_logits
     from gidd_jax.process import HybridProcess
+    from gidd_jax.thinning import thinned_step
 
     vocab_size, t = case.shape["vocab_size"], case.shape["t"]
     process = HybridProcess(vocab_size, vocab_size - 1, P_UNIFORM)
@@ -132,9 +132,15 @@ def _our_head(case: Case) -> Subject:
     keys = row_keys(jax.random.key(0), jnp.arange(len(z_t)))
 
     def head(keys: Any, h: Any, kernel: Any, bias: Any, z_t: Any) -> Any:
-        logits = jnp.einsum("bld,dv->blv", h, kernel, preferred_element_type=jnp.float32)
-        x_hat = jax.nn.softmax(masked_logits(process, logits + bias))
-        return steps.ancestral_step(process, keys, x_hat, z_t, t, t - STEP)
+        def log_x_hat(places: Any) -> Any:
+            some = jnp.take_along_axis(h, places[..., None], axis=1)
+            logits = jnp.einsum("bkd,dv->bkv", some, kernel, preferred_element_type=jnp.float32)
+            return jax.nn.log_softmax(masked_logits(process, logits + bias))
+
+        everywhere = jnp.ones(z_t.shape, bool)
+        return thinned_step(
+            process, keys, log_x_hat, jnp.exp, z_t, everywhere, t, t - STEP, kappa=1.0
+        )
 
     dtype = case.shape["dtype"]
     arrays = jnp.asarray(h, dtype), jnp.asarray(kernel, dtype), jnp.asarray(bias)

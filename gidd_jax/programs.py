@@ -60,8 +60,17 @@ def diffusion(
     trace: bool,
 ) -> Drawn:
     """Return the rows with their free tokens drawn by diffusion."""
-    denoise, prompt = denoiser(network, params, lengths), Prompt(ids, free)
-    return sample_diffusion(process, denoise, options, keys, ids.shape[1], prompt, num_free, trace)
+
+    def features(z_t: jax.Array, t: jax.Array) -> jax.Array:
+        return network.apply({"params": params}, z_t, t, lengths, method="features")
+
+    def project(h: jax.Array) -> jax.Array:
+        return network.apply({"params": params}, h, method="project")
+
+    length, prompt = ids.shape[1], Prompt(ids, free)
+    return sample_diffusion(
+        process, features, options, keys, length, prompt, num_free, trace, project
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("network", "special", "options"))

@@ -5,6 +5,7 @@ draws from its own key, so that a sample depends on the seed and its number, not
 was made in. Probabilities and draws are float32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from gidd_jax.loss import log_probs_at, masked_logits
 from gidd_jax.options import REMASKING, SamplerOptions
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.schedule import Schedule, check_method, make_schedule
+from gidd_jax.thinning import thinned_step
 
 
 class Prompt(NamedTuple):
@@ -51,11 +53,11 @@ class Drawn(NamedTuple):
     frames: Frames | None = None
 
 
-def put(drawn: Drawn, z: jax.Array, log_x_hat: jax.Array, mask_id: int) -> Drawn:
+def put(drawn: Drawn, z: jax.Array, log_probs: jax.Array, mask_id: int) -> Drawn:
     """Replace the ids by z and note the changes; one more network call."""
     calls = drawn.network_calls + 1
     changed = z != drawn.ids
-    log_probs = jnp.where(z == mask_id, 0.0, log_probs_at(log_x_hat, z))
+    log_probs = jnp.where(z == mask_id, 0.0, log_probs)
     return Drawn(
         ids=z,
         log_probs=jnp.where(changed, log_probs, drawn.log_probs),
@@ -73,8 +75,12 @@ def sample_diffusion(
     prompt: Prompt | None = None,
     num_free: int | None = None,
     trace: bool = False,
+    project: Callable[[jax.Array], jax.Array] = lambda features: features,
 ) -> Drawn:
     """Generate token ids [B, length] from one key per row: one scan over the network calls.
+
+    denoise: (z_t, t) -> what `project` makes logits [..., V] of, position by position; ancestral
+    steps project only positions whose token can change (see `thinning`).
 
     prompt: given tokens stay as they are; num_free: the most tokens that a row of it generates.
     Blocks count the tokens to generate. The network sees the whole row: blocks still to come are
@@ -90,10 +96,16 @@ def sample_diffusion(
     block_length = min(options.block_length or num_free, num_free)
     block_of = (jnp.cumsum(prompt.free, axis=-1) - 1) // block_length
 
-    def predict(z: jax.Array, t: jax.Array) -> jax.Array:
+    is_thinned = options.method in ("ancestral", "psi") and options.min_p == 0.0
+    kappa = options.kappa if options.method == "psi" else 1.0
+
+    def log_x_hat_of(features: jax.Array) -> jax.Array:
         # Columns that only pad the vocabulary are not tokens.
-        log_x_hat = jax.nn.log_softmax(masked_logits(process, denoise(z, t)))
+        log_x_hat = jax.nn.log_softmax(masked_logits(process, project(features)))
         return log_x_hat[..., : process.vocab_size]
+
+    def x_hat_of(log_x_hat: jax.Array) -> jax.Array:
+        return filtered_x_hat(options, log_x_hat, min_p=0.0)
 
     def call(carry: tuple[Drawn, jax.Array], now: Schedule):
         drawn, t = carry
@@ -105,12 +117,35 @@ def sample_diffusion(
             t = steps.hitting_time(process, fold_in(step_keys, 2), t, num_masked)
         else:
             t = jnp.full_like(t, now.t)
-        log_x_hat = predict(drawn.ids, t)
-        z = take_step(
-            process, options, schedule.num_steps, step_keys, log_x_hat, drawn.ids, active, t, now
-        )
-        z = jnp.where(active, z, drawn.ids)
-        drawn = put(drawn, z, log_x_hat, process.mask_id)
+        features = denoise(drawn.ids, t)
+        if is_thinned:
+            z, log_probs = thinned_step(
+                process,
+                step_keys,
+                lambda places: log_x_hat_of(_rows_at(features, places)),
+                x_hat_of,
+                drawn.ids,
+                active,
+                t,
+                now.s,
+                kappa,
+            )
+        else:
+            log_x_hat = log_x_hat_of(features)
+            z = take_step(
+                process,
+                options,
+                schedule.num_steps,
+                step_keys,
+                log_x_hat,
+                drawn.ids,
+                active,
+                t,
+                now,
+            )
+            z = jnp.where(active, z, drawn.ids)
+            log_probs = log_probs_at(log_x_hat, z)
+        drawn = put(drawn, z, log_probs, process.mask_id)
         return (drawn, t), (drawn.ids, drawn.log_probs) if trace else None
 
     prior = jax.vmap(lambda key: process.sample_prior(key, (length,)))(fold_in(keys, 0))
@@ -130,14 +165,19 @@ def sample_diffusion(
         return drawn._replace(frames=frames)
 
     def fill(drawn: Drawn) -> Drawn:
-        log_x_hat = predict(drawn.ids, jnp.full_like(t_max, process.t_min))
+        log_x_hat = log_x_hat_of(denoise(drawn.ids, jnp.full_like(t_max, process.t_min)))
         clean = categorical(fold_in(keys, 1), filtered_x_hat(options, log_x_hat))
         masked = prompt.free & (drawn.ids == process.mask_id)
         z = jnp.where(masked, clean, drawn.ids)
-        return put(drawn, z, log_x_hat, process.mask_id)
+        return put(drawn, z, log_probs_at(log_x_hat, z), process.mask_id)
 
     leftover = jnp.any(prompt.free & (drawn.ids == process.mask_id))
     return jax.lax.cond(leftover, fill, lambda drawn: drawn, drawn)._replace(frames=frames)
+
+
+def _rows_at(features: jax.Array, places: jax.Array) -> jax.Array:
+    """Return [B, K, D] of [B, L, D]; row by row, so that a batch stays split over devices."""
+    return jnp.take_along_axis(features, places[..., None], axis=1)
 
 
 def filtered_x_hat(
@@ -169,11 +209,9 @@ def take_step(
 ) -> jax.Array:
     """Draw the ids after one call by the method of the options; only active positions count."""
     s = now.s
-    if options.method in ("ancestral", "psi"):
+    if options.method in ("ancestral", "psi"):  # with min-p; without it see `thinning`
         kappa = options.kappa if options.method == "psi" else 1.0
         x_hat = filtered_x_hat(options, log_x_hat, min_p=0.0)
-        if options.min_p == 0.0:
-            return steps.ancestral_step(process, keys, x_hat, z_t, t, s, kappa)
         probs = steps.transition_probs(process, x_hat, z_t, t, s, kappa)
         return categorical(keys, keep_min_p(probs, options.min_p))
     x_hat = filtered_x_hat(options, log_x_hat)

@@ -5,6 +5,8 @@ int32 [B, L], and times float32 [] or [B]. Ancestral, psi and remasking steps dr
 independently; the ordered ones (confidence, adaptive, first hitting) choose positions first.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -32,6 +34,69 @@ def coins_and_tokens(
     return u[..., :num_coins], index_from_uniforms(x_hat, u[..., num_coins:])
 
 
+class AncestralDraws(NamedTuple):
+    """All of an ancestral step but x_hat, for every position [B, L].
+
+    alpha: of z_t; noise_mass, step_mass: (beta_t pi_t)(z_t) and (beta_{t|s} pi_{t|s})(z_t);
+    coin: uniform, whether z_t stays; is_drawn_anew: whatever z_t is; is_clean: z_s, if it is drawn,
+    comes from x_hat by the uniforms `levels` [B, L, num_levels(V)], else it is `noise`.
+    """
+
+    alpha: jax.Array
+    noise_mass: jax.Array
+    step_mass: jax.Array
+    coin: jax.Array
+    is_drawn_anew: jax.Array
+    is_clean: jax.Array
+    levels: jax.Array
+    noise: jax.Array
+
+
+def ancestral_draws(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    z_t: jax.Array,
+    t: ArrayLike,
+    s: ArrayLike,
+    kappa: float = 1.0,
+) -> AncestralDraws:
+    """Make the random choices of a step from t to s (see `ancestral_step`)."""
+    u = uniforms(fold_in(keys, 0), z_t.shape[1], 3 + num_levels(process.vocab_size))
+    noise = draw_noise(process, fold_in(keys, 1), z_t.shape[1])
+    t, s = expand_time(t, z_t), expand_time(s, z_t)
+    _, step_mass = process.transition(t, s)
+    alpha_s, mass_s = process.alpha(s), process.beta_pi(s)
+    return AncestralDraws(
+        alpha=jnp.broadcast_to(process.alpha(t), z_t.shape),
+        noise_mass=process.mass_at(process.beta_pi(t), z_t),
+        step_mass=process.mass_at(step_mass, z_t),
+        coin=u[..., 0],
+        is_drawn_anew=u[..., 1] >= kappa,
+        is_clean=u[..., 2] < alpha_s,
+        levels=u[..., 3:],
+        noise=jnp.where(u[..., 2] < alpha_s + mass_s.mask, process.mask_id, noise),
+    )
+
+
+def needs_x_hat(process: InterpolatingProcess, draws: AncestralDraws, z_t: jax.Array) -> jax.Array:
+    """Return where z_s may differ from z_t, bool [B, L]: elsewhere z_t stays, whatever x_hat is.
+
+    q_t(z_t) >= (beta_t pi_t)(z_t), so the coin keeps z_t if it would at x_hat(z_t) = 0; and a mask
+    whose next token is noise of the mask stays one.
+    """
+    may_be_drawn = (draws.coin * draws.noise_mass < draws.step_mass) | draws.is_drawn_anew
+    stays_masked = ~draws.is_clean & (draws.noise == z_t)
+    return may_be_drawn & ~stays_masked
+
+
+def finish_ancestral_step(draws: AncestralDraws, x_hat: jax.Array, z_t: jax.Array) -> jax.Array:
+    """Return z_s, int32 [B, L], of choices that were made and x_hat [B, L, V]."""
+    q_t = draws.alpha * probs_at(x_hat, z_t) + draws.noise_mass
+    redraw = (draws.coin * q_t < draws.step_mass) | draws.is_drawn_anew
+    clean = index_from_uniforms(x_hat, draws.levels)
+    return jnp.where(redraw, jnp.where(draws.is_clean, clean, draws.noise), z_t).astype(jnp.int32)
+
+
 def ancestral_step(
     process: InterpolatingProcess,
     keys: jax.Array,
@@ -48,18 +113,7 @@ def ancestral_step(
     kappa < 1 is the psi-posterior (arXiv 2602.21185): it draws anew, whatever z_t is, with
     probability 1 - kappa, and has the marginals of the process for every kappa.
     """
-    u, clean = coins_and_tokens(fold_in(keys, 0), x_hat, 3)
-    noise = draw_noise(process, fold_in(keys, 1), z_t.shape[1])
-    t, s = expand_time(t, z_t), expand_time(s, z_t)
-    _, step_mass = process.transition(t, s)
-    q_t = process.alpha(t) * probs_at(x_hat, z_t) + process.mass_at(process.beta_pi(t), z_t)
-    redraw = u[..., 0] * q_t < process.mass_at(step_mass, z_t)
-    redraw |= u[..., 1] >= kappa
-
-    alpha_s, mass_s = process.alpha(s), process.beta_pi(s)
-    noise = jnp.where(u[..., 2] < alpha_s + mass_s.mask, process.mask_id, noise)
-    marginal = jnp.where(u[..., 2] < alpha_s, clean, noise)
-    return jnp.where(redraw, marginal, z_t).astype(jnp.int32)
+    return finish_ancestral_step(ancestral_draws(process, keys, z_t, t, s, kappa), x_hat, z_t)
 
 
 def transition_probs(

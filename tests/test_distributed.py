@@ -115,6 +115,7 @@ def test_two_processes_train_as_one(folder, finished, tmp_path):
         np.testing.assert_allclose(value, alone[key], rtol=1e-5, atol=1e-6, err_msg=str(key))
 
 
+@pytest.mark.slow
 def test_a_killed_pair_goes_on(folder, finished):
     """One process dies, the launcher ends the other, and the restarted pair repeats its numbers.
 
@@ -153,6 +154,7 @@ def test_sigterm_to_one_stops_all_after_one_step(folder, finished):
         np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
 
 
+@pytest.mark.slow
 def test_two_processes_sample_and_score_as_one(folder, finished, tmp_path):
     """Five rows in batches of two: the processes share them, and process 0 writes all."""
     tasks = {

@@ -121,6 +121,7 @@ def test_the_costs_are_what_the_code_beside_them_prints(tmp_path, environment):
     assert execute_page(DOCS / "scaling.md", tmp_path, environment) == shown
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, environment):
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]

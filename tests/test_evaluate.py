@@ -18,6 +18,8 @@ from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

@@ -29,6 +29,7 @@ LAYERS = {
         "schedule",
         "steps",
         "suspicion",
+        "thinning",
     },
     "machinery": {
         "ahead",

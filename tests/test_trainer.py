@@ -198,7 +198,7 @@ def test_devices_do_not_change_the_run(one_device, folder, sizes):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["psgd", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("psgd", marks=pytest.mark.slow), "muon"])
 def test_every_optimizer_trains_sharded_parameters(folder, optimizer):
     changes = {
         "optimizer.name": optimizer,
