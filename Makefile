@@ -33,6 +33,11 @@ demo: $(RUN)/summary.json  ## sample, correct, evaluate, exchange and check the 
 	$(BIN)/python -m gidd_jax.convert --checkpoint=$(RUN) --out=$(DEMO)/exported
 	$(BIN)/python -m gidd_jax.sample --checkpoint=$(DEMO)/exported --num_samples=1 --num_steps=32
 	$(BIN)/python -m gidd_jax.check --checkpoint=$(RUN)
+	$(BIN)/python -m gidd_jax.highlight --checkpoint=$(RUN) --evaluate --corruption=0.1 --t=0.2 \
+	  --max_documents=2 --out=$(DEMO)/detection.json
+	$(BIN)/python -m gidd_jax.plots --workdir=$(RUN) --evaluation=$(DEMO)/evaluation.json \
+	  --frontier=$(DEMO)/before.json,$(DEMO)/after.json \
+	  --calibration=$(DEMO)/detection.json --out=$(DEMO)/plots
 
 # 18 runs of the quickstart's length; the duration on 2 cores is not measured yet. The same command
 # goes on after a stop.

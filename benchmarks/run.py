@@ -3,7 +3,7 @@
 Examples:
   python -m benchmarks.run --out=benchmarks.json
   python -m benchmarks.run --suite=loss --vs-torch --out=loss.json   # pip install -e '.[bench]'
-  python -m benchmarks.run --small --results=/tmp/results            # does everything run?
+  python -m benchmarks.run --small --results=outputs/bench            # does everything run?
 
 Each case is warmed up, then timed five times; with --vs-torch in turn with the twin, eager and
 compiled, which runs in a process of its own. The matmul and copy ceilings of the machine are

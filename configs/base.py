@@ -32,8 +32,9 @@ def get_config() -> ConfigDict:
     process.p_uniform = 0.1  # hybrid: largest share of uniform noise, in [0, 1); 0 is mask-only
     process.gamma = 1.0  # hybrid: exponent of the uniform noise's schedule, in (0, 2]
     process.t_eps = 1e-4  # times are drawn in [t_eps, 1 - t_eps], in (0, 0.5)
-    process.scale = 1.0  # log_snr: uniform share is sigmoid(scale * log-SNR + shift), any number
-    process.shift = 0.0  # log_snr: -1000 is masking, 0 hybrid, 1000 uniform
+    process.scale = 1.0  # log_snr: uniform share is sigmoid(scale * log-SNR + shift), >= 0; above 1
+    # some rates are negative
+    process.shift = 0.0  # log_snr: any number; -1000 is masking, 0 hybrid, 1000 uniform
     process.min_log_snr = -9.0  # log_snr: less than max_log_snr
     process.max_log_snr = 9.0  # log_snr: greater than min_log_snr
     process.stratified = True  # times spread over the global batch (True) or independent (False)
@@ -91,6 +92,7 @@ def get_config() -> ConfigDict:
 
     config.logging = logging = ConfigDict()
     logging.every = 50  # steps, integer >= 1
+    logging.profile_at = 0  # step from which five are profiled, for TensorBoard; 0 is never
     logging.wandb = False  # True needs the extra: pip install 'gidd-jax[wandb]'
     logging.wandb_project = "gidd_jax"  # not empty
 

@@ -265,6 +265,9 @@ def check_workdir(
     Writes nothing. The run's length, logging, checkpoint cadence and mesh may differ.
     """
     path = epath.Path(workdir) / CONFIG_FILE
+    nearest = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--workdir={workdir}: {nearest} is a file, name a folder")
     if allow_config_change or not path.exists():
         return
     try:

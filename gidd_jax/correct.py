@@ -32,7 +32,8 @@ class Correction(NamedTuple):
     the logits before it, also where stopping early dropped the changes of that step. num_changes
     counts the positions that differ from the input; converged: a step changed nothing;
     stopped_early: the patience ran out; num_steps: steps the row took part in. These are the
-    original's conventions. frames: what a trace asks for, up to the largest num_steps.
+    original's conventions. Accuracies are NaN where the logits were. frames: what a trace asks
+    for, up to the largest num_steps.
     """
 
     ids: jax.Array
@@ -108,6 +109,8 @@ def self_correct(
         first_choice = jnp.argmax(logits, axis=-1)
         before = self_accuracy(first_choice, state.z, free)
         after = self_accuracy(first_choice, z_next, free)
+        is_broken = jnp.any(jnp.isnan(jnp.max(log_x_hat, axis=-1)), axis=-1)
+        before, after = (jnp.where(is_broken, jnp.nan, share) for share in (before, after))
         state = state._replace(initial=jnp.where(state.step == 0, before, state.initial))
         return _note(_advance(state, z_next, after, options.patience), log_x_hat)
 

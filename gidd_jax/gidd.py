@@ -191,6 +191,8 @@ class Gidd:
         parts = gather_batches(map(corrected, self._batches(rows, batch_size, seed)))
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
+        if np.isnan([result.initial_accuracy, result.final_accuracy]).any():
+            raise InputError(_NOT_A_NUMBER)
         texts_out = self._decode_rows(result.ids, rows)
         fields = result._asdict() | {"texts": texts_out, "network_calls": calls}
         del fields["frames"]

@@ -119,16 +119,6 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write named texts of one step, such as samples."""
-        if self._file is None:
-            return
-        for name, text in texts.items():
-            self._events.add_text(name, text, step)
-            logging.info("step %d: %s\n%s", step, name, text)
-        if self._wandb is not None:
-            self._wandb.log(dict(texts), step=step)
-
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Write the settings of the run (nested dictionaries)."""
         if self._file is None:

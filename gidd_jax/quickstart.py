@@ -3,8 +3,8 @@
 Example:
   python -m gidd_jax.quickstart --workdir=outputs/quickstart
 
-The workdir then holds summary.json, samples.npz, loss.png, plots/ (see gidd_jax.plots), TensorBoard
-files and checkpoints.
+The workdir then holds summary.json (its `seconds` are those of this start, installing aside),
+samples.npz, loss.png, plots/, TensorBoard files and checkpoints.
 """
 
 import json

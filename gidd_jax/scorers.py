@@ -20,8 +20,6 @@ from gidd_jax.pretrained import load_pretrained
 from gidd_jax.sharding import batch_sharding, make_mesh, replicated
 from gidd_jax.weight_files import first_line
 
-BACKENDS = ("auto", "jax", "torch")
-DTYPES = ("float32", "bfloat16")
 _LENGTH_STEP = 64  # padded lengths are multiples of it, so that few programs are compiled
 
 

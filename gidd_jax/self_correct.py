@@ -75,6 +75,8 @@ def main(argv: list[str]) -> None:
     out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value)
     trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
     page = check_output(REPLAY.value, ".html", "--replay") if REPLAY.value else None
+    if out.resolve() == source.resolve():
+        raise InputError(f"--out={out} is the file of --samples: name another")
     if source.suffix not in (".npz", ".txt"):
         raise InputError(f"--samples must end in .npz or .txt: {source}")
     if not source.is_file():

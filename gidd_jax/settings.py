@@ -119,7 +119,7 @@ class ProcessSettings(_Section):
     p_uniform: float = _fraction()
     gamma: float = _legal(lambda value: 0 < value <= 2, "in (0, 2]")
     t_eps: float = _legal(lambda value: 0 < value < 0.5, "in (0, 0.5)")
-    scale: float
+    scale: float = _at_least(0)
     shift: float
     min_log_snr: float
     max_log_snr: float
@@ -186,6 +186,7 @@ class CheckpointSettings(_Section):
 @dataclass(frozen=True, kw_only=True)
 class LoggingSettings(_Section):
     every: int = _at_least(1)
+    profile_at: int = _at_least(0)
     wandb: bool
     wandb_project: str = _not_empty()
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
-from clu import parameter_overview
+from clu import parameter_overview, profiler
 
 from gidd_jax import sharding
 from gidd_jax.build import build_objective
@@ -38,6 +38,8 @@ from gidd_jax.state import (
     split_micro_batches,
     train_step,
 )
+
+PROFILED_STEPS = 5
 
 
 def train(settings: Settings, workdir: Path, allow_config_change: bool = False) -> dict[str, Any]:
@@ -107,9 +109,13 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
         step_fn = compile_step(settings, objective, optimizer, rate, abstract_state, mesh)
         eval_fn = compile_evaluation(settings, objective, abstract_state, mesh)
         figures: dict[str, Any] = {}
+        profiled_until = 0
 
         started = clock()
         for step in range(first + 1, num_steps + 1):
+            if step == settings.logging.profile_at:
+                profiler.start(str(workdir / "tensorboard"))
+                profiled_until = min(step + PROFILED_STEPS - 1, num_steps)
             batch = put_batch(next(batches), mesh)
             state, metrics = step_fn(state, batch, run_key)
             reporter.add(step, metrics)
@@ -117,6 +123,9 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
                 jax.block_until_ready(state)
                 logging.info("Compiled and ran the first step in %.1f s", clock() - started)
                 progress.restart(step)
+            if step == profiled_until:
+                jax.block_until_ready(state)
+                profiler.stop()
             every = settings.train.eval_every
             if step == num_steps or (every and step % every == 0):
                 reporter.flush()

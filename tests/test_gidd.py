@@ -149,6 +149,8 @@ def test_damaged_parameters_are_noticed(model):
     params = jax.tree.map(lambda a: a * jnp.nan, model.params)
     with pytest.raises(InputError, match="not a number"):
         dataclasses.replace(model, params=params).generate(2, num_steps=2, length=6)
+    with pytest.raises(InputError, match="not a number"):
+        dataclasses.replace(model, params=params).correct(["It is a truth"], num_steps=2)
 
 
 @pytest.mark.parametrize(

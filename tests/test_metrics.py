@@ -47,13 +47,10 @@ def test_scalars_go_to_jsonl_and_tensorboard(tmp_path):
         writer.write_scalars(1, {"loss": jnp.float32(2.5), "rate": np.float64(0.1)})
         assert lines_of(tmp_path) == [{"step": 1, "loss": 2.5, "rate": 0.1}]  # at once
         writer.write_scalars(2, {"loss": float("nan")})
-        writer.write_texts(2, {"sample": "A text."})
         writer.write_hparams({"model": {"num_layers": 3}})
     assert lines_of(tmp_path)[1] == {"step": 2, "loss": None}
     events = events_of(tmp_path)
     assert (events.Scalars("loss")[0].step, events.Scalars("loss")[0].value) == (1, 2.5)
-    text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0]
-    assert text == b"A text."
     assert (
         b'"num_layers": 3' in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
     )
@@ -84,7 +81,6 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with MetricWriter(tmp_path / "run", wandb_project="p") as writer:
         writer.write_scalars(1, {"loss": 1.0})
-        writer.write_texts(1, {"a": "b"})
         writer.write_hparams({})
         writer.flush()
     assert not (tmp_path / "run").exists()

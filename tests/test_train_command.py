@@ -131,6 +131,8 @@ CASES = {  # name: (arguments, words of the error)
     "another config": (["--workdir={folder}/finished", "--config.model.num_layers=2"], "1 -> 2"),
     "truncated checkpoint": (["--workdir={folder}/truncated"], "checkpoints/20 is damaged"),
     "no wandb": (["--config.logging.wandb=True"], "pip install 'gidd-jax[wandb]'"),
+    "workdir is a file": (["--workdir={folder}/empty.txt"], "is a file, name a folder"),
+    "negative scale": (["--config.process.scale=-1"], "process.scale = -1.0: must be >= 0"),
     "bucket": (["--workdir=gs://bucket/run"], "mount the bucket"),
     "no config": (["--config=nowhere"], "the shipped configs are"),
 }

@@ -371,6 +371,13 @@ def test_two_runs_do_not_share_a_workdir(finished, folder, tmp_path):
     assert steps_on_disk(workdir) == [2]
 
 
+def test_profiled_steps_are_there_for_tensorboard(folder, tmp_path):
+    train(tiny_settings(folder, **RUN, **{"train.num_steps": 3, "logging.profile_at": 2}), tmp_path)
+    (profile,) = (tmp_path / "tensorboard").rglob("*.xplane.pb")
+    assert profile.stat().st_size > 1000
+    assert b"step" in profile.read_bytes()
+
+
 def test_steps_with_a_large_gradient_are_skipped(folder, tmp_path, caplog):
     """Here all of them: they are counted and named, and nothing but the step changes."""
     # Without the average: it moves by the rounding of its sum.
