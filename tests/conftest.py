@@ -42,3 +42,10 @@ def compile_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_programs() -> Iterator[None]:
+    """A program that one module compiled quickly must not serve the next, which compares bits."""
+    yield
+    jax.clear_caches()

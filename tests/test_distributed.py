@@ -137,6 +137,7 @@ def test_a_killed_pair_goes_on(folder, finished):
     assert figures(workdir).keys() == figures(finished).keys()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_after_one_step(folder, finished):
     """A preemption notice reaches one host; the checkpoint is that of all."""
     workdir = folder / "stopped"

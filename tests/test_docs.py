@@ -93,6 +93,7 @@ def execute_page(page: Path, folder: Path, environment: dict[str, str]) -> list[
     return [execute(b, folder, environment) for b in blocks(page) if b.reason is None]
 
 
+@pytest.mark.slow
 def test_the_tutorial_and_the_readme_run(tmp_path, environment):
     """The README's model is that of the tutorial."""
     printed = execute_page(DOCS / "tutorial.md", tmp_path, environment)

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import import_command, only_flags
 from matplotlib import image
 from tiny_run import tiny_settings
 
-from gidd_jax import pictures, plots
+from gidd_jax import pictures
 from gidd_jax.checkpoint import open_workdir
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.process import HybridProcess, MaskedProcess
+
+plots, PLOT_FLAGS = import_command("gidd_jax.plots")
 
 TRAIN = ("loss", "kl", "is_div", "elbo", "learning_rate", "grad_norm", "tokens_per_second")
 
@@ -229,7 +232,7 @@ def entry(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(**values: object) -> None:
-        with flagsaver.flagsaver():
+        with only_flags(PLOT_FLAGS), flagsaver.flagsaver():
             plots.flags.FLAGS(["plots", *(f"--{name}={value}" for name, value in values.items())])
             plots.main(["plots"])
 

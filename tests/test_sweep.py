@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from absl.flags import FLAGS
+from commands import import_command
 from ml_collections import ConfigDict
 from tiny_run import tiny_config
 
@@ -21,33 +20,7 @@ from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.settings import Settings
 
-
-def import_without_flags(name: str):
-    """A command's module; its flags are put aside, for other tests import commands that share some.
-
-    The tests put values in the place of its flags.
-    """
-
-    def take_away() -> dict[str, Any]:
-        ours = {
-            flag.name: flag
-            for module, defined in FLAGS.flags_by_module_dict().items()
-            if module.startswith("gidd_jax.")
-            for flag in defined
-        }
-        for flag in ours:
-            delattr(FLAGS, flag)
-        return ours
-
-    kept = take_away()
-    module = importlib.import_module(name)
-    take_away()
-    for flag, value in kept.items():
-        FLAGS[flag] = value
-    return module
-
-
-sweep = import_without_flags("gidd_jax.sweep")
+sweep, _ = import_command("gidd_jax.sweep")  # the tests put values in the place of its flags
 
 
 SWEEPS = sorted((config_folder() / "sweeps").glob("*.py"))
