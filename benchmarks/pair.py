@@ -4,6 +4,7 @@ Each serves requests over a pipe: make a subject, run it once, drop it. The comm
 turn, so that what disturbs the machine for a while disturbs both sides alike.
 """
 
+import abc
 import gc
 import importlib
 import multiprocessing
@@ -61,11 +62,11 @@ def serve(pipe: Connection, side: str, virtual_devices: int) -> None:
             return
         try:
             pipe.send((False, getattr(server, name)(*arguments)))
-        except Exception:
+        except Exception:  # goes to the other side of the pipe, which raises it
             pipe.send((True, traceback.format_exc()))
 
 
-class Server:
+class Server(abc.ABC):
     """What both sides do; each request is a method, its answer the result."""
 
     def __init__(self) -> None:
@@ -99,14 +100,17 @@ class Server:
         self._forget()
         gc.collect()
 
+    @abc.abstractmethod
     def ceilings(self, dtype: str) -> Ceilings:
-        raise NotImplementedError
+        """Measure the ceilings of this machine."""
 
+    @abc.abstractmethod
     def _memory(self, subject: Subject) -> Any:
-        raise NotImplementedError
+        """Begin to watch the memory of a run."""
 
+    @abc.abstractmethod
     def _forget(self) -> None:
-        raise NotImplementedError
+        """Drop what the library keeps."""
 
 
 class JaxServer(Server):

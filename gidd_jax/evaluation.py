@@ -24,6 +24,7 @@ from gidd_jax.data.corpus import (
     open_corpus,
 )
 from gidd_jax.data.files import open_text_file
+from gidd_jax.data.mixture import split_mixture
 from gidd_jax.data.pipeline import Records, tokenise_all
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
@@ -106,6 +107,12 @@ def open_rows(
     first = 1 if model.process is None else 0
     if shards.is_shard_folder(settings.path):
         return _shard_rows(settings, split, model.tokenizer, model.max_seq_len, max_documents)
+    parts = split_mixture(settings.path)
+    if any(shards.is_shard_folder(part.path) for part in parts):
+        raise InputError(
+            f"data path {settings.path!r} mixes in shards, which hold no documents: give the texts "
+            "with --data"
+        )
     documents = _own_documents(settings, split) if is_own else _all_documents(settings, split)
     if len(documents) == 0:
         raise InputError(f"data path {settings.path!r} holds no text")

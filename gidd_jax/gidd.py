@@ -182,7 +182,7 @@ class Gidd:
 
         def corrected(batch: Batch) -> Correction:
             part = programs.correct(
-                *batch, network=self.network, process=self.process, options=settings, trace=trace
+                batch, network=self.network, process=self.process, options=settings, trace=trace
             )
             if trace:
                 traced.append(changes_of_correction(part))
@@ -228,7 +228,7 @@ class Gidd:
             width = part.ids.shape[1]
             parts = gather_batches(
                 programs.suspicion(
-                    *batch, network=self.network, process=self.process, options=settings
+                    batch, network=self.network, process=self.process, options=settings
                 )
                 for batch in self._batches(part, batch_size, seed=0)
             )
@@ -264,7 +264,7 @@ class Gidd:
         for numbers, part in by_width(rows):
             scores = gather_batches(
                 programs.log_likelihood(
-                    *batch,
+                    batch,
                     network=self.network,
                     process=self.process,
                     keep_padding_columns=self.keep_padding_columns,
@@ -295,13 +295,15 @@ class Gidd:
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
         found = np.zeros(len(rows.ids), bool)
         for numbers, part in by_width(rows):
-            matches = gather_batches(
+            parts = gather_batches(
                 programs.is_greedy(
-                    *batch, network=self.network, process=self.process, special=self._special_ids
+                    batch, network=self.network, process=self.process, special=self._special_ids
                 )
                 for batch in self._batches(part, batch_size, seed=0)
             )
-            found[numbers] = np.concatenate(matches)[: len(numbers)]
+            if any(part.is_broken.any() for part in parts):
+                raise InputError(_NOT_A_NUMBER)
+            found[numbers] = np.concatenate([part.matches for part in parts])[: len(numbers)]
         return found
 
     def decode(self, ids: np.ndarray) -> str:
@@ -345,14 +347,14 @@ class Gidd:
             check_autoregressive(options)
             for batch in batches:
                 yield programs.autoregressive(
-                    *batch, network=self.network, special=self._special_ids, options=options
+                    batch, network=self.network, special=self._special_ids, options=options
                 )
             return
         # Where the schedule does not depend on it, any number of tokens shares one program.
         depends = options.block_length > 0 or options.method == "first_hitting"
         for batch in batches:
             yield programs.diffusion(
-                *batch,
+                batch,
                 network=self.network,
                 process=self.process,
                 options=options,

@@ -1,4 +1,4 @@
-"""The compiled programs of `Gidd`, each for one batch of rows: they take what `Batch` holds."""
+"""The compiled programs of `Gidd`, each for one `Batch` of rows."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gidd_jax import likelihood
 from gidd_jax.autoregressive import sample_autoregressive
 from gidd_jax.correct import Correction, proposals, self_correct
-from gidd_jax.greedy import autoregressive_is_greedy, diffusion_is_greedy
+from gidd_jax.greedy import Greedy, autoregressive_is_greedy, diffusion_is_greedy
 from gidd_jax.options import CorrectionOptions, SamplerOptions, SuspicionOptions
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
@@ -40,18 +40,14 @@ class SpecialIds(NamedTuple):
         return tuple({self.mask, self.pad} - {self.eos})
 
 
-def denoiser(network: Any, params: Any, lengths: jax.Array | None) -> likelihood.Denoiser:
+def denoiser(network: Any, batch: Batch) -> likelihood.Denoiser:
     """Return the network as a function of noisy ids and time alone."""
-    return lambda z_t, t: network.apply({"params": params}, z_t, t, lengths)
+    return lambda z_t, t: network.apply({"params": batch.params}, z_t, t, batch.lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free", "trace"))
 def diffusion(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
+    batch: Batch,
     *,
     network: Any,
     process: InterpolatingProcess,
@@ -60,6 +56,7 @@ def diffusion(
     trace: bool,
 ) -> Drawn:
     """Return the rows with their free tokens drawn by diffusion."""
+    params, keys, ids, free, lengths = batch
 
     def features(z_t: jax.Array, t: jax.Array) -> jax.Array:
         return network.apply({"params": params}, z_t, t, lengths, method="features")
@@ -75,18 +72,14 @@ def diffusion(
 
 @functools.partial(jax.jit, static_argnames=("network", "special", "options"))
 def autoregressive(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
+    batch: Batch,
     *,
     network: Any,
     special: SpecialIds,
     options: SamplerOptions,
 ) -> Drawn:
     """Return the rows with their free tokens drawn from left to right."""
-    del lengths  # padding comes last: no token before it sees it
+    params, keys, ids, free, _ = batch  # padding comes last: no token before it sees it
 
     def decode(token: jax.Array, cache: Any, position: jax.Array) -> Any:
         return network.apply({"params": params}, token, cache, position, method="decode_step")
@@ -106,11 +99,7 @@ def autoregressive(
 
 @functools.partial(jax.jit, static_argnames=("network", "process", "options", "trace"))
 def correct(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
+    batch: Batch,
     *,
     network: Any,
     process: InterpolatingProcess,
@@ -118,37 +107,29 @@ def correct(
     trace: bool,
 ) -> Correction:
     """Return the rows with their free tokens corrected (see `correct.self_correct`)."""
-    denoise = denoiser(network, params, lengths)
-    return self_correct(process, denoise, options, ids, free, proposals(keys), trace)
+    denoise = denoiser(network, batch)
+    draw = proposals(batch.keys)
+    return self_correct(process, denoise, options, batch.ids, batch.free, draw, trace)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "process", "options"))
 def suspicion(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
+    batch: Batch,
     *,
     network: Any,
     process: InterpolatingProcess,
     options: SuspicionOptions,
 ) -> Suspicion:
     """Return how probably each free token is wrong (see `suspicion.judge`)."""
-    del keys
-    judged = judge(process, denoiser(network, params, lengths), options, ids)
-    return jax.tree.map(lambda leaf: jnp.where(free, leaf, 0), judged)
+    judged = judge(process, denoiser(network, batch), options, batch.ids)
+    return jax.tree.map(lambda leaf: jnp.where(batch.free, leaf, 0), judged)
 
 
 @functools.partial(
     jax.jit, static_argnames=("network", "process", "keep_padding_columns", "num_samples_t")
 )
 def log_likelihood(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
+    batch: Batch,
     *,
     network: Any,
     process: InterpolatingProcess | None,
@@ -158,15 +139,15 @@ def log_likelihood(
     """Return log p of the free tokens given the others, or its bound, float32 [B, L] in nats."""
     if process is None:
         nll = likelihood.autoregressive_nelbo(
-            lambda x: network.apply({"params": params}, x), ids
+            lambda x: network.apply({"params": batch.params}, x), batch.ids
         ).total
-        return jnp.where(free, -nll, 0.0)
+        return jnp.where(batch.free, -nll, 0.0)
     return likelihood.log_likelihood(
         process,
-        denoiser(network, params, lengths),
-        keys,
-        ids,
-        free,
+        denoiser(network, batch),
+        batch.keys,
+        batch.ids,
+        batch.free,
         num_samples_t=num_samples_t,
         keep_padding_columns=keep_padding_columns,
     )
@@ -174,24 +155,19 @@ def log_likelihood(
 
 @functools.partial(jax.jit, static_argnames=("network", "process", "special"))
 def is_greedy(
-    params: Any,
-    keys: jax.Array,
-    ids: jax.Array,
-    free: jax.Array,
-    lengths: jax.Array | None,
+    batch: Batch,
     *,
     network: Any,
     process: InterpolatingProcess | None,
     special: SpecialIds,
-) -> jax.Array:
-    """Return whether greedy decoding generates the free tokens, bool [B]."""
-    del keys
+) -> Greedy:
+    """Tell whether greedy decoding generates the free tokens."""
     if process is not None:
-        return diffusion_is_greedy(process, denoiser(network, params, lengths), ids, free)
+        return diffusion_is_greedy(process, denoiser(network, batch), batch.ids, batch.free)
     return autoregressive_is_greedy(
-        lambda x: network.apply({"params": params}, x),
-        ids,
-        free,
+        lambda x: network.apply({"params": batch.params}, x),
+        batch.ids,
+        batch.free,
         vocab_size=special.vocab_size,
         excluded_ids=special.excluded,
     )

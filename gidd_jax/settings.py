@@ -265,7 +265,7 @@ class Settings:
 
 def difference(old: Settings, new: Settings, ignore: tuple[str, ...] = ()) -> list[str]:
     """Return lines such as 'model.num_layers: 8 -> 12', without keys that start as in `ignore`."""
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    before, after = flatten(old.to_dict()), flatten(new.to_dict())
     return [
         f"{key}: {before[key]} -> {after[key]}"
         for key in before
@@ -273,11 +273,12 @@ def difference(old: Settings, new: Settings, ignore: tuple[str, ...] = ()) -> li
     ]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

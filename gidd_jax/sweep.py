@@ -76,14 +76,14 @@ def plan_runs(config: Any) -> list[Run]:
 
     Raises InputError before anything is trained when one of them is not legal.
     """
-    from gidd_jax.settings import Settings
+    from gidd_jax.settings import Settings, flatten
 
     if set(config) != {"base", "grid"}:
         raise InputError(
             "the config of a sweep has the sections base and grid: see configs/sweeps/ablation.py"
         )
-    legal = _flat(config.base.to_dict())
-    grid = dict(sorted(_flat(config.grid.to_dict()).items(), key=lambda item: item[0] == "seed"))
+    legal = flatten(config.base.to_dict())
+    grid = dict(sorted(flatten(config.grid.to_dict()).items(), key=lambda item: item[0] == "seed"))
     if not grid:
         raise InputError("the grid of the sweep is empty: give it keys of base with their values")
     for key, values in grid.items():
@@ -201,16 +201,6 @@ def summary(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 if __name__ == "__main__":

@@ -81,6 +81,16 @@ def test_zero_shot_windows_drop_nothing(data, model):
     assert evaluation.zero_shot_settings(None, "embedded").mode == "crop"
 
 
+def test_a_mixture_with_shards_names_the_way_out(data, model, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    mixed = f"0.5:{tmp_path},0.5:{data / 'corpus.txt'}"
+    settings = dataclasses.replace(tiny_settings(data).data, path=mixed)
+    with pytest.raises(
+        InputError, match="mixes in shards, which hold no documents: give the texts"
+    ):
+        evaluation.open_rows(settings, "validation", model, is_own=True)
+
+
 def test_documents_of_packed_rows(data, model):
     """A row belongs to the document that its first token belongs to."""
     settings = tiny_settings(data, **{"data.mode": "packed"}).data

@@ -151,6 +151,14 @@ def test_damaged_parameters_are_noticed(model):
         dataclasses.replace(model, params=params).generate(2, num_steps=2, length=6)
     with pytest.raises(InputError, match="not a number"):
         dataclasses.replace(model, params=params).correct(["It is a truth"], num_steps=2)
+    with pytest.raises(InputError, match="not a number"):
+        dataclasses.replace(model, params=params).is_greedy(["It is"])  # and comes to an end
+
+
+def test_damaged_autoregressive_parameters_are_noticed(autoregressive):
+    params = jax.tree.map(lambda a: a * jnp.nan, autoregressive.params)
+    with pytest.raises(InputError, match="not a number"):
+        dataclasses.replace(autoregressive, params=params).is_greedy(["It is"])
 
 
 @pytest.mark.parametrize(
