@@ -111,6 +111,7 @@ def test_the_tutorial_and_the_readme_run(tmp_path, environment):
         execute(block, tmp_path, environment)
 
 
+@pytest.mark.slow
 def test_the_page_on_own_processes_runs(tmp_path, environment):
     printed = execute_page(DOCS / "own-process.md", tmp_path, environment)
     assert re.search(r"all \d+ checks passed", printed[1])

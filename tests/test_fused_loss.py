@@ -12,6 +12,8 @@ from gidd_jax.loss import autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weight
 from gidd_jax.ops.fused_loss import chunk_size, fused_loss, pairwise_sum
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 VOCAB, COLUMNS, WIDTH, BATCH, LENGTH = 200, 256, 32, 8, 16
 UNEVEN = np.random.default_rng(7).dirichlet(np.ones(VOCAB))
 UNEVEN[[0, 9]] = 0.0  # the mask, and a token that the noise never is

@@ -105,6 +105,7 @@ def call(monkeypatch, workdir: Path, config: ConfigDict) -> None:
     sweep.main(["sweep"])
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_compiles_once_and_writes_table_and_figure(tmp_path, monkeypatch, capsys):
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
