@@ -7,6 +7,7 @@ Models name the axes of their parameters; RULES maps the names to mesh axes.
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +39,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of all (or the given) devices; one size may be -1, which takes the rest.
 
-    Raises InputError when the sizes do not multiply to the number of devices.
+    Raises InputError when the sizes do not multiply to the number of devices, or cannot be laid
+    over several slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -52,10 +54,31 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"{asked} do not multiply to the number of devices, {count}; change the sizes or set "
             "one of them to -1."
         )
+    return Mesh(_arrange(sizes, devices, asked), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arrange(sizes: Sequence[int], devices: Sequence[Any], asked: str) -> np.ndarray:
+    """Return the devices as an array of the mesh's sizes, neighbours where traffic is heaviest.
+
+    JAX numbers what fast links join: a TPU slice, the GPUs of a node. The slow network between
+    these is left to `data`, and to `fsdp` where there are fewer copies than slices.
+    """
     # jax.make_mesh would refuse sizes that cut through an axis of a TPU's torus, such as 2x8x4 of
     # 64 chips.
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    split: Any = {"allow_split_physical_axes": True}
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, **split)
+    data, fsdp, tensor = sizes
+    across = math.gcd(data, len(slices)), len(slices) // math.gcd(data, len(slices)), 1
+    if fsdp % across[1] or len(set(slices.values())) > 1:
+        raise InputError(
+            f"{asked} cannot be laid over {len(slices)} slices (or nodes) of "
+            f"{', '.join(map(str, slices.values()))} devices: make mesh.data * mesh.fsdp a "
+            f"multiple of {len(slices)}, on slices of one size."
+        )
+    within = data // across[0], fsdp // across[1], tensor
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
 
 
 @contextlib.contextmanager

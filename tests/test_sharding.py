@@ -1,5 +1,8 @@
 """Meshes of eight virtual devices compute what one device computes."""
 
+import dataclasses
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -248,6 +251,57 @@ def test_mesh_sizes():
 def test_wrong_mesh_sizes(sizes, message):
     with pytest.raises(InputError, match=message):
         make_mesh(*sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX says of a TPU chip."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def chips(slices: int, side: int = 4) -> list[Chip]:
+    """Slices of side x side chips, in an order that mixes them."""
+    places = itertools.product(range(side), range(side), range(slices))
+    return [Chip(n, number, (x, y, 0)) for n, (x, y, number) in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "across"),
+    [
+        ((2, 16, 1), 2, (2, 1)),
+        ((8, 4, 1), 2, (2, 1)),
+        ((-1, 2, 4), 4, (4, 1)),
+        ((2, 8, 4), 4, (2, 2)),  # fewer copies of the model than slices
+        ((1, 32, 1), 2, (1, 2)),
+        ((6, 2, 8), 6, (6, 1)),
+        ((3, 16, 2), 6, (3, 2)),
+    ],
+)
+def test_only_data_and_then_fsdp_cross_slices(sizes, slices, across):
+    devices = chips(slices)
+    mesh = make_mesh(*sizes, devices=devices)
+    assert set(mesh.devices.flat) == set(devices)
+    numbers = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    # Each slice is one block of the mesh: contiguous along data, and along fsdp where it must be.
+    blocks = [np.split(part, across[1], axis=1) for part in np.split(numbers, across[0])]
+    found = [set(block.flat) for row in blocks for block in row]
+    assert found == [{number} for number in range(slices)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices"),
+    [((1, 1, 32), chips(2)), ((1, 2, 32), chips(4)), ((2, 12, 1), chips(1) + chips(2)[1::4])],
+)
+def test_meshes_that_no_slices_fit(sizes, devices):
+    with pytest.raises(InputError, match=r"mesh.tensor=\d+ cannot be laid over \d slices .* 16"):
+        make_mesh(*sizes, devices=devices)
 
 
 def test_batch_must_divide():
