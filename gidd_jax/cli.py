@@ -38,20 +38,30 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def find_config(name: str) -> Path:
-    """Return the file that `name` (a path, `configs/gidd.py` or `gidd`) stands for.
+def shipped_configs() -> dict[str, Path]:
+    """Return the files of the shipped configs by name: `gidd`, `sweeps/ablation`."""
+    folder = config_folder()
+    files = sorted(folder.rglob("*.py"), key=lambda file: (file.parent, file.stem))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
-    An existing path wins; `NAME` and `configs/NAME.py` are found from any folder.
-    Raises InputError that lists the shipped names.
+
+def find_config(name: str) -> Path:
+    """Return the file that `name` (a path, `configs/gidd.py`, `gidd` or `ablation`) stands for.
+
+    An existing path wins; names of shipped configs, of sweeps also without their folder, and
+    `configs/NAME.py` are found from anywhere. Raises InputError that lists the shipped names.
     """
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
         return path
-    shipped = {file.stem: file for file in config_folder().glob("*.py")}
-    if str(path.parent) in (".", "configs") and path.stem in shipped and path.suffix in ("", ".py"):
-        return shipped[path.stem]
+    shipped = shipped_configs()
+    if path.suffix in ("", ".py"):
+        wanted = path.with_suffix("").as_posix().removeprefix("configs/")
+        for known, file in shipped.items():
+            if wanted in (known, known.removeprefix("sweeps/")):
+                return file
     raise InputError(
-        f"--config={name}: no such file, and the shipped configs are {', '.join(sorted(shipped))}"
+        f"--config={name}: no such file, and the shipped configs are {', '.join(shipped)}"
     )
 
 
@@ -78,7 +88,7 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
     """Define `--config` (a file or a shipped name) with `--config.section.key=value` overrides."""
     global _default_config
     _default_config = default
-    names = ", ".join(sorted(file.stem for file in config_folder().glob("*.py")))
+    names = ", ".join(shipped_configs())
     return config_flags.DEFINE_config_file(
         _CONFIG_FLAG,
         help_string=f"Config file, or a shipped config by name ({names}), with NAME:ARGUMENT for "
@@ -88,12 +98,17 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
 
 
 def run(
-    main: Callable[[list[str]], None], *, examples: str = "", own_flags: bool = True
+    main: Callable[[list[str]], None],
+    *,
+    examples: str = "",
+    own_flags: bool = True,
+    resumes: bool = False,
 ) -> NoReturn:
     """Parse the flags and call `main(argv)`; bad input ends in one line on stderr and exit code 2.
 
     `--help` shows the docstring of main's module, `examples` and the flags of that module. Without
-    own_flags all other arguments are left to main.
+    own_flags all other arguments are left to main. Ctrl-C ends in one line and exit code 130;
+    `resumes`: the same command goes on where it was.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -108,6 +123,11 @@ def run(
             if error.errno is None:
                 raise
             _fail(str(error), code=1)
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():  # it shows ^C, and maybe half a progress bar
+                print(file=sys.stderr)
+            again = "goes on from what is done" if resumes else "starts again"
+            _fail(f"interrupted; no file is half-written: the same command {again}", code=130)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples, own_flags))
     raise AssertionError("absl's run always exits")

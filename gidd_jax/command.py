@@ -6,7 +6,7 @@ Examples:
   gidd-jax train --help
 
 `gidd-jax NAME ...` is `python -m gidd_jax.NAME ...`, with the same flags and exit codes: 0, 2 for
-bad input, 1 for a run that failed.
+bad input, 1 for a run that failed, 130 for Ctrl-C.
 """
 
 import ast

@@ -3,10 +3,12 @@
 The output folder serves as data.path. A run that was killed continues with the missing shards.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -199,7 +201,8 @@ def _write_shards(
             initargs=(job, splits),
         ) as pool,
     ):
-        futures: dict[Future[None], _Task] = {pool.submit(_write_shard, t): t for t in missing}
+        with _without_interrupts():
+            futures: dict[Future[None], _Task] = {pool.submit(_write_shard, t): t for t in missing}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -209,8 +212,28 @@ def _write_shards(
                 "a worker was killed, most likely for want of memory: "
                 "run the same command again with a smaller --num_workers"
             ) from error
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a shard that is not complete has no name yet
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from the processes that are started: this one ends them, without tracebacks.
+
+    They inherit the mask, also while they import; what arrives here meanwhile is heard afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: "tuple[_Job, dict[str, Documents]]"
@@ -335,4 +358,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    run(main, examples=EXAMPLES)
+    run(main, examples=EXAMPLES, resumes=True)

@@ -1,7 +1,8 @@
 """Train a small GIDD model on the embedded corpus, evaluate it, and print text that it wrote.
 
-Example:
+Examples:
   python -m gidd_jax.quickstart --workdir=outputs/quickstart
+  python -m gidd_jax.quickstart --workdir=outputs/short --config.train.num_steps=100
 
 The workdir then holds summary.json (its `seconds` are those of this start, installing aside),
 samples.npz, loss.png, plots/, TensorBoard files and checkpoints.
@@ -81,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

@@ -1,7 +1,7 @@
 """Train a grid of small runs, one after another; one table and one figure of them all.
 
 Examples:
-  python -m gidd_jax.sweep --config=configs/sweeps/ablation.py --workdir=outputs/study
+  python -m gidd_jax.sweep --config=ablation --workdir=outputs/study
   python -m gidd_jax.sweep --config=my_sweep.py --workdir=outputs/mine \\
       --config.base.train.num_steps=200 --config.grid.seed='(0, 1, 2)'
 
@@ -9,7 +9,8 @@ The config has two sections: `base`, a config of gidd_jax.train, and `grid`, whi
 and gives each a tuple of values. Every combination is a run of its own, in a workdir as
 gidd_jax.train makes it: WORKDIR/runs/KEY=VALUE+... The same command goes on after a stop; what is
 finished is not repeated.
-Programs are compiled once for all runs that they fit, such as those that differ in the seed.
+Programs are compiled once for all runs that they fit, such as those that differ in the seed. Runs
+go in turn: several seeds as one program were no faster on CPU (docs/scaling.md has the figures).
 
 Prints the bound on the validation text, mean and standard deviation over seeds. Files of WORKDIR:
   sweep.csv   a line for each finished run: its values of the grid, step, seconds (of its last
@@ -204,4 +205,4 @@ def summary(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from gidd_jax import cli
-from gidd_jax.cli import config_folder, find_config, load_config, nearest
+from gidd_jax.cli import config_folder, find_config, load_config, nearest, shipped_configs
 from gidd_jax.errors import InputError
 
 COMMAND = '''
@@ -32,10 +32,13 @@ def main(argv):
         raise InputError("workdir 'bad' is bad:\\n  use another")
     if WORKDIR.value == "full":
         open("/dev/full", "w").write("x" * 100_000)
+    if WORKDIR.value == "long":
+        import os, signal
+        os.kill(os.getpid(), signal.SIGINT)
     if WORKDIR.value == "bug":
         raise RuntimeError("a bug")
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumes={resumes})
 '''
 
 
@@ -43,9 +46,9 @@ if __name__ == "__main__":
 def command(tmp_path):
     """Return a function that runs a small command elsewhere and returns its result."""
 
-    def run(*args: str, default: str | None = "quickstart"):
+    def run(*args: str, default: str | None = "quickstart", resumes: bool = False):
         script = tmp_path / "command.py"
-        script.write_text(COMMAND.format(default=default))
+        script.write_text(COMMAND.format(default=default, resumes=resumes))
         return subprocess.run(
             [sys.executable, str(script), *args],
             cwd=tmp_path,
@@ -116,7 +119,7 @@ def test_ways_to_choose_and_override_a_config(command, args):
         (["--config.train.num_steps=1.5"], "invalid literal for int()"),
         (
             ["--config=gid"],
-            "no such file, and the shipped configs are ar, base, gidd",
+            "the shipped configs are ar, base, gidd, mdlm, quickstart, sweeps/ablation",
         ),
         (["--config=elsewhere/gidd.py"], "no such file"),
         (["--config=gidd:huge"], "unknown size 'huge': use one of tiny, small, base, 1B"),
@@ -151,6 +154,17 @@ def test_a_full_disk_is_one_line_and_exit_code_1(command):
     assert result.stderr == "error: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("resumes", "again"), [(False, "starts again"), (True, "goes on from what is done")]
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(command, resumes, again):
+    result = command("--workdir=long", resumes=resumes)
+    assert result.returncode == 130
+    assert result.stderr == (
+        f"error: interrupted; no file is half-written: the same command {again}\n"
+    )
+
+
 def test_a_bug_keeps_its_traceback(command):
     result = command("--workdir=bug")
     assert result.returncode == 1
@@ -167,6 +181,20 @@ def test_an_existing_file_wins_over_a_shipped_config(tmp_path, monkeypatch):
     )
     assert load_config("configs/gidd.py") == ConfigDict({"own": 1})
     assert find_config("gidd") == config_folder() / "gidd.py"
+
+
+@pytest.mark.parametrize(
+    "name", ["ablation", "sweeps/ablation", "configs/sweeps/ablation.py", "sweeps/ablation.py"]
+)
+def test_sweeps_are_found_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == config_folder() / "sweeps" / "ablation.py"
+    assert set(load_config(name)) == {"base", "grid"}
+
+
+def test_a_short_name_means_one_config():
+    names = [name.rpartition("/")[2] for name in shipped_configs()]
+    assert len(set(names)) == len(names) >= 6
 
 
 def test_configs_inside_the_package_are_found_as_a_wheel_ships_them(tmp_path):

@@ -1,6 +1,7 @@
 """The console command: what it lists, what it starts, what it refuses."""
 
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -45,6 +46,21 @@ def test_help_lists_the_commands_with_what_they_do():
         doc = (ROOT / "gidd_jax" / f"{name}.py").read_text("utf-8").split('"""')[1]
         assert f"  {name} " in result.stdout
         assert f"  {doc.splitlines()[0]}\n" in result.stdout + "\n"
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_every_help_has_examples_that_name_the_command(name):
+    result = gidd_jax(name, "--help")
+    assert result.returncode == 0, result.stderr
+    examples = result.stdout.partition("\nExamples:\n")[2].partition("\n\n")[0]
+    assert f"  python -m gidd_jax.{name} --" in examples, result.stdout
+
+
+def test_names_complete_with_the_tab_key():
+    """Words of small letters; none begins another, which would then never complete alone."""
+    for name in command.COMMANDS:
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)*", name)
+        assert not [other for other in command.COMMANDS if other != name and other.startswith(name)]
 
 
 def test_a_command_is_the_module_of_its_name():

@@ -1,6 +1,7 @@
 """prepare_data as a command: resumption after a kill, verification, refusals, help."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -94,6 +95,40 @@ def test_killed_run_continues_to_the_same_shards(corpus, tmp_path):
     assert times == {f: (killed / f.removesuffix(".json")).stat().st_mtime_ns for f in finished}
     assert not list(killed.rglob("*.part"))
     assert shards.Manifest.read(killed) == shards.Manifest.read(whole)
+
+
+@pytest.mark.parametrize("moment", ["while the workers import", "while they work"])
+def test_interrupted_run_is_one_line_and_goes_on(corpus, tmp_path, moment):
+    """Ctrl-C reaches the workers too, which say nothing; the next start makes what is missing."""
+    out = tmp_path / "shards"
+    values = {**options(corpus), "num_workers": 2, "tokenizer": "embedded", "out": out}
+    process = subprocess.Popen(
+        command(*(f"--{name}={value}" for name, value in values.items())),
+        start_new_session=True,  # a group of its own, as a shell makes it
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if moment == "while they work" and len(list(out.glob("done/*.json"))) >= 3:
+            break
+        if moment == "while the workers import" and len(children(process.pid)) >= 3:
+            break
+        time.sleep(0.005)
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert (process.returncode, err) == (
+        130,
+        "error: interrupted; no file is half-written: the same command goes on from what is done\n",
+    )
+    assert workers
+    while any(Path(f"/proc/{p}").exists() for p in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [p for p in workers if Path(f"/proc/{p}").exists()]
+    assert not (out / shards.MANIFEST).exists()
+    assert make(corpus, out, num_workers=2) == shards.verify(out)
+    assert not list(out.rglob("*.part"))
 
 
 def test_deleted_shard_is_made_again_and_changed_one_is_found(corpus, tmp_path):
