@@ -372,13 +372,16 @@ def test_resumes_in_the_middle_of_an_epoch_on_other_processes(tmp_path, tokenize
     for _ in range(4):
         next(train)
     state = json.loads(json.dumps(train.get_state()))
-    assert state == {"global_next_index": 32}
+    assert state["global_next_index"] == 32
     rest = first_batches(train, 5)
-    again = TrainBatches(config, tokenizer, SEQ_LEN, 8, 1, 1, 2)
-    next(again)
-    again.set_state(state)
-    assert again.get_state() == state
-    assert_same(first_batches(again, 5), [{k: v[4:] for k, v in b.items()} for b in rest])
+    for count in (2, 4):
+        for index in range(count):
+            again = TrainBatches(config, tokenizer, SEQ_LEN, 8, 1, index, count)
+            next(again)
+            again.set_state(state)
+            assert again.get_state() == state
+            own = slice(index * 8 // count, (index + 1) * 8 // count)
+            assert_same(first_batches(again, 5), [{k: v[own] for k, v in b.items()} for b in rest])
     # Another batch size goes on with the same rows.
     finer = TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1)
     finer.set_state(state)
@@ -420,6 +423,9 @@ def test_tfds_batches(tokenizer, tfds_folder):
     assert sorted(t[:10] for t in texts) == sorted(t[:10] for t in TEXTS)
     held = validation_batches(config, tokenizer, SEQ_LEN, 4)
     assert (len(held), held.num_bytes) == (1, 4)
+    parts = train.get_state()["corpus"]["parts"]
+    assert parts[0].keys() == {"split train", "split test"}
+    assert parts[0]["split train"].startswith("local_text/1.0.0, 23 examples, ")
     part = open_corpus(f"tfds:{tfds_folder}", "split:test[:100%]", "text", "line")
     assert contents(part.validation) == ["held"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gidd_jax.data.corpus import open_corpus
+from gidd_jax.data.fingerprint import check_same, fingerprint
 from gidd_jax.errors import InputError
 from gidd_jax.prepare_data import prepare
 
@@ -19,6 +20,7 @@ class Table(list):
 
     column_names = ("id", "text")
     data = types.SimpleNamespace(nbytes=300)
+    _fingerprint = "first"
 
     def select_columns(self, names: list[str]) -> "Table":
         return Table({name: row[name] for name in names} for row in self)
@@ -60,6 +62,17 @@ def test_names_on_the_hub(asked):
         ("old/script", None, {"split": "train"}),
         ("old/script", None, {"split": "train", "revision": "refs/convert/parquet"}),
     ]
+
+
+def test_a_changed_dataset_is_noticed(asked, monkeypatch):
+    before = fingerprint("hf:owner/name", "split:test", "text")
+    assert before["parts"] == [
+        {"split train": "first, 9 rows, 300 bytes", "split test": "first, 1 rows, 300 bytes"}
+    ]
+    check_same(before, fingerprint("hf:owner/name", "split:test", "text"))
+    monkeypatch.setattr(Table, "_fingerprint", "second")
+    with pytest.raises(InputError, match="split train changed, split test changed"):
+        check_same(before, fingerprint("hf:owner/name", "split:test", "text"))
 
 
 @pytest.mark.parametrize(

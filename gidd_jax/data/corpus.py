@@ -3,7 +3,9 @@
 import dataclasses
 import glob
 import hashlib
+import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -86,6 +88,12 @@ class Subset:
         return self._documents[int(self._indices[index])]
 
 
+class DatasetDocuments(Documents, Protocol):
+    """Documents of a dataset; `version` says in words which one, wherever it is stored."""
+
+    version: str
+
+
 class TfdsDocuments:
     """One split of a tfds dataset; texts are the values of the feature `text_key`."""
 
@@ -95,6 +103,8 @@ class TfdsDocuments:
         self._source, info = _open_tfds(name, split)
         self._text_key = text_key
         self.num_bytes = int(info.splits[split].num_bytes)
+        count = info.splits[split].num_examples
+        self.version = f"{info.full_name}, {count} examples, {self.num_bytes} bytes"
         if text_key not in info.features:
             keys = ", ".join(sorted(info.features))
             raise InputError(f"tfds dataset {name!r} has no feature {text_key!r}; it has: {keys}")
@@ -108,7 +118,7 @@ class TfdsDocuments:
 
 
 # Collections of datasets by the prefix of their names: name, split and text key to documents.
-DATASETS: dict[str, Callable[[str, str, str], Documents]] = {
+DATASETS: dict[str, Callable[[str, str, str], DatasetDocuments]] = {
     "tfds": TfdsDocuments,
     "hf": HuggingFaceDocuments,
 }
@@ -176,26 +186,42 @@ def _open_dataset(kind: str, name: str, validation: str, text_key: str) -> Corpu
 
 def list_files(path: str) -> list[Path]:
     """Files of a comma list of files, folders and globs, each folder in sorted order."""
+    return list(named_files(path).values())
+
+
+def named_files(path: str) -> dict[str, Path]:
+    """The files of `list_files` by names that do not say where the folders of `path` lie."""
     if path == EMBEDDED:
-        return [Path(str(resources.files("gidd_jax") / "assets/austen.jsonl"))]
-    files: dict[Path, None] = {}  # a set that keeps its order
+        file = Path(str(resources.files("gidd_jax") / "assets/austen.jsonl"))
+        return {file.name: file}
+    names: dict[Path, str] = {}
     for part in path.split(","):
-        location = Path(part).expanduser()
         if not part:
             raise InputError(f"data path {path!r} has an empty part")
-        if location.is_dir():
-            found = [f for f in sorted(location.rglob("*")) if f.name.endswith(SUFFIXES)]
-            found = [f for f in found if not f.name.startswith(".")]
-        elif location.is_file():
-            found = [location]
-        else:
-            found = [Path(f) for f in sorted(glob.glob(str(location), recursive=True))]
-            found = [f for f in found if f.is_file()]
+        folder, found = _find_files(Path(part).expanduser())
         if not found:
             kinds = ", ".join(SUFFIXES)
             raise InputError(f"data path {part!r} does not exist or holds no {kinds}")
-        files.update(dict.fromkeys(found))
-    return list(files)
+        for file in found:
+            names.setdefault(file, file.relative_to(folder).as_posix())
+    files: dict[str, Path] = {}
+    seen: Counter[str] = Counter()
+    for file, name in names.items():
+        seen[name] += 1
+        files[name if seen[name] == 1 else f"{name} ({seen[name]})"] = file
+    return files
+
+
+def _find_files(location: Path) -> tuple[Path, list[Path]]:
+    """The folder that a file, folder or glob begins in, and the files, in sorted order."""
+    if location.is_dir():
+        found = [f for f in sorted(location.rglob("*")) if f.name.endswith(SUFFIXES)]
+        return location, [f for f in found if not f.name.startswith(".")]
+    if location.is_file():
+        return location.parent, [location]
+    fixed = itertools.takewhile(lambda name: not set("*?[") & set(name), location.parts)
+    found = [Path(f) for f in sorted(glob.glob(str(location), recursive=True))]
+    return Path(*fixed), [f for f in found if f.is_file()]
 
 
 def iterate(documents: Documents, label: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ class HuggingFaceDocuments:
     def __init__(self, name: str, split: str, text_key: str):
         self._where = f"Hugging Face dataset {name!r}, split {split!r}"
         self._text_key = text_key
+        dataset: Any = None
         try:
             dataset = _open(name, split)
             columns = list(dataset.column_names)
@@ -34,6 +35,9 @@ class HuggingFaceDocuments:
             raise InputError(f"{self._where} has no column {text_key!r}; it has: {columns}")
         self._texts = texts
         self.num_bytes = int(texts.data.nbytes)
+        # What the library knows a dataset by: of its repository and files, or as it was saved.
+        known_by = getattr(dataset, "_fingerprint", "")
+        self.version = f"{known_by}, {len(texts)} rows, {self.num_bytes} bytes"
 
     def __len__(self) -> int:
         return len(self._texts)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from gidd_jax.data import rows, shards
+from gidd_jax.data import fingerprint, rows, shards
 from gidd_jax.data.corpus import Chain, CorpusSplits, Documents, iterate, open_parts
 from gidd_jax.data.mixture import split_mixture
 from gidd_jax.data.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ MAX_TEXT_BYTES = 256 << 20
 MAX_UNIGRAM_TOKENS = 20_000_000
 _ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time
 _NUM_ROWS = 1 << 48
-_STATE_KEY = "global_next_index"
+_STATE_KEY, _CORPUS_KEY = "global_next_index", "corpus"
 
 
 class Records(Protocol):
@@ -56,6 +56,8 @@ class TrainBatches:
     ):
         local_batch_size(global_batch_size, process_count)
         self._sources = _train_sources(settings, tokenizer, seq_len)
+        made_of = (settings.path, settings.validation, settings.text_key)
+        self._corpus = fingerprint.fingerprint(*made_of)
         is_lazy = any(isinstance(s.records, _TokenisedOnTheFly) for s in self._sources)
         self._num_workers = settings.num_workers if is_lazy else 0
         self._is_cropped = settings.mode == "crop"
@@ -82,15 +84,24 @@ class TrainBatches:
         self._next_index += self._global_batch_size
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """Position as JSON, the same on every process: rows consumed by all of them together."""
-        return {_STATE_KEY: self._next_index}
+    def get_state(self) -> dict[str, Any]:
+        """Position as JSON, the same on every process: rows consumed by all of them together.
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Continue from a position that `get_state` gave, whatever the number of processes then."""
+        With it goes what the corpus was, which `set_state` compares.
+        """
+        return {_STATE_KEY: self._next_index, _CORPUS_KEY: self._corpus}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `get_state` gave, whatever the number of processes then.
+
+        Raises InputError, which names them, when files of the corpus have changed since then. A
+        position without the corpus is one that an older version saved.
+        """
         index = state.get(_STATE_KEY) if isinstance(state, dict) else None
         if type(index) is not int or index < 0:
             raise InputError(f"data position {state!r} is not of the form {{{_STATE_KEY!r}: rows}}")
+        if _CORPUS_KEY in state:
+            fingerprint.check_same(state[_CORPUS_KEY], self._corpus)
         self.close()
         self._next_index = index
 
