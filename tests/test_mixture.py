@@ -144,20 +144,42 @@ def test_rows_come_in_the_shares_of_the_weights(folder, tokenizer, second):
     assert first[:10] != other[:10]  # of one size, and yet in different orders
 
 
+def joined(parts: list[TrainBatches], num_batches: int) -> dict[str, np.ndarray]:
+    """The rows of the next batches of all processes together."""
+    own = [take(part, num_batches) for part in parts]
+    by_batch = [{k: v.reshape(num_batches, -1, v.shape[1]) for k, v in o.items()} for o in own]
+    return {
+        key: np.concatenate([b[key] for b in by_batch], axis=1).reshape(-1, own[0][key].shape[1])
+        for key in own[0]
+    }
+
+
 @pytest.mark.parametrize("mode", rows.MODES)
 def test_order_does_not_depend_on_the_number_of_processes(folder, tokenizer, mode):
     config = settings(mixture(folder), mode=mode)
     whole = take(TrainBatches(config, tokenizer, 8, 8, seed=1), 5)
     for count in (2, 4):
+        parts = [TrainBatches(config, tokenizer, 8, 8, 1, index, count) for index in range(count)]
+        assert_same(joined(parts, 5), whole)
+
+
+@pytest.mark.parametrize("second", ["book.jsonl", "shards"])
+def test_resumes_on_another_number_of_processes(folder, tokenizer, second):
+    config = settings(mixture(folder, second))
+    two = [TrainBatches(config, tokenizer, SEQ_LEN, 8, 1, index, 2) for index in range(2)]
+    for _ in range(3):
+        for part in two:
+            next(part)
+    state = two[0].get_state()
+    assert state == two[1].get_state()
+    rest = joined(two, 4)
+    for count in (1, 4):
         parts = [
-            take(TrainBatches(config, tokenizer, 8, 8, 1, index, count), 5)
-            for index in range(count)
+            TrainBatches(config, tokenizer, SEQ_LEN, 8, 1, index, count) for index in range(count)
         ]
-        joined = {
-            key: np.concatenate([p[key].reshape(5, 8 // count, 8) for p in parts], axis=1)
-            for key in whole
-        }
-        assert_same({key: value.reshape(40, 8) for key, value in joined.items()}, whole)
+        for part in parts:
+            part.set_state(state)
+        assert_same(joined(parts, 4), rest)
 
 
 def test_resumes_from_any_position(folder, tokenizer, monkeypatch):

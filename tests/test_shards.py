@@ -131,19 +131,22 @@ def test_validation_is_that_of_the_texts(folders, corpus, tokenizer, mode):
 @pytest.mark.parametrize("mode", rows.MODES)
 def test_resumes_in_the_middle_of_an_epoch_on_other_processes(folders, tokenizer, mode):
     config = settings(folders[mode], mode)
-    train = TrainBatches(config, tokenizer, SEQ_LEN, 6, seed=2)
+    train = TrainBatches(config, tokenizer, SEQ_LEN, 8, seed=2)
     for _ in range(5):
         next(train)
     state = train.get_state()
     rest = batches(train, 3)
-    parts = []
-    for index in range(2):
-        part = TrainBatches(config, tokenizer, SEQ_LEN, 6, 2, index, 2)
-        part.set_state(state)
-        parts.append(batches(part, 3))
-    for step in range(3):
-        joined = np.concatenate([p[step]["tokens"] for p in parts])
-        np.testing.assert_array_equal(joined, rest[step]["tokens"])
+    for count in (2, 4):
+        parts = []
+        for index in range(count):
+            part = TrainBatches(config, tokenizer, SEQ_LEN, 8, 2, index, count)
+            part.set_state(state)
+            assert part.get_state() == state
+            parts.append(batches(part, 3))
+        for step in range(3):
+            for key in ("tokens", "mask"):
+                joined = np.concatenate([p[step][key] for p in parts])
+                np.testing.assert_array_equal(joined, rest[step][key])
 
 
 def test_manifest_counts(folders, tokenizer):
