@@ -17,16 +17,16 @@ from gidd_jax.cli import load_config
 from gidd_jax.data import rows, shards
 from gidd_jax.data.corpus import (
     DATASETS,
+    Chain,
     Concatenation,
     Documents,
     Subset,
     list_files,
-    open_corpus,
+    open_parts,
 )
 from gidd_jax.data.files import open_text_file
 from gidd_jax.data.mixture import split_mixture
 from gidd_jax.data.pipeline import Records, tokenise_all
-from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
@@ -100,23 +100,37 @@ def open_rows(
     """Read and tokenise a corpus with the model's tokenizer, and cut it into rows.
 
     is_own: `split` is 'train' or 'validation' by the run's rule, cut as its validation is;
-    otherwise every document of files, or the tfds split of that name. `max_documents` takes a
-    fixed random sample. Raises InputError when there is no such corpus or split.
+    otherwise every document of files, or the tfds split of that name. Of shards the rows of the
+    validation split count, each as a document of its own; rows of a mixture follow each other,
+    those of texts first. `max_documents` takes a fixed random sample. Raises InputError when there
+    is no such corpus or split.
     """
+    paths = [part.path for part in split_mixture(settings.path)]
+    folders = [path for path in paths if shards.is_shard_folder(path)]
+    texts = [path for path in paths if path not in folders]
+    find = _own_documents if is_own else _all_documents
+    documents = find(settings, texts, split) if texts else None
+    if documents is not None and len(documents) == 0:
+        raise InputError(f"data path {settings.path!r} holds no text")
+    held_out = [_shard_records(settings, folder, split, model) for folder in folders]
+    sizes = [0 if documents is None else len(documents), *map(len, held_out)]
+    sample = _sample_indices(sum(sizes), max_documents)
+    chosen = np.split(sample, np.searchsorted(sample, np.cumsum(sizes)[:-1]))
+    starts = np.cumsum([0, *sizes])
+    parts = []
+    if documents is not None and len(chosen[0]):
+        is_all = len(chosen[0]) == len(documents)
+        some = documents if is_all else Subset(documents, chosen[0])
+        parts.append(_text_rows(settings, some, split, model))
+    for records, own, start in zip(held_out, chosen[1:], starts[1:-1], strict=True):
+        if len(own):
+            parts.append(_shard_rows(records, own - start))
+    return _joined(parts)
+
+
+def _text_rows(settings: DataSettings, documents: Documents, split: str, model: Gidd) -> CorpusRows:
     # An autoregressive model cannot score the first token of a row: nor do its bytes count.
     first = 1 if model.process is None else 0
-    if shards.is_shard_folder(settings.path):
-        return _shard_rows(settings, split, model.tokenizer, model.max_seq_len, max_documents)
-    parts = split_mixture(settings.path)
-    if any(shards.is_shard_folder(part.path) for part in parts):
-        raise InputError(
-            f"data path {settings.path!r} mixes in shards, which hold no documents: give the texts "
-            "with --data"
-        )
-    documents = _own_documents(settings, split) if is_own else _all_documents(settings, split)
-    if len(documents) == 0:
-        raise InputError(f"data path {settings.path!r} holds no text")
-    documents = _sample(documents, max_documents)
     tokenised = tokenise_all(documents, model.tokenizer, settings, split)
     windows = rows.cut(tokenised, settings.mode, model.max_seq_len)
     scored = rows.Windows(windows.ids, windows.starts + first, windows.ends)
@@ -126,53 +140,62 @@ def open_rows(
     return CorpusRows(windows, numbers, scored.sums(tokenised.num_bytes), len(documents))
 
 
-def _own_documents(settings: DataSettings, split: str) -> Documents:
+def _shard_records(
+    settings: DataSettings, folder: str, split: str, model: Gidd
+) -> shards.ShardRecords:
+    if split != "validation":
+        raise InputError(
+            f"--split={split}: of the shards in {folder} only the validation split is cut "
+            "into rows; give the texts with --data"
+        )
+    return shards.open_shards(folder, model.tokenizer, settings.mode, model.max_seq_len)[1]
+
+
+def _shard_rows(records: shards.ShardRecords, chosen: np.ndarray) -> CorpusRows:
+    num_bytes = np.array([records.num_bytes(int(i)) for i in chosen], np.int64)
+    # The shards do not say which rows came from one document.
+    ids = [records[int(i)] for i in chosen]
+    return CorpusRows(ids, np.arange(len(chosen)), num_bytes, len(chosen))
+
+
+def _joined(parts: list[CorpusRows]) -> CorpusRows:
+    """The rows of several corpora, end to end; documents are numbered on."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(part.num_documents for part in parts)])
+    return CorpusRows(
+        Chain([part.ids for part in parts]),
+        np.concatenate([p.documents + start for p, start in zip(parts, starts, strict=False)]),
+        np.concatenate([part.num_bytes for part in parts]),
+        int(starts[-1]),
+    )
+
+
+def _own_documents(settings: DataSettings, paths: list[str], split: str) -> Documents:
     if split not in ("train", "validation"):
         raise InputError(
             f"--split={split}: the run's own corpus has the splits train and validation"
         )
-    corpus = open_corpus(
-        settings.path, settings.validation, settings.text_key, settings.txt_documents
-    )
+    corpus = open_parts(paths, settings.validation, settings.text_key, settings.txt_documents)
     return corpus.train if split == "train" else corpus.validation
 
 
-def _all_documents(settings: DataSettings, split: str) -> Documents:
-    kind, _, name = settings.path.partition(":")
-    if name and kind in DATASETS:
-        return DATASETS[kind](name, split, settings.text_key)
-    return Concatenation(
-        [
-            open_text_file(file, settings.text_key, settings.txt_documents)
-            for file in list_files(settings.path)
-        ]
-    )
-
-
-def _sample(documents: Documents, max_documents: int | None) -> Documents:
-    if max_documents is None or max_documents >= len(documents):
-        return documents
-    return Subset(documents, _sample_indices(len(documents), max_documents))
+def _all_documents(settings: DataSettings, paths: list[str], split: str) -> Documents:
+    parts: list[Documents] = []
+    for path in paths:
+        kind, _, name = path.partition(":")
+        if name and kind in DATASETS:
+            parts.append(DATASETS[kind](name, split, settings.text_key))
+        else:
+            parts += [
+                open_text_file(file, settings.text_key, settings.txt_documents)
+                for file in list_files(path)
+            ]
+    return Concatenation(parts)
 
 
 def _sample_indices(count: int, max_count: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(count)[:max_count])
-
-
-def _shard_rows(
-    settings: DataSettings, split: str, tokenizer: Tokenizer, seq_len: int, max_rows: int | None
-) -> CorpusRows:
-    if split != "validation":
-        raise InputError(
-            f"--split={split}: of the shards in {settings.path} only the validation split is cut "
-            "into rows; give the texts with --data"
-        )
-    _, held_out = shards.open_shards(settings.path, tokenizer, settings.mode, seq_len)
-    chosen = _sample_indices(len(held_out), max_rows)
-    num_bytes = np.array([held_out.num_bytes(int(i)) for i in chosen], np.int64)
-    # The shards do not say which rows came from one document.
-    ids = [held_out[int(i)] for i in chosen]
-    return CorpusRows(ids, np.arange(len(chosen)), num_bytes, len(chosen))
 
 
 def score_rows(

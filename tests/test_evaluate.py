@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_checkpoint import tiny_model, write_checkpoint
-from tiny_run import SENTENCE, tiny_settings
+from tiny_run import SENTENCE, tiny_settings, write_corpus
 
 from gidd_jax import evaluation, likelihood
 from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
+from gidd_jax.prepare_data import prepare
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -81,14 +82,75 @@ def test_zero_shot_windows_drop_nothing(data, model):
     assert evaluation.zero_shot_settings(None, "embedded").mode == "crop"
 
 
-def test_a_mixture_with_shards_names_the_way_out(data, model, tmp_path):
-    (tmp_path / "manifest.json").write_text("{}")
-    mixed = f"0.5:{tmp_path},0.5:{data / 'corpus.txt'}"
-    settings = dataclasses.replace(tiny_settings(data).data, path=mixed)
-    with pytest.raises(
-        InputError, match="mixes in shards, which hold no documents: give the texts"
-    ):
-        evaluation.open_rows(settings, "validation", model, is_own=True)
+@pytest.fixture(scope="module")
+def shard_folder(data, tmp_path_factory) -> Path:
+    """Shards of other texts than the corpus."""
+    folder = tmp_path_factory.mktemp("shards")
+    prepare(
+        str(write_corpus(folder, "other.txt", lines=40)),
+        str(data / "tokenizer"),
+        folder / "out",
+        seq_len=16,
+        mode="padded",
+        validation="last:9",
+        text_key="text",
+        txt_documents="line",
+        num_workers=1,
+        shard_size=50,
+    )
+    return folder / "out"
+
+
+def open_parts(data, shard_folder, model, **options) -> list[evaluation.CorpusRows]:
+    """The rows of a mixture of two texts and shards, and of the texts and the shards alone."""
+    corpus = data / "corpus.txt"
+    texts = f"0.5:{corpus},0.2:{write_corpus(shard_folder.parent, 'more.txt', 30)}"
+    mixture = f"0.3:{shard_folder},{texts}"
+    return [
+        evaluation.open_rows(
+            dataclasses.replace(tiny_settings(data).data, path=str(path)),
+            "validation",
+            model,
+            is_own=True,
+            **options,
+        )
+        for path in (mixture, texts, shard_folder)
+    ]
+
+
+def test_rows_of_a_mixture_with_shards(data, model, shard_folder):
+    mixed, *alone = open_parts(data, shard_folder, model)
+    assert [part.num_documents for part in alone] == [8, 9]
+    assert mixed.num_documents == 17
+    assert len(mixed.ids) == 17
+    assert rows_of(mixed) == [row for part in alone for row in rows_of(part)]
+    np.testing.assert_array_equal(mixed.documents, np.arange(17))
+    np.testing.assert_array_equal(mixed.num_bytes, np.concatenate([p.num_bytes for p in alone]))
+    for count in (1, 5, 16):
+        some = open_parts(data, shard_folder, model, max_documents=count)[0]
+        assert some.num_documents == len(some.ids) == count
+        np.testing.assert_array_equal(some.documents, np.arange(count))
+        kept = np.sort(np.random.default_rng(0).permutation(17)[:count])
+        assert rows_of(some) == [rows_of(mixed)[i] for i in kept]
+    settings = tiny_settings(data, **{"data.path": f"1:{shard_folder},1:{data / 'corpus.txt'}"})
+    with pytest.raises(InputError, match=r"of the shards in .*out only the validation split"):
+        evaluation.open_rows(settings.data, "train", model, is_own=True)
+
+
+def test_figures_of_a_mixture_are_those_of_its_parts(data, baseline, shard_folder):
+    """Weighted by tokens and by bytes; the baseline is exact, and draws nothing."""
+    parts = open_parts(data, shard_folder, baseline)
+    mixed, *alone = [
+        evaluation.corpus_figures(None, part, score(baseline, part), num_resamples=10, seed=0)
+        for part in parts
+    ]
+    for key in ("tokens", "bytes", "rows", "documents"):
+        assert mixed[key] == sum(part[key] for part in alone)
+    nats = sum(part["nelbo"] * part["tokens"] for part in alone)
+    assert mixed["nelbo"] == pytest.approx(nats / mixed["tokens"], rel=1e-6)
+    bits = sum(part["bits_per_byte"] * part["bytes"] for part in alone)
+    assert mixed["bits_per_byte"] == pytest.approx(bits / mixed["bytes"], rel=1e-6)
+    assert alone[0]["nelbo"] != pytest.approx(alone[1]["nelbo"], rel=1e-4)
 
 
 def test_documents_of_packed_rows(data, model):
