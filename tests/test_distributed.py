@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,9 +22,44 @@ from tiny_run import (
     tiny_settings,
 )
 
-from gidd_jax.trainer import train
+from gidd_jax.build import build_objective
+from gidd_jax.checkpoint import Checkpointer
+from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.optimizer import make_optimizer
+from gidd_jax.sharding import activate, make_mesh
+from gidd_jax.trainer import state_maker, train
 
-CHANGES = {"train.num_steps": 10, "train.eval_every": 5, "optimizer.ema_decay": 0.9}
+CHANGES = {
+    "train.num_steps": 10,
+    "train.eval_every": 5,
+    "train.eval_batches": 1,
+    "model.num_layers": 1,
+    "optimizer.ema_decay": 0.9,
+}
+
+# Forks of a process that has imported everything and touched no device: the seconds of importing
+# are spent once for both. The last is waited for first: where it was killed the other is ended as a
+# launcher would, since JAX takes the 100 s of its heartbeat to notice.
+PAIR = """
+import faulthandler, json, os, signal, sys
+import gidd_jax.gidd, gidd_jax.trainer
+program, argvs = json.load(sys.stdin)
+children, codes = [], [0, 0]
+for number, argv in enumerate(argvs):
+    children.append(os.fork())
+    if children[-1] == 0:
+        faulthandler.dump_traceback_later(240, exit=True)  # what hangs does not stay
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(f"{number}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.argv = ["-c", *argv]
+        exec(program, {"__name__": "__main__"})
+        sys.exit()
+codes[1] = os.waitstatus_to_exitcode(os.waitpid(children[1], 0)[1])
+if codes[1] < 0:
+    os.kill(children[0], signal.SIGKILL)
+codes[0] = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+print(*codes)
+"""
 
 
 class Ended(NamedTuple):
@@ -48,40 +83,29 @@ def folder(tmp_path_factory) -> Path:
 
 def run_two(folder: Path, workdir: Path, number: int = 0, at: int = 0) -> list[Ended]:
     """Train on two processes, the second of which sends itself a signal before a batch."""
-    signals = [[str(number), "0"], [str(number), str(at)]]
-    command = ["-c", TRAIN]
+    signals = [["0", "0"], [str(number), str(at)]]
     flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}"]
-    return two_processes(folder, command, [[*own, *flags] for own in signals])
+    return two_processes(folder, TRAIN, [[*own, *flags] for own in signals])
 
 
-def two_processes(folder: Path, command: list[str], own: list[list[str]]) -> list[Ended]:
-    """Run `python COMMAND OWN` as two processes that know each other."""
+def two_processes(folder: Path, program: str, arguments: list[list[str]]) -> list[Ended]:
+    """Run a program with `arguments` of its own in two processes that know each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running = []
-    for process_id in range(2):
-        arguments = [*command, *own[process_id]]
-        arguments += ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
-        arguments += ["--num_processes=2", f"--process_id={process_id}"]
-        running.append(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=folder,
-                env=environment(folder, JAX_NUM_CPU_DEVICES="2"),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    # The last first: where it was killed the other is ended as a launcher would, since JAX takes
-    # the 100 s of its heartbeat to notice.
-    errors = ["", ""]
-    errors[1] = running[1].communicate(timeout=300)[1]
-    if running[1].returncode < 0:
-        running[0].kill()
-    errors[0] = running[0].communicate(timeout=300)[1]
-    return [Ended(p.returncode, err) for p, err in zip(running, errors, strict=True)]
+    cluster = ["--distributed", f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
+    argvs = [[*own, *cluster, f"--process_id={i}"] for i, own in enumerate(arguments)]
+    done = subprocess.run(
+        [sys.executable, "-c", PAIR],
+        input=json.dumps([program, argvs]),
+        cwd=folder,
+        env=environment(folder, JAX_NUM_CPU_DEVICES="2"),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    codes = map(int, done.stdout.split())
+    return [Ended(code, (folder / f"{i}.err").read_text()) for i, code in enumerate(codes)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +127,7 @@ def figures(workdir: Path) -> dict[tuple[int, str], float]:
     }
 
 
-def test_two_processes_train_as_one(folder, finished, tmp_path):
+def test_two_processes_train_as_one(folder, finished, tmp_path, compile_quickly):
     """Same batches, noise and updates: losses, validation and parameters of four local devices."""
     with jax.default_device(None):
         settings = tiny_settings(folder, **CHANGES, **{"mesh.data": 8})
@@ -115,9 +139,25 @@ def test_two_processes_train_as_one(folder, finished, tmp_path):
         np.testing.assert_allclose(value, alone[key], rtol=1e-5, atol=1e-6, err_msg=str(key))
 
 
-@pytest.mark.slow
-def test_a_killed_pair_goes_on(folder, finished):
+def restored(folder: Path, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
+    """The newest state of a run, read by this process alone onto another mesh."""
+    settings = tiny_settings(folder, **CHANGES)
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
+    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    with (
+        activate(mesh),
+        Checkpointer(
+            workdir, every=4, max_to_keep=1, config=settings.to_dict(), tokenizer=tokenizer
+        ) as checkpointer,
+    ):
+        return checkpointer.restore(state_maker(settings, objective, optimizer, mesh)[1])[0]
+
+
+def test_a_killed_pair_goes_on_and_is_read_on_other_devices(folder, finished):
     """One process dies, the launcher ends the other, and the restarted pair repeats its numbers.
+
+    Its checkpoint is then read by one process, on one device and on eight as another mesh.
 
     To 1e-6: the order in which Gloo adds the processes' gradients is not promised. Most runs were
     bitwise equal, one on a busy machine was 3e-8 off. Runs of one process are held to every bit.
@@ -135,10 +175,17 @@ def test_a_killed_pair_goes_on(folder, finished):
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
     assert figures(workdir).keys() == figures(finished).keys()
+    for mesh in (make_mesh(1, 1, 1, devices=jax.devices()[:1]), make_mesh(2, 2, 2)):
+        state = restored(folder, workdir, mesh)
+        assert int(state.step) == 10
+        for tree, name in ((state.params, "params"), (state.ema, "ema")):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                assert leaf.sharding.device_set == set(mesh.devices.flat)
+                key = f"['{name}']{jax.tree_util.keystr(path)}"
+                np.testing.assert_array_equal(leaf, found[key], err_msg=key)
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_stops_all_after_one_step(folder, finished):
+def test_sigterm_to_one_stops_all_after_one_step(folder, finished, compile_quickly):
     """A preemption notice reaches one host; the checkpoint is that of all."""
     workdir = folder / "stopped"
     ended = run_two(folder, workdir, signal.SIGTERM, 4)
@@ -166,9 +213,8 @@ def test_two_processes_sample_and_score_as_one(folder, finished, tmp_path):
         suffix = "npz" if name == "sample" else "json"
         arguments += [f"--checkpoint={finished}"]
         files = [tmp_path / f"{who}.{suffix}" for who in ("two", "one")]
-        ended = two_processes(
-            folder, ["-m", f"gidd_jax.{name}", *arguments, f"--out={files[0]}"], [[], []]
-        )
+        program = f"import runpy; runpy.run_module('gidd_jax.{name}', None, '__main__', True)"
+        ended = two_processes(folder, program, [[*arguments, f"--out={files[0]}"]] * 2)
         assert [end.code for end in ended] == [0, 0], ended[0].err + ended[1].err
         alone = [sys.executable, "-m", f"gidd_jax.{name}", *arguments, f"--out={files[1]}"]
         subprocess.run(alone, env=environment(folder), check=True, stdout=subprocess.DEVNULL)
