@@ -2,12 +2,13 @@
 
 WORKDIR/checkpoints/STEP/ holds the training state and, as JSON, the data position, the settings
 of the run (with its process) and the files of its tokenizer. A step appears under its name only
-when all of it is written.
+when all of it is written; in a bucket, it counts only then.
 """
 
 import contextlib
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from gidd_jax.data.files import stays_in_folder
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
+from gidd_jax.storage import check_reachable, is_remote, named_failures, reason, run_folder
 
 CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
 CONFIG_FILE = "config.json"  # the settings of the run in a workdir
@@ -80,12 +82,15 @@ class Checkpoint:
 def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
     """Return the newest checkpoint in a workdir or its checkpoints folder, or the step itself.
 
-    Raises InputError when the folder does not exist or holds no complete checkpoint.
+    Raises InputError when the folder cannot be reached or holds no complete checkpoint.
     """
-    folder = _absolute(path)
+    folder = run_folder(path)
+    check_reachable(folder)
     if not folder.is_dir():
         raise InputError(f"no such folder: {path}")
     if folder.name.isdecimal() and (folder / "state").is_dir():
+        if not ocp.utils.is_checkpoint_finalized(folder):
+            raise InputError(f"{path} is only a part of a checkpoint: use another step")
         return Checkpoint(folder, int(folder.name))
     root = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
     steps = ocp.utils.checkpoint_steps(root)
@@ -95,12 +100,6 @@ def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
             "one step of it"
         )
     return Checkpoint(root / str(max(steps)), max(steps))
-
-
-def _absolute(path: str | epath.PathLike) -> epath.Path:
-    """Return the path as Orbax takes it; etils would make gs://bucket a folder named 'gs:' here."""
-    folder = epath.Path(path)
-    return folder if "://" in str(folder) else folder.resolve()
 
 
 def load_params(checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = False) -> Any:
@@ -153,7 +152,7 @@ class Checkpointer:
         config: Mapping[str, Any],
         tokenizer: Tokenizer,
     ) -> None:
-        self._root = _absolute(workdir) / CHECKPOINTS
+        self._root = run_folder(workdir) / CHECKPOINTS
         self._every = every
         self._context = {"config": dict(config), "tokenizer": _tokenizer_files(tokenizer)}
         self._manager = ocp.CheckpointManager(
@@ -232,13 +231,21 @@ class Checkpointer:
     def _named_failures(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, ValueError) as error:  # TensorStore's are ValueErrors
-            steps = ocp.utils.checkpoint_steps(self._root) if self._root.is_dir() else []
-            last = f"step {max(steps)}" if steps else "its beginning"
+        except Exception as error:
+            kinds = (OSError, RuntimeError, ValueError)  # TensorStore's are ValueErrors
+            if not (isinstance(error, kinds) or is_remote(self._root)):
+                raise
             raise StorageError(
-                f"a checkpoint could not be written to {self._root} ({_reason(error)}): make room "
-                f"or mend the folder; the same command goes on from {last}"
+                f"a checkpoint could not be written to {self._root} ({reason(error)}): make room "
+                f"or mend the folder; the same command goes on from {self._last_words()}"
             ) from error
+
+    def _last_words(self) -> str:
+        try:
+            steps = ocp.utils.checkpoint_steps(self._root) if self._root.is_dir() else []
+        except Exception:  # the bucket that just failed
+            return "its last checkpoint"
+        return f"step {max(steps)}" if steps else "its beginning"
 
     def __enter__(self) -> Self:
         return self
@@ -264,9 +271,11 @@ def check_workdir(
 
     Writes nothing. The run's length, logging, checkpoint cadence and mesh may differ.
     """
-    path = epath.Path(workdir) / CONFIG_FILE
-    nearest = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
-    if not nearest.is_dir():
+    root = run_folder(workdir)
+    check_reachable(root)
+    path, above = root / CONFIG_FILE, [] if is_remote(root) else root.parents
+    nearest = next((folder for folder in (root, *above) if folder.exists()), None)
+    if nearest is not None and not nearest.is_dir():
         raise InputError(f"--workdir={workdir}: {nearest} is a file, name a folder")
     if allow_config_change or not path.exists():
         return
@@ -288,13 +297,15 @@ def check_workdir(
 def lock_workdir(workdir: str | epath.PathLike) -> Iterator[None]:
     """Keep other runs out of `workdir` (made if missing) until the block ends or the process dies.
 
-    Process 0 holds the lock. Raises InputError when another run is at work there.
+    Process 0 holds the lock. Raises InputError when another run is at work there. A bucket has no
+    lock that would end with its process: there, nothing is held.
     """
-    if jax.process_index() != 0:
+    folder = run_folder(workdir)
+    if jax.process_index() != 0 or is_remote(folder):
         yield
         return
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(Path(workdir) / LOCK_FILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -310,19 +321,24 @@ def lock_workdir(workdir: str | epath.PathLike) -> Iterator[None]:
 def open_workdir(workdir: str | epath.PathLike, settings: Settings, tokenizer: Tokenizer) -> None:
     """Write the settings and the tokenizer into `workdir` (made if missing), for people to read.
 
-    Only process 0 writes. Checkpoints carry their own copies.
+    Only process 0 writes. Checkpoints carry their own copies. Raises StorageError when a bucket
+    takes nothing.
     """
     if jax.process_index() != 0:
         return
-    folder = epath.Path(workdir)
-    write_atomically(folder / CONFIG_FILE, settings.to_json())
-    for name, text in _tokenizer_files(tokenizer).items():
-        write_atomically(folder / "tokenizer" / name, text)
+    folder = run_folder(workdir)
+    with named_failures(folder):
+        write_atomically(folder / CONFIG_FILE, settings.to_json())
+        for name, text in _tokenizer_files(tokenizer).items():
+            write_atomically(folder / "tokenizer" / name, text)
 
 
 def write_atomically(path: str | epath.PathLike, text: str) -> None:
     """Write a text file so that readers see the old or the new content, never a part."""
     path = epath.Path(path)
+    if is_remote(path):
+        path.write_text(text)  # an object appears when it is whole
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / (path.name + ".part")
     part.write_text(text)
@@ -395,14 +411,18 @@ def _describe(leaf: Any) -> str:
 
 
 def _damaged(checkpoint: Checkpoint, error: Exception) -> InputError:
+    later = (PermissionError, ConnectionError, TimeoutError, MemoryError)
+    if isinstance(error, later) or (is_remote(checkpoint.folder) and _is_refused(error)):
+        return InputError(f"checkpoint {checkpoint.folder} cannot be read now: {reason(error)}")
     steps = ocp.utils.checkpoint_steps(checkpoint.folder.parent)
     older = [step for step in steps if step < checkpoint.step]
     fix = f"delete it to go on from step {max(older)}" if older else "there is no older one"
-    reason = _reason(error)
-    if isinstance(error, PermissionError | ConnectionError | TimeoutError | MemoryError):
-        return InputError(f"checkpoint {checkpoint.folder} cannot be read now: {reason}")
-    return InputError(f"checkpoint {checkpoint.folder} is damaged ({reason}): {fix}")
+    return InputError(f"checkpoint {checkpoint.folder} is damaged ({reason(error)}): {fix}")
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _is_refused(error: Exception) -> bool:
+    """Tell whether a bucket's clients could not read, rather than found something wrong."""
+    by_tensorstore = r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED"
+    by_gcsfs = type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
+    is_os = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return by_gcsfs or is_os or re.search(by_tensorstore, str(error)) is not None

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,10 +18,13 @@ from clu import metrics
 from etils import epath
 
 from gidd_jax.checkpoint import write_atomically
-from gidd_jax.errors import InputError
+from gidd_jax.errors import InputError, StorageError
 from gidd_jax.models.dit import padded_vocab_size
 from gidd_jax.roofline import find_chip
 from gidd_jax.settings import ModelSettings
+from gidd_jax.storage import is_remote, named_failures, run_folder
+
+METRICS_FILE = "metrics.jsonl"
 
 
 @flax.struct.dataclass
@@ -76,7 +80,9 @@ class MetricWriter:
     """Writes to TensorBoard event files, `metrics.jsonl`, the log and, if asked, to W&B.
 
     Every process makes one; only process 0 writes. A run that resumes at `resume_step` first
-    drops what an earlier start wrote after that step, so that each step is there once.
+    drops what an earlier start wrote after that step, so that each step is there once. A bucket's
+    objects cannot grow: there, the files are copies, as new as the last flush. Raises StorageError
+    when the bucket takes nothing.
     """
 
     def __init__(
@@ -91,16 +97,22 @@ class MetricWriter:
             return
         from tensorboardX import SummaryWriter
 
-        folder = epath.Path(workdir)
+        self._home = run_folder(workdir)
+        self._spool = tempfile.TemporaryDirectory() if is_remote(self._home) else None
+        folder = epath.Path(self._spool.name) if self._spool else self._home
         folder.mkdir(parents=True, exist_ok=True)
-        self._wandb = _start_wandb(folder, wandb_project) if wandb_project else None
+        path = folder / METRICS_FILE
+        if self._spool:
+            with named_failures(self._home):
+                if (self._home / METRICS_FILE).exists():
+                    path.write_bytes((self._home / METRICS_FILE).read_bytes())
+        self._wandb = _start_wandb(self._home, folder, wandb_project) if wandb_project else None
         # The suffix keeps apart two starts within one second: files are named by the second.
         self._events = SummaryWriter(
             str(folder / "tensorboard"),
             purge_step=resume_step + 1,
             filename_suffix=f".{resume_step}",
         )
-        path = folder / "metrics.jsonl"
         _drop_after(path, resume_step)
         self._file = path.open("a")
 
@@ -128,21 +140,36 @@ class MetricWriter:
             self._wandb.config.update(dict(hparams), allow_val_change=True)
 
     def flush(self) -> None:
-        """Put everything on disk."""
-        if self._file is not None:
-            self._file.flush()
-            self._events.flush()
+        """Put everything on disk, or in the bucket."""
+        if self._file is None:
+            return
+        self._file.flush()
+        self._events.flush()
+        self._copy()
 
     def close(self) -> None:
         """Flush and release the files."""
         if self._file is None:
             return
-        self.flush()
         self._file.close()
         self._events.close()
         self._file = None
-        if self._wandb is not None:
-            self._wandb.finish()
+        try:
+            self._copy()
+        finally:
+            if self._spool:
+                self._spool.cleanup()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def _copy(self) -> None:
+        """Put the files of this start into the bucket, each as a whole."""
+        if self._spool is None:
+            return
+        folder = epath.Path(self._spool.name)
+        with named_failures(self._home):
+            for file in [folder / METRICS_FILE, *(folder / "tensorboard").iterdir()]:
+                (self._home / file.relative_to(folder)).write_bytes(file.read_bytes())
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +180,12 @@ class MetricWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StorageError:
+            if error is None:
+                raise
+            # The block ended by another error, which is often this one: the first is what counts.
 
 
 class Progress:
@@ -241,11 +273,11 @@ def check_wandb() -> None:
         )
 
 
-def _start_wandb(folder: epath.Path, project: str) -> Any:
+def _start_wandb(home: epath.Path, folder: epath.Path, project: str) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
     # Kept in the workdir, so that a resumed run goes on in the same W&B run.
-    path = folder / "wandb_run_id"
+    path = home / "wandb_run_id"
     if not path.exists():
         write_atomically(path, uuid.uuid4().hex)
     return wandb.init(project=project, id=path.read_text(), resume="allow", dir=str(folder))

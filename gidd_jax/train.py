@@ -9,7 +9,6 @@ Examples:
 """
 
 import datetime
-from pathlib import Path
 
 from absl import flags
 
@@ -39,7 +38,7 @@ def _plan_flag() -> flags.FlagHolder[str | None]:
 
 CONFIG = config_flag("gidd")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run. Default: outputs/YYYY-MM-DD/HH-MM-SS."
+    "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER. Default: outputs/DATE/TIME."
 )
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir that was made with another config."
@@ -51,6 +50,7 @@ DISTRIBUTED = distributed_flags()
 def main(argv: list[str]) -> None:
     del argv
     from gidd_jax.settings import Settings
+    from gidd_jax.storage import run_folder
     from gidd_jax.trainer import train
 
     settings = Settings.from_config(CONFIG.value)
@@ -60,16 +60,11 @@ def main(argv: list[str]) -> None:
         set_devices(PLAN.value)
         print(describe(make_plan(settings, PLAN.value)))
         return
-    if "://" in (WORKDIR.value or ""):
-        raise InputError(
-            f"--workdir={WORKDIR.value}: must be a folder; mount the bucket, for example with "
-            "gcsfuse, and give the folder of the mount"
-        )
     if DISTRIBUTED.distributed.value and WORKDIR.value is None:
         raise InputError("--distributed needs --workdir, the same folder for every process")
+    workdir = WORKDIR.value or f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
+    run_folder(workdir)  # what is wrong with it is said before the processes find each other
     DISTRIBUTED.start()
-    now = datetime.datetime.now()
-    workdir = Path(WORKDIR.value or f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S}")
     figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value)
     words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     print(f"validation: {words or 'none'}\nworkdir: {workdir}")

@@ -5,7 +5,6 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import perf_counter as clock
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 from clu import parameter_overview, profiler
+from etils import epath
 
 from gidd_jax import sharding
 from gidd_jax.build import build_objective
@@ -42,7 +42,9 @@ from gidd_jax.state import (
 PROFILED_STEPS = 5
 
 
-def train(settings: Settings, workdir: Path, allow_config_change: bool = False) -> dict[str, Any]:
+def train(
+    settings: Settings, workdir: str | epath.PathLike, allow_config_change: bool = False
+) -> dict[str, Any]:
     """Train to settings.train.num_steps, going on from the newest checkpoint in the workdir.
 
     Returns the figures of the last validation. Raises InputError for bad input before anything is
@@ -114,7 +116,7 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
         started = clock()
         for step in range(first + 1, num_steps + 1):
             if step == settings.logging.profile_at:
-                profiler.start(str(workdir / "tensorboard"))
+                profiler.start(str(epath.Path(workdir) / "tensorboard"))
                 profiled_until = min(step + PROFILED_STEPS - 1, num_steps)
             batch = put_batch(next(batches), mesh)
             state, metrics = step_fn(state, batch, run_key)
@@ -137,6 +139,7 @@ def train(settings: Settings, workdir: Path, allow_config_change: bool = False) 
             )  # asked once: a signal after this line is heard after the next step
             if stop or step == num_steps or step % settings.checkpoint.every == 0:
                 reporter.flush()  # a state made of numbers that are not finite is not saved
+                writer.flush()  # before the step: its metrics are there when it is
                 checkpointer.save(step, state, batches.get_state(), force=True)
             if stop:
                 checkpointer.wait()
@@ -271,7 +274,7 @@ class Reporter:
         writer: MetricWriter,
         progress: Progress,
         checkpointer: Checkpointer,
-        workdir: Path,
+        workdir: str | epath.PathLike,
     ) -> None:
         self._every = settings.logging.every
         self._writer, self._progress = writer, progress

@@ -44,6 +44,7 @@ LAYERS = {
         "settings",
         "sharding",
         "state",
+        "storage",
         "trainer",
     },
     "interop": {

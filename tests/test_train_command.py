@@ -133,7 +133,7 @@ CASES = {  # name: (arguments, words of the error)
     "no wandb": (["--config.logging.wandb=True"], "pip install 'gidd-jax[wandb]'"),
     "workdir is a file": (["--workdir={folder}/empty.txt"], "is a file, name a folder"),
     "negative scale": (["--config.process.scale=-1"], "process.scale = -1.0: must be >= 0"),
-    "bucket": (["--workdir=gs://bucket/run"], "mount the bucket"),
+    "bucket": (["--workdir=s3://bucket/run"], "gs://BUCKET/FOLDER; mount another store"),
     "no config": (["--config=nowhere"], "the shipped configs are"),
 }
 
