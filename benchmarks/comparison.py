@@ -11,7 +11,6 @@ from benchmarks.pair import Worker
 from benchmarks.plan import (
     EAGER,
     OURS,
-    ROUNDS,
     Case,
     Ceilings,
     Check,
@@ -90,7 +89,7 @@ def measure_case(suite: str, case: Case, sides: Sides, ceilings: Ceilings) -> li
     facts = {v: workers[v].ask("make", suite, case, v) for v in variants}
     seconds: dict[str, list[float]] = {v: [] for v in variants}
     peaks: dict[str, list[int]] = {v: [] for v in variants}
-    for _ in range(ROUNDS):
+    for _ in range(case.rounds):
         for variant in variants:
             taken, peak = workers[variant].ask("time", variant)
             seconds[variant].append(taken)

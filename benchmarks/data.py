@@ -1,4 +1,4 @@
-"""Suite data: batches from pre-tokenised shards, and whether a training step waits for them."""
+"""Suite data: batches from shards, whether a training step waits for them, and making shards."""
 
 import atexit
 import contextlib
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import inputs
+from benchmarks import inputs, preparing
 from benchmarks.plan import Case, Check, Found, Subject
 
 VOCAB_SIZE = 50304
@@ -20,16 +20,18 @@ NAME = "data_b32_l512"
 
 
 def cases(scale: str, dtype: str) -> list[Case]:
-    """Return reading alone at two lengths, and reading while a network trains."""
+    """Return reading alone at several lengths, reading while a network trains, and preparing."""
     del dtype
     if scale == "small":
-        return [_case("data", 4, 16, 8), _case("waiting", 4, 16, 4)]
+        small = [_case("data", 4, 16, 8), _case("waiting", 4, 16, 4)]
+        return [*small, *preparing.cases(scale)]
     return [
         _case("data", 32, 512, 128),
         _case("data", 32, 1024, 64, sweep="length"),
         _case("data", 32, 128, 512, sweep="length"),
         _case("data", 32, 512, 128, sweep="length"),
         _case("waiting", 32, 512, 20),
+        *preparing.cases(scale),
     ]
 
 
@@ -46,7 +48,9 @@ def _case(kind: str, batch: int, length: int, batches: int, sweep: str = "") -> 
 
 
 def ours(case: Case) -> Subject:
-    """The batches of gidd_jax.data.pipeline from shards of random tokens."""
+    """The batches of gidd_jax.data.pipeline from shards of random tokens; or making shards."""
+    if case.kind == "prepare":
+        return preparing.ours(case)
     from gidd_jax.data.pipeline import TrainBatches
 
     length, batch = case.shape["length"], case.shape["batch"]
@@ -164,4 +168,5 @@ def checks(scale: str, found: Found) -> list[Check]:
             f"{NAME}: tokens/s on one core", speed and speed.tokens_per_second, TOKENS_PER_SECOND
         ),
         Check("waiting: share of time in waiting", waiting, LARGEST_WAIT, at_most=True),
+        *preparing.checks(found),
     ]

@@ -17,7 +17,8 @@ class Case:
     kind: what is done, a key of the suite; shape: its sizes and settings. tokens, flops (of the
     matrix products that any version needs) and bytes_moved (memory traffic that none can avoid;
     0: not counted) are those of one run. sweep: the size that varies along a series of cases.
-    virtual_devices: into how many devices the CPU of the JAX side is divided.
+    virtual_devices: into how many devices the CPU of the JAX side is divided. rounds: how often it
+    is timed.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Case:
     variants: tuple[str, ...] = (OURS,)
     sweep: str = ""
     virtual_devices: int = 1
+    rounds: int = ROUNDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Subject:
     """Something to time in a worker: `run` returns when its work is done.
 
     facts: numbers found while it was made (compile_seconds, xla_temp_bytes, ...). warm_up: what
-    is run before the first measurement, where a part of the work is enough.
+    is run before the first measurement, where a part of the work is enough. memory: begins to watch
+    the memory of a run, where that is not the memory of this process.
     """
 
     run: Callable[[], Any]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     warm_up: Callable[[], Any] | None = None
+    memory: Callable[[], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,6 +122,7 @@ def _our_head(case: Case) -> Subject:
     import jax.numpy as jnp
 
     from gidd_jax.draws import row_keys
+    from gidd_jax.filters import unnormalised
     from gidd_jax.loss import masked_logits
     from gidd_jax.process import HybridProcess
     from gidd_jax.thinning import thinned_step
@@ -132,14 +133,14 @@ def _our_head(case: Case) -> Subject:
     keys = row_keys(jax.random.key(0), jnp.arange(len(z_t)))
 
     def head(keys: Any, h: Any, kernel: Any, bias: Any, z_t: Any) -> Any:
-        def log_x_hat(places: Any) -> Any:
+        def some_logits(places: Any) -> Any:
             some = jnp.take_along_axis(h, places[..., None], axis=1)
             logits = jnp.einsum("bkd,dv->bkv", some, kernel, preferred_element_type=jnp.float32)
-            return jax.nn.log_softmax(masked_logits(process, logits + bias))
+            return masked_logits(process, logits + bias)
 
         everywhere = jnp.ones(z_t.shape, bool)
         return thinned_step(
-            process, keys, log_x_hat, jnp.exp, z_t, everywhere, t, t - STEP, kappa=1.0
+            process, keys, some_logits, unnormalised, z_t, everywhere, t, t - STEP, kappa=1.0
         )
 
     dtype = case.shape["dtype"]

@@ -92,7 +92,6 @@ def get_config() -> ConfigDict:
 
     config.logging = logging = ConfigDict()
     logging.every = 50  # steps, integer >= 1
-    logging.profile_at = 0  # step from which five are profiled, for TensorBoard; 0 is never
     logging.wandb = False  # True needs the extra: pip install 'gidd-jax[wandb]'
     logging.wandb_project = "gidd_jax"  # not empty
 

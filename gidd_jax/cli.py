@@ -6,6 +6,8 @@ Imports neither jax nor anything heavy, so that `--help` answers at once.
 import difflib
 import importlib.util
 import logging as log
+import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +22,7 @@ from gidd_jax.errors import InputError, RunError
 
 flags.disclaim_key_flags()  # `--config` belongs to the command that asks for it
 
+COMPILED_BYTES = 2 << 30  # of the programs that JAX keeps; those unused the longest go first
 _CONFIG_FLAG = "config"
 _default_config: str | None = None
 
@@ -113,6 +116,7 @@ def run(
 
     def guarded(argv: list[str]) -> None:
         _quieten_libraries()
+        _keep_compiled_programs()
         try:
             main(argv)
         except InputError as error:
@@ -145,6 +149,18 @@ def _quieten_libraries() -> None:
     handler = logging.get_absl_handler()
     handler.addFilter(ours)
     handler.setFormatter(log.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+
+
+def _keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles on disk, unless the user's environment says where or how.
+
+    JAX reads these variables when it is imported, which is after this.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # A program for a CPU is one for its features: machines that share a home stay apart.
+    folder = cache / "gidd_jax" / "compiled" / f"{platform.node()}-{platform.machine()}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

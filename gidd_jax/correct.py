@@ -11,17 +11,41 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gidd_jax.draws import categorical, fold_in
-from gidd_jax.filters import temper
+from gidd_jax.draws import first_largest, fold_in, index_from_uniforms, num_levels, uniforms
+from gidd_jax.filters import log_total, temper, unnormalised
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import log_probs_at, masked_logits
+from gidd_jax.ops.fused_loss import chunk_size
 from gidd_jax.options import CorrectionOptions
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampler import Frames
 from gidd_jax.steps import highest, probs_at
 
-# (number of the step, probabilities [B, L, V]) -> token ids [B, L]
-Propose = Callable[[jax.Array, jax.Array], jax.Array]
+
+class Proposals(NamedTuple):
+    """How tokens are proposed, for all positions or some of them.
+
+    numbers: (step, length L, columns C) -> random numbers [B, L, n] of the step; draw: (weights
+    [B, K, C] of any sum, their numbers [B, K, n]) -> ids [B, K].
+    """
+
+    numbers: Callable[[jax.Array, int, int], jax.Array]
+    draw: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Judgement(NamedTuple):
+    """What the network says of every position, each [B, L].
+
+    score: the probability of the proposal among the proposals; first_choice: the most probable
+    token; log_probs: log x_hat at the proposal and at the token there; is_number: no NaN.
+    """
+
+    proposal: jax.Array
+    score: jax.Array
+    first_choice: jax.Array
+    log_proposal: jax.Array
+    log_token: jax.Array
+    is_number: jax.Array
 
 
 class Correction(NamedTuple):
@@ -60,19 +84,37 @@ class _State(NamedTuple):
 
 
 def correction_step(
-    probs: jax.Array,
-    proposal: jax.Array,
-    z: jax.Array,
-    free: jax.Array,
-    tokens_per_step: int,
+    judged: Judgement, z: jax.Array, free: jax.Array, tokens_per_step: int
 ) -> jax.Array:
     """Replace the tokens of highest score: the proposal's probability where it is a change, else 0.
 
-    probs [B, L, V]: what the proposal [B, L] was drawn from; only free positions are replaced.
+    Only free positions [B, L] are replaced.
     """
-    score = jnp.where(proposal != z, probs_at(probs, proposal), 0.0)
+    score = jnp.where(judged.proposal != z, judged.score, 0.0)
     count = jnp.full(z.shape[:1], tokens_per_step)
-    return jnp.where(highest(score, free, count), proposal, z)
+    return jnp.where(highest(score, free, count), judged.proposal, z)
+
+
+def judge(
+    process: InterpolatingProcess,
+    logits: jax.Array,
+    numbers: jax.Array,
+    z: jax.Array,
+    propose: Proposals,
+    temperature: float,
+) -> Judgement:
+    """Judge tokens z [B, K] by their logits [B, K, C], with the proposals' random numbers."""
+    logits = masked_logits(process, logits)
+    weights = unnormalised(temper(logits, temperature))
+    proposal, total = propose.draw(weights, numbers), log_total(logits)
+    return Judgement(
+        proposal=proposal,
+        score=probs_at(weights, proposal) / jnp.sum(weights, axis=-1),
+        first_choice=first_largest(weights),
+        log_proposal=log_probs_at(logits, proposal) - total,
+        log_token=log_probs_at(logits, z) - total,
+        is_number=~jnp.isnan(jnp.max(logits, axis=-1)),
+    )
 
 
 def self_accuracy(first_choice: jax.Array, z: jax.Array, free: jax.Array) -> jax.Array:
@@ -87,32 +129,44 @@ def self_correct(
     options: CorrectionOptions,
     z: jax.Array,
     free: jax.Array,
-    propose: Propose,
+    propose: Proposals,
     trace: bool = False,
+    project: Callable[[jax.Array], jax.Array] = lambda features: features,
 ) -> Correction:
     """Correct rows of token ids z [B, L] at their free positions [B, L]; one while_loop.
 
-    `propose` draws the replacements, see `proposals`. A row stops when a step changes nothing, or
-    when its accuracy has not exceeded its best one for more than `patience` steps; the changes of
-    that last step are dropped, as in the original. trace: also return what every step left, 8 bytes
-    a token and step.
+    denoise: (z_t, t) -> what `project` makes logits of, position by position; so no more logits
+    are held than those of a group of positions. `propose` draws the replacements, see `proposals`.
+    A row stops when a step changes nothing, or when its accuracy has not exceeded its best one for
+    more than `patience` steps; the changes of that last step are dropped, as in the original.
+    trace: also return what every step left, 8 bytes a token and step.
     """
-    rows, columns = z.shape[0], process.vocab_size
+    rows, length = z.shape
+
+    def judge_all(step: jax.Array, z: jax.Array) -> Judgement:
+        features = denoise(z, jnp.full((rows,), options.t, jnp.float32))
+        columns = jax.eval_shape(project, features[:, :1]).shape[-1]
+        numbers = propose.numbers(step, length, columns)
+        tokens = chunk_size(columns, features.shape[-1], jax.default_backend())
+        size = min(length, max(1, tokens // rows))
+        parts = jax.tree.map(lambda a: _in_groups(a, size), (features, numbers, z))
+
+        def judge_group(part: tuple[jax.Array, jax.Array, jax.Array]) -> Judgement:
+            h, numbers, z = part
+            return judge(process, project(h), numbers, z, propose, options.temperature)
+
+        judged = jax.lax.map(judge_group, parts)  # [groups, B, size]
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, -1)[:, :length], judged)
 
     def body(state: _State) -> _State:
-        t = jnp.full((rows,), options.t, jnp.float32)
-        logits = masked_logits(process, denoise(state.z, t))[..., :columns]
-        log_x_hat = jax.nn.log_softmax(logits)
-        probs = jnp.exp(temper(log_x_hat, options.temperature))
-        proposal = propose(state.step, probs)
-        z_next = correction_step(probs, proposal, state.z, free, options.tokens_per_step)
-        first_choice = jnp.argmax(logits, axis=-1)
-        before = self_accuracy(first_choice, state.z, free)
-        after = self_accuracy(first_choice, z_next, free)
-        is_broken = jnp.any(jnp.isnan(jnp.max(log_x_hat, axis=-1)), axis=-1)
+        judged = judge_all(state.step, state.z)
+        z_next = correction_step(judged, state.z, free, options.tokens_per_step)
+        before = self_accuracy(judged.first_choice, state.z, free)
+        after = self_accuracy(judged.first_choice, z_next, free)
+        is_broken = ~jnp.all(judged.is_number, axis=-1)
         before, after = (jnp.where(is_broken, jnp.nan, share) for share in (before, after))
         state = state._replace(initial=jnp.where(state.step == 0, before, state.initial))
-        return _note(_advance(state, z_next, after, options.patience), log_x_hat)
+        return _note(_advance(state, z_next, after, options.patience), judged)
 
     def goes_on(state: _State) -> jax.Array:
         return (state.step < options.num_steps) & jnp.any(~state.converged & ~state.stopped)
@@ -137,17 +191,21 @@ def self_correct(
     )
 
 
-def _note(state: _State, log_x_hat: jax.Array) -> _State:
+def _in_groups(a: jax.Array, size: int) -> jax.Array:
+    """Split positions [B, L, ...] into groups [G, B, size, ...]; the last one is filled up."""
+    widths = [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2)
+    padded = jnp.pad(a, widths)
+    return jnp.moveaxis(padded.reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
+
+
+def _note(state: _State, judged: Judgement) -> _State:
     """Keep what the step before this state left, where a trace is asked for."""
     if state.frames is None:
         return state
     start, ids, log_probs = state.frames
     last = state.step - 1
-    frames = Frames(
-        start,
-        ids.at[last].set(state.z),
-        log_probs.at[last].set(log_probs_at(log_x_hat, state.z)),
-    )
+    here = jnp.where(state.z == judged.proposal, judged.log_proposal, judged.log_token)
+    frames = Frames(start, ids.at[last].set(state.z), log_probs.at[last].set(here))
     return state._replace(frames=frames)
 
 
@@ -172,6 +230,10 @@ def _advance(state: _State, z_next: jax.Array, accuracy: jax.Array, patience: in
     )
 
 
-def proposals(keys: jax.Array) -> Propose:
-    """Return a `propose` that draws each row from its key [B] and the number of the step."""
-    return lambda step, probs: categorical(fold_in(keys, step), probs)
+def proposals(keys: jax.Array) -> Proposals:
+    """Return proposals that each row draws from its key [B] and the number of the step."""
+
+    def numbers(step: jax.Array, length: int, columns: int) -> jax.Array:
+        return uniforms(fold_in(keys, step), length, num_levels(columns))
+
+    return Proposals(numbers, index_from_uniforms)

@@ -1,10 +1,21 @@
 """Filters on distributions over tokens, in float32: temperature, top-k, top-p and min-p.
 
-Each keeps at least the most probable token. Distributions lie along the last axis.
+Each keeps at least the most probable token. Distributions lie along the last axis; those given as
+logarithms may be logits, of any sum.
 """
 
 import jax
 import jax.numpy as jnp
+
+
+def unnormalised(logits: jax.Array) -> jax.Array:
+    """Return exp(logits) over the largest of them, at most 1: what draws need of a softmax."""
+    return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+
+
+def log_total(logits: jax.Array) -> jax.Array:
+    """Return log sum exp(logits), from the sum of `unnormalised`, which it shares in a program."""
+    return jnp.max(logits, axis=-1) + jnp.log(jnp.sum(unnormalised(logits), axis=-1))
 
 
 def temper(log_probs: jax.Array, temperature: float) -> jax.Array:
@@ -31,6 +42,7 @@ def keep_top_p(log_probs: jax.Array, top_p: float) -> jax.Array:
     A token stays while the sum of those before it is at most top_p (nucleus sampling, arXiv
     1904.09751); tokens as probable as the last of the set stay too.
     """
+    log_probs = jax.nn.log_softmax(log_probs)
     ordered = -jnp.sort(-jnp.exp(log_probs), axis=-1)
     before = jnp.cumsum(ordered, axis=-1) - ordered
     count = jnp.sum(before <= top_p, axis=-1, keepdims=True)
@@ -48,7 +60,10 @@ def keep_min_p(probs: jax.Array, min_p: float) -> jax.Array:
 def filter_log_probs(
     log_probs: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:
-    """Apply temperature, then top_k (0: all), then top_p (1: all); normalised log-probabilities."""
+    """Apply temperature, then top_k (0: all), then top_p (1: all).
+
+    The result is normalised, unless no filter is on: then it is what was given.
+    """
     log_probs = temper(log_probs, temperature)
     if top_k > 0:
         log_probs = keep_top_k(log_probs, top_k)

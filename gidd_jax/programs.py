@@ -1,6 +1,7 @@
 """The compiled programs of `Gidd`, each for one `Batch` of rows."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,20 @@ def denoiser(network: Any, batch: Batch) -> likelihood.Denoiser:
     return lambda z_t, t: network.apply({"params": batch.params}, z_t, t, batch.lengths)
 
 
+def halves(
+    network: Any, batch: Batch
+) -> tuple[likelihood.Denoiser, Callable[[jax.Array], jax.Array]]:
+    """Return the network up to the output projection, and the projection."""
+
+    def features(z_t: jax.Array, t: jax.Array) -> jax.Array:
+        return network.apply({"params": batch.params}, z_t, t, batch.lengths, method="features")
+
+    def project(h: jax.Array) -> jax.Array:
+        return network.apply({"params": batch.params}, h, method="project")
+
+    return features, project
+
+
 @functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free", "trace"))
 def diffusion(
     batch: Batch,
@@ -56,17 +71,10 @@ def diffusion(
     trace: bool,
 ) -> Drawn:
     """Return the rows with their free tokens drawn by diffusion."""
-    params, keys, ids, free, lengths = batch
-
-    def features(z_t: jax.Array, t: jax.Array) -> jax.Array:
-        return network.apply({"params": params}, z_t, t, lengths, method="features")
-
-    def project(h: jax.Array) -> jax.Array:
-        return network.apply({"params": params}, h, method="project")
-
-    length, prompt = ids.shape[1], Prompt(ids, free)
+    features, project = halves(network, batch)
+    length, prompt = batch.ids.shape[1], Prompt(batch.ids, batch.free)
     return sample_diffusion(
-        process, features, options, keys, length, prompt, num_free, trace, project
+        process, features, options, batch.keys, length, prompt, num_free, trace, project
     )
 
 
@@ -107,9 +115,9 @@ def correct(
     trace: bool,
 ) -> Correction:
     """Return the rows with their free tokens corrected (see `correct.self_correct`)."""
-    denoise = denoiser(network, batch)
+    features, project = halves(network, batch)
     draw = proposals(batch.keys)
-    return self_correct(process, denoise, options, batch.ids, batch.free, draw, trace)
+    return self_correct(process, features, options, batch.ids, batch.free, draw, trace, project)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "process", "options"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gidd_jax import steps
 from gidd_jax.draws import categorical, fold_in
-from gidd_jax.filters import filter_log_probs, keep_min_p
+from gidd_jax.filters import filter_log_probs, keep_min_p, unnormalised
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import log_probs_at, masked_logits
 from gidd_jax.options import REMASKING, SamplerOptions
@@ -99,13 +99,15 @@ def sample_diffusion(
     is_thinned = options.method in ("ancestral", "psi") and options.min_p == 0.0
     kappa = options.kappa if options.method == "psi" else 1.0
 
+    def logits_of(features: jax.Array) -> jax.Array:
+        return masked_logits(process, project(features))
+
     def log_x_hat_of(features: jax.Array) -> jax.Array:
         # Columns that only pad the vocabulary are not tokens.
-        log_x_hat = jax.nn.log_softmax(masked_logits(process, project(features)))
-        return log_x_hat[..., : process.vocab_size]
+        return jax.nn.log_softmax(logits_of(features))[..., : process.vocab_size]
 
-    def x_hat_of(log_x_hat: jax.Array) -> jax.Array:
-        return filtered_x_hat(options, log_x_hat, min_p=0.0)
+    def weights_of(logits: jax.Array) -> jax.Array:
+        return unnormalised(filtered(options, logits))
 
     def call(carry: tuple[Drawn, jax.Array], now: Schedule):
         drawn, t = carry
@@ -122,8 +124,8 @@ def sample_diffusion(
             z, log_probs = thinned_step(
                 process,
                 step_keys,
-                lambda places: log_x_hat_of(_rows_at(features, places)),
-                x_hat_of,
+                lambda places: logits_of(_rows_at(features, places)),
+                weights_of,
                 drawn.ids,
                 active,
                 t,
@@ -180,18 +182,18 @@ def _rows_at(features: jax.Array, places: jax.Array) -> jax.Array:
     return jnp.take_along_axis(features, places[..., None], axis=1)
 
 
+def filtered(options: SamplerOptions, log_probs: jax.Array) -> jax.Array:
+    """Return the log-probabilities after the temperature, top-k and top-p of the options."""
+    return filter_log_probs(
+        log_probs, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
+    )
+
+
 def filtered_x_hat(
     options: SamplerOptions, log_x_hat: jax.Array, min_p: float | None = None
 ) -> jax.Array:
     """Return the distribution that tokens are drawn from; `min_p` replaces that of the options."""
-    x_hat = jnp.exp(
-        filter_log_probs(
-            log_x_hat,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-        )
-    )
+    x_hat = jnp.exp(filtered(options, log_x_hat))
     min_p = options.min_p if min_p is None else min_p
     return keep_min_p(x_hat, min_p) if min_p > 0 else x_hat
 

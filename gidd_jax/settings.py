@@ -28,6 +28,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint.",
     "logging.",
 )
+REMOVED = ("logging.profile_at",)  # keys that only older runs have
 
 
 class Legal(NamedTuple):
@@ -186,7 +187,6 @@ class CheckpointSettings(_Section):
 @dataclass(frozen=True, kw_only=True)
 class LoggingSettings(_Section):
     every: int = _at_least(1)
-    profile_at: int = _at_least(0)
     wandb: bool
     wandb_project: str = _not_empty()
 
@@ -244,14 +244,17 @@ class Settings:
         """Return the settings of a run from what it saved.
 
         A key that came into being after the run takes the value of the base config, which leaves
-        things as they were before there was the key. Raises as `from_config`.
+        things as they were before there was the key; REMOVED keys are dropped. Raises as
+        `from_config`.
         """
         if not isinstance(values, Mapping):
             raise InputError(f"the saved settings are {type(values).__name__}: must be sections")
         whole = load_config("base").to_dict()
         for name, value in values.items():
-            both = isinstance(value, Mapping) and isinstance(whole.get(name), Mapping)
-            whole[name] = {**whole[name], **value} if both else value
+            if isinstance(value, Mapping) and isinstance(whole.get(name), Mapping):
+                kept = {key: v for key, v in value.items() if f"{name}.{key}" not in REMOVED}
+                value = {**whole[name], **kept}
+            whole[name] = value
         return cls.from_config(whole)
 
     def to_dict(self) -> dict[str, Any]:

@@ -59,9 +59,14 @@ def ancestral_draws(
     t: ArrayLike,
     s: ArrayLike,
     kappa: float = 1.0,
+    *,
+    num_columns: int,
 ) -> AncestralDraws:
-    """Make the random choices of a step from t to s (see `ancestral_step`)."""
-    u = uniforms(fold_in(keys, 0), z_t.shape[1], 3 + num_levels(process.vocab_size))
+    """Make the random choices of a step from t to s; num_columns: those of x_hat that is to come.
+
+    See `ancestral_step`.
+    """
+    u = uniforms(fold_in(keys, 0), z_t.shape[1], 3 + num_levels(num_columns))
     noise = draw_noise(process, fold_in(keys, 1), z_t.shape[1])
     t, s = expand_time(t, z_t), expand_time(s, z_t)
     _, step_mass = process.transition(t, s)
@@ -90,8 +95,8 @@ def needs_x_hat(process: InterpolatingProcess, draws: AncestralDraws, z_t: jax.A
 
 
 def finish_ancestral_step(draws: AncestralDraws, x_hat: jax.Array, z_t: jax.Array) -> jax.Array:
-    """Return z_s, int32 [B, L], of choices that were made and x_hat [B, L, V]."""
-    q_t = draws.alpha * probs_at(x_hat, z_t) + draws.noise_mass
+    """Return z_s, int32 [B, L], of choices that were made and x_hat [B, L, V], of any sum > 0."""
+    q_t = draws.alpha * probs_at(x_hat, z_t) / jnp.sum(x_hat, axis=-1) + draws.noise_mass
     redraw = (draws.coin * q_t < draws.step_mass) | draws.is_drawn_anew
     clean = index_from_uniforms(x_hat, draws.levels)
     return jnp.where(redraw, jnp.where(draws.is_clean, clean, draws.noise), z_t).astype(jnp.int32)
@@ -113,7 +118,8 @@ def ancestral_step(
     kappa < 1 is the psi-posterior (arXiv 2602.21185): it draws anew, whatever z_t is, with
     probability 1 - kappa, and has the marginals of the process for every kappa.
     """
-    return finish_ancestral_step(ancestral_draws(process, keys, z_t, t, s, kappa), x_hat, z_t)
+    draws = ancestral_draws(process, keys, z_t, t, s, kappa, num_columns=x_hat.shape[-1])
+    return finish_ancestral_step(draws, x_hat, z_t)
 
 
 def transition_probs(

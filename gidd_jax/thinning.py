@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from gidd_jax.filters import log_total
 from gidd_jax.loss import log_probs_at
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.steps import ancestral_draws, finish_ancestral_step, needs_x_hat
 
-Predict = Callable[[jax.Array], jax.Array]  # positions int32 [B, K] -> log x_hat [B, K, V]
+Predict = Callable[[jax.Array], jax.Array]  # positions int32 [B, K] -> logits [B, K, V]
 
 
 def group_size(length: int) -> int:
@@ -26,7 +27,7 @@ def thinned_step(
     process: InterpolatingProcess,
     keys: jax.Array,
     predict: Predict,
-    filtered: Callable[[jax.Array], jax.Array],
+    weights: Callable[[jax.Array], jax.Array],
     z_t: jax.Array,
     active: jax.Array,
     t: ArrayLike,
@@ -35,12 +36,13 @@ def thinned_step(
 ) -> tuple[jax.Array, jax.Array]:
     """Return z_s as `steps.ancestral_step` draws it at active positions, and log x_hat(z_s).
 
-    filtered: log x_hat -> the distribution to draw from. The second array, float32 [B, L], is 0
-    where the network was not asked.
+    Logits are -inf where there is no token. weights: logits -> the distribution to draw from, of
+    any sum. The second array, float32 [B, L], is 0 where the network was not asked.
     """
     length = z_t.shape[1]
     size = group_size(length)
-    draws = ancestral_draws(process, keys, z_t, t, s, kappa)
+    num_columns = jax.eval_shape(predict, z_t[:, :size]).shape[-1]
+    draws = ancestral_draws(process, keys, z_t, t, s, kappa, num_columns=num_columns)
     asked = active & needs_x_hat(process, draws, z_t)
     count = jnp.sum(asked, axis=-1)
     # Positions that are asked come first; those beyond the end are dropped when results are put.
@@ -58,12 +60,12 @@ def thinned_step(
         number, z, log_probs = carry
         places = jax.lax.dynamic_slice_in_dim(order, number * size, size, axis=1)
         real = jnp.minimum(places, length - 1)
-        log_x_hat = predict(real)
+        logits = predict(real)
         here = jax.tree.map(lambda a: a[rows, real], draws)
-        z_s = finish_ancestral_step(here, filtered(log_x_hat), z_t[rows, real])
+        z_s = finish_ancestral_step(here, weights(logits), z_t[rows, real])
         z = z.at[rows, places].set(z_s, mode="drop")
-        log_probs = log_probs.at[rows, places].set(log_probs_at(log_x_hat, z_s), mode="drop")
-        return number + 1, z, log_probs
+        drawn = log_probs_at(logits, z_s) - log_total(logits)
+        return number + 1, z, log_probs.at[rows, places].set(drawn, mode="drop")
 
     start = (jnp.int32(0), z_t, jnp.zeros(z_t.shape, jnp.float32))
     _, z, log_probs = jax.lax.while_loop(some_left, finish_group, start)

@@ -43,6 +43,11 @@ WORKDIR = flags.DEFINE_string(
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir that was made with another config."
 )
+PROFILE = flags.DEFINE_bool(
+    "profile",
+    False,
+    "Write a trace of five steps, from the second of this start on, to WORKDIR/tensorboard.",
+)
 PLAN = _plan_flag()
 DISTRIBUTED = distributed_flags()
 
@@ -65,7 +70,7 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
     run_folder(workdir)  # what is wrong with it is said before the processes find each other
     DISTRIBUTED.start()
-    figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value)
+    figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value)
     words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     print(f"validation: {words or 'none'}\nworkdir: {workdir}")
 

@@ -38,19 +38,27 @@ from gidd_jax.state import (
     split_micro_batches,
     train_step,
 )
+from gidd_jax.storage import is_remote, run_folder
 
 PROFILED_STEPS = 5
 
 
 def train(
-    settings: Settings, workdir: str | epath.PathLike, allow_config_change: bool = False
+    settings: Settings,
+    workdir: str | epath.PathLike,
+    allow_config_change: bool = False,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Train to settings.train.num_steps, going on from the newest checkpoint in the workdir.
 
-    Returns the figures of the last validation. Raises InputError for bad input before anything is
-    written, DivergenceError when a loss or a gradient is not finite.
+    `profile` writes a trace of PROFILED_STEPS steps, the second of this start and those after it,
+    into the workdir's tensorboard folder. Returns the figures of the last validation. Raises
+    InputError for bad input before anything is written, DivergenceError when a loss or a gradient
+    is not finite.
     """
     check_workdir(workdir, settings, allow_config_change=allow_config_change)
+    if profile and is_remote(workdir):
+        raise InputError(f"--profile needs a local --workdir: {workdir}")
     if settings.logging.wandb:
         check_wandb()
     num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
@@ -111,12 +119,12 @@ def train(
         step_fn = compile_step(settings, objective, optimizer, rate, abstract_state, mesh)
         eval_fn = compile_evaluation(settings, objective, abstract_state, mesh)
         figures: dict[str, Any] = {}
-        profiled_until = 0
+        profiled_until = 0  # the first step compiles
 
         started = clock()
         for step in range(first + 1, num_steps + 1):
-            if step == settings.logging.profile_at:
-                profiler.start(str(epath.Path(workdir) / "tensorboard"))
+            if profile and step == first + 2:
+                profiler.start(str(run_folder(workdir) / "tensorboard"))
                 profiled_until = min(step + PROFILED_STEPS - 1, num_steps)
             batch = put_batch(next(batches), mesh)
             state, metrics = step_fn(state, batch, run_key)

@@ -1,5 +1,7 @@
 """Eight virtual CPU devices, strict ranks, and the golden arrays of the original implementation."""
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,9 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # A forgotten axis must fail instead of broadcasting.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Commands that tests start, which read this when they import jax, leave the user's cache alone.
+_cache = tempfile.TemporaryDirectory(prefix="gidd_jax_cache_", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 
 
 def pytest_configure(config: pytest.Config) -> None:

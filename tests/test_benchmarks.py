@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import collectives, comparison, inputs, measure, step
+from benchmarks import collectives, comparison, inputs, measure, preparing, step
 from benchmarks.plan import (
     COMPILED,
     EAGER,
@@ -41,6 +41,8 @@ from benchmarks.tables import (
     replace_marked,
     seconds_words,
 )
+from gidd_jax.data.corpus import list_files
+from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.loss import gidd_loss
 from gidd_jax.metrics import flops_per_token
@@ -323,6 +325,53 @@ def test_data_suite_reads_what_it_wrote():
     affinity = os.sched_getaffinity(0)
     SUITES["data"].ours(small).run()
     assert os.sched_getaffinity(0) == affinity
+
+
+def test_prepared_shards_hold_what_the_case_says(tmp_path, monkeypatch):
+    (small,) = preparing.cases("small")
+    made = [{"tokens": small.tokens - 9, "bytes": preparing.TEXT_BYTES}, {"tokens": 9, "bytes": 0}]
+    preparing.check_counts(small, made)
+    with pytest.raises(ValueError, match=f"{small.tokens - 9} tokens instead of {small.tokens}"):
+        preparing.check_counts(small, made[:1])
+    (corpus,) = list_files("embedded")
+    texts = [json.loads(line)["text"] for line in corpus.read_text("utf-8").splitlines()]
+    assert len(texts) == preparing.DOCUMENTS
+    assert sum(len(text.encode()) for text in texts) == preparing.TEXT_BYTES
+    ids = load_tokenizer("embedded").encode(texts)
+    assert sum(len(i) + 1 for i in ids) == preparing.TOKENS  # and an end after each
+    monkeypatch.setattr(preparing, "FILE", "none.jsonl")
+    with pytest.raises(RuntimeError, match="does not exist"):
+        preparing._prepare(small, tmp_path)
+
+
+def test_memory_that_grows_with_the_texts_is_missed():
+    few, many = (c for c in preparing.cases("cpu") if c.shape["processes"] == 2)
+    for peak, is_met in ((104, True), (120, False)):
+        measured = [
+            measurement(one, OURS, [2.0], size, {}, CEILINGS)
+            for one, size in ((few, 100), (many, peak))
+        ]
+        checks = preparing.checks(Found(measured))
+        assert checks[-1].met is is_met
+        assert comparison.exit_code(checks) == (not is_met)
+    speeds = {check.name: check.measured for check in checks}
+    assert speeds[f"{few.name}: MB/s"] == pytest.approx(2 * 1.817481 / 2.0)
+    assert speeds[f"{few.name}: tokens/s, with the start"] == 437_047
+
+
+@pytest.mark.skipif(not measure.STATUS.is_file(), reason="needs Linux's /proc")
+def test_memory_of_the_processes_that_a_run_starts():
+    memory = measure.TreeMemory()
+    code = "a = bytearray(b'x') * (64 << 20); import time; time.sleep(0.3)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    subprocess.run([sys.executable, "-c", child], check=True)
+    assert 60 << 20 < memory.peak() < 100 << 20
+
+
+def test_a_case_may_be_timed_less_often():
+    sides = FakeSides(vs_torch=False)
+    (one,) = comparison.measure_case("data", case(rounds=2), sides, CEILINGS)
+    assert len(one.all_seconds) == 2
 
 
 def test_word_tokenizer():

@@ -35,6 +35,13 @@ def main(argv):
     if WORKDIR.value == "long":
         import os, signal
         os.kill(os.getpid(), signal.SIGINT)
+    if WORKDIR.value == "compiles":
+        import jax
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        jax.jit(lambda x: x + 1)(1.0)
+        kept = jax.config.values
+        print("kept:", kept["jax_compilation_cache_dir"], kept["jax_compilation_cache_max_size"])
     if WORKDIR.value == "bug":
         raise RuntimeError("a bug")
 if __name__ == "__main__":
@@ -224,3 +231,17 @@ def test_nearest_word():
 def test_run_refuses_what_load_config_refuses():
     with pytest.raises(InputError, match="shipped configs are"):
         load_config("nothing")
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(command, tmp_path, monkeypatch):
+    """In a folder of this machine, up to a size; where the user's own variable says, if there is
+    one."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    printed = command("--workdir=compiles").stdout
+    (folder,) = (tmp_path / "cache/gidd_jax/compiled").iterdir()
+    assert f"kept: {folder} {cli.COMPILED_BYTES}" in printed
+    assert list(folder.glob("jit__lambda*"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    assert f"kept: {tmp_path / 'mine'} " in command("--workdir=compiles").stdout
+    assert list((tmp_path / "mine").glob("jit__lambda*"))

@@ -5,10 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gidd_jax.correct import CorrectionOptions, correction_step, proposals, self_correct
+from gidd_jax.correct import (
+    CorrectionOptions,
+    Proposals,
+    correction_step,
+    judge,
+    proposals,
+    self_correct,
+)
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
-from gidd_jax.filters import temper
+from gidd_jax.filters import temper, unnormalised
 from gidd_jax.loss import masked_logits
 from gidd_jax.process import HybridProcess
 
@@ -22,13 +29,20 @@ def test_steps_match_original(golden, temperature, count):
     name = f"temp{temperature}/k{count}"
     with jax.enable_x64(True):
         logits = masked_logits(PROCESS, jnp.asarray(data["logits"]))
-        probs = jnp.exp(temper(jax.nn.log_softmax(logits), temperature))
+        weights = unnormalised(temper(logits, temperature))
+        probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
         np.testing.assert_allclose(probs, data[f"{name}/p_t"], rtol=1e-10)
         z, proposal = jnp.asarray(data["z_t"]), jnp.asarray(data["proposal"])
-        z_next = correction_step(probs, proposal, z, jnp.ones(z.shape, bool), count)
+        propose = Proposals(no_numbers, lambda weights, numbers: numbers)
+        judged = judge(PROCESS, data["logits"], proposal, z, propose, temperature)
+        z_next = correction_step(judged, z, jnp.ones(z.shape, bool), count)
     np.testing.assert_array_equal(z_next, data[f"{name}/z_next"])
     accuracy = np.mean(np.asarray(z_next) == np.argmax(logits, -1))
     np.testing.assert_allclose(accuracy, data[f"{name}/acc"], rtol=1e-6)
+
+
+def no_numbers(step, length, columns):
+    raise AssertionError("the numbers are given")
 
 
 def table_model(data):
@@ -50,10 +64,10 @@ def test_runs_match_original(golden, temperature, patience, count):
         uniforms = jnp.asarray(data[f"{name}/uniforms"])
         uniforms = jnp.concatenate([uniforms, jnp.zeros((24, 1, 6))])  # steps never taken
 
-        def propose(step, probs, start):
-            u = jax.lax.dynamic_slice_in_dim(uniforms, start + step, 1)[0]
+        def draw(weights, u):
+            probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
             cumulative = jnp.cumsum(probs, axis=-1).at[..., -1].set(1 + 1e-4)
-            return jnp.argmax(cumulative > u[..., None], axis=-1).astype(jnp.int32)
+            return jnp.argmax(cumulative > u, axis=-1).astype(jnp.int32)
 
         @jax.jit
         def run(z, start):
@@ -63,7 +77,12 @@ def test_runs_match_original(golden, temperature, patience, count):
                 options,
                 z,
                 jnp.ones(z.shape, bool),
-                lambda step, probs: propose(step, probs, start),
+                Proposals(
+                    lambda step, *size: jax.lax.dynamic_slice_in_dim(uniforms, start + step, 1)[
+                        0, ..., None
+                    ],
+                    draw,
+                ),
             )
 
         for row, z in enumerate(data["main/samples_in"].astype(np.int32)):
@@ -136,11 +155,12 @@ def test_patience_ends_a_row_that_does_not_improve():
     z = jnp.full((2, 6), 9, jnp.int32)
     free = jnp.ones(z.shape, bool)
 
-    def propose(step, probs):
+    def tokens(step, length, columns):
         token = jnp.stack([jnp.where(step % 2 == 0, 1, 2), jnp.where(step < 4, 0, 1 + step % 2)])
         return jnp.broadcast_to(token[:, None], z.shape)
 
-    got = self_correct(PROCESS, flat, options, z, free, propose)
+    given = Proposals(tokens, lambda weights, tokens: tokens)
+    got = self_correct(PROCESS, flat, options, z, free, given)
     np.testing.assert_array_equal(got.stopped_early, [True, True])
     np.testing.assert_array_equal(got.converged, [False, False])
     # The first step sets the best accuracy and 3 without a better one are forgiven; the second

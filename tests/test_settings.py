@@ -123,6 +123,7 @@ def test_a_run_saved_before_a_key_existed_is_read_with_the_base_value():
     settings = make("quickstart", process__p_uniform=0.2)
     saved = json.loads(settings.to_json())
     del saved["optimizer"]["skip_above"], saved["mesh"]
+    saved["logging"]["profile_at"] = 7  # a key that is no more
     assert Settings.from_saved(saved) == settings
     with pytest.raises(InputError, match=r"unknown config key model\.layers"):
         Settings.from_saved({**saved, "model": {**saved["model"], "layers": 2}})

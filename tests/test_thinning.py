@@ -76,7 +76,8 @@ def test_thinned_steps_are_dense_steps(name, kappa):
 def test_with_masks_alone_the_network_is_asked_exactly_where_a_mask_is_lifted():
     process = PROCESSES["masked"]
     z_t = jnp.full((B, 200), process.mask_id).at[:, ::3].set(1)
-    asked = needs_x_hat(process, ancestral_draws(process, KEYS, z_t, 0.5, 0.4), z_t)
+    draws = ancestral_draws(process, KEYS, z_t, 0.5, 0.4, num_columns=V)
+    asked = needs_x_hat(process, draws, z_t)
     x_hat = jnp.exp(log_x_hat_of(process, jax.random.normal(jax.random.key(0), (B, 200, D))))
     lifted = ancestral_step(process, KEYS, x_hat, z_t, 0.5, 0.4) != z_t
     np.testing.assert_array_equal(asked, lifted)

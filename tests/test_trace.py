@@ -8,7 +8,7 @@ from tiny_checkpoint import tiny_model
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from gidd_jax.correct import self_correct
+from gidd_jax.correct import Proposals, self_correct
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
@@ -199,7 +199,9 @@ def test_a_correction_is_noted_with_its_probability():
         CorrectionOptions(num_steps=9),
         given,
         jnp.ones((3, 2), bool),
-        lambda step, probs: jnp.broadcast_to(first_choice, (3, 2)),
+        Proposals(
+            lambda *_: jnp.broadcast_to(first_choice, (3, 2)), lambda weights, tokens: tokens
+        ),
         trace=True,
     )
     changes = changes_of_correction(correction)

@@ -372,7 +372,7 @@ def test_two_runs_do_not_share_a_workdir(finished, folder, tmp_path):
 
 
 def test_profiled_steps_are_there_for_tensorboard(folder, tmp_path):
-    train(tiny_settings(folder, **RUN, **{"train.num_steps": 3, "logging.profile_at": 2}), tmp_path)
+    train(tiny_settings(folder, **RUN, **{"train.num_steps": 3}), tmp_path, profile=True)
     (profile,) = (tmp_path / "tensorboard").rglob("*.xplane.pb")
     assert profile.stat().st_size > 1000
     assert b"step" in profile.read_bytes()
