@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import pickle
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -172,6 +173,15 @@ def test_unpacked_size_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 1000)
     with pytest.raises(InputError, match="decompress it"):
         both(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_tfds_are_for_terminals(tfds_folder, monkeypatch, terminal):
+    told = []
+    monkeypatch.setattr(tfds, "display_progress_bar", told.append)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    open_corpus(f"tfds:{tfds_folder}", "last:2", "text", "line")
+    assert set(told) == {terminal}
 
 
 # ---- splits

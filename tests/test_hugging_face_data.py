@@ -27,7 +27,13 @@ class Table(list):
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[tuple]:
+def bars() -> list[str]:
+    """What the library was told about its progress bars."""
+    return []
+
+
+@pytest.fixture
+def asked(monkeypatch, bars) -> list[tuple]:
     """What the library was asked for; the dataset old/script comes without its script alone."""
     asked = []
 
@@ -42,6 +48,7 @@ def asked(monkeypatch) -> list[tuple]:
 
     library = types.ModuleType("datasets")
     library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    library.disable_progress_bars = lambda: bars.append("off")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
     return asked
 
@@ -62,6 +69,13 @@ def test_names_on_the_hub(asked):
         ("old/script", None, {"split": "train"}),
         ("old/script", None, {"split": "train", "revision": "refs/convert/parquet"}),
     ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_are_for_terminals(asked, bars, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    both("hf:owner/name")
+    assert set(bars) == (set() if terminal else {"off"})
 
 
 def test_a_changed_dataset_is_noticed(asked, monkeypatch):

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import itertools
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -299,6 +300,7 @@ def _open_tfds(name: str, split: str) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
     import tensorflow_datasets.text  # registers the text builders, skipped without h5py
 
+    tfds.display_progress_bar(sys.stderr.isatty())
     folder = Path(name).expanduser()
     builder: Any
     try:

@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face hub, through the extra `datasets`, which runs no code of theirs."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def _open(name: str, split: str) -> Any:
         raise InputError(
             f"data path 'hf:{name}' needs the package datasets: pip install 'gidd-jax[datasets]'"
         ) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     folder = Path(name).expanduser()
     if folder.is_dir():
         splits = datasets.load_from_disk(str(folder))
