@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from gidd_jax.cli import load_config
 from gidd_jax.data import shards
+from gidd_jax.data.corpus import DATASETS
 from gidd_jax.errors import InputError
-from gidd_jax.prepare_data import prepare
+from gidd_jax.prepare_data import EXAMPLES, prepare
+from gidd_jax.settings import Settings
 
 
 def command(*arguments: str) -> list[str]:
@@ -179,3 +182,38 @@ def test_help_is_quick_and_shows_examples():
     assert done.returncode == 0
     assert "Examples:" in done.stdout
     assert "--shard_size" in done.stdout
+
+
+def documented_corpora() -> list[dict[str, str]]:
+    """The settings in the table of large corpora in docs/scaling.md."""
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text("utf-8")
+    lines = page.partition("## Large corpora")[2].partition("\n## ")[0].splitlines()
+    names, _, *rows = [
+        [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_documented_corpora_have_legal_settings():
+    corpora = documented_corpora()
+    assert [one.pop("corpus").split(",")[0] for one in corpora] == [
+        "OpenWebText",
+        "LM1B",
+        "FineWeb",
+    ]
+    for one in corpora:
+        config = load_config("gidd")
+        changes: dict[str, Any] = {f"data.{k}": v for k, v in one.items() if k != "seq_len"}
+        config.update_from_flattened_dict({**changes, "model.max_seq_len": int(one["seq_len"])})
+        settings = Settings.from_config(config)
+        kind, _, name = settings.data.path.partition(":")
+        assert kind in DATASETS, name
+        assert settings.data.validation.split(":")[0] in ("last", "hash", "split")
+        # The examples of --help say the same, apart from what is the default there.
+        (example,) = [e for e in EXAMPLES.splitlines() if f"--path={one['path']} " in e]
+        rest = EXAMPLES.partition(example)[2].splitlines()[1]
+        flags = dict(word[2:].split("=") for word in f"{example} {rest}".split() if "=" in word)
+        defaults = {"mode": "packed"}
+        assert {**defaults, **flags}.items() >= one.items()
