@@ -18,12 +18,12 @@ BUCKET = "bucket"
 
 
 class FakeGcs:
-    """One bucket: the objects by name, each with its generation, and the requests so far."""
+    """One bucket: the objects by name, each with its generation, and what was written so far."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.objects: dict[str, tuple[int, bytes]] = {}
-        self.requests: list[str] = []
+        self.written: list[str] = []
         self.refuse = ""  # requests whose "METHOD name" match this pattern are forbidden
         self.uploads: dict[str, bytes] = {}  # what came so far of objects sent in pieces
         self._generations = itertools.count(1)
@@ -45,6 +45,7 @@ class FakeGcs:
             if generation is not None and int(generation) != self.objects.get(name, (0, b""))[0]:
                 return None
             self.objects[name] = (next(self._generations), content)
+            self.written.append(name)
         return self.describe(name)
 
     def describe(self, name: str) -> dict[str, str]:
@@ -130,7 +131,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             else:
                 name = query["name"]
         request = f"{self.command} {name or query.get('prefix', '')}"
-        self.store.requests.append(request)
         if self.store.refuse and re.search(self.store.refuse, request):
             self._answer(403, {"error": {"code": 403, "message": "you may not"}})
             return self.store, None, query
