@@ -201,9 +201,11 @@ def _write_shards(
             initargs=(job, splits),
         ) as pool,
     ):
-        with _without_interrupts():
-            futures: dict[Future[None], _Task] = {pool.submit(_write_shard, t): t for t in missing}
         try:
+            with _without_interrupts():
+                futures: dict[Future[None], _Task] = {
+                    pool.submit(_write_shard, task): task for task in missing
+                }
             for future in as_completed(futures):
                 future.result()
                 bar.update(futures[future].stop - futures[future].start)
@@ -222,18 +224,25 @@ def _write_shards(
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Keep Ctrl-C from the processes that are started: this one ends them, without tracebacks.
+    """Start processes that never hear Ctrl-C: this one ends them, without their tracebacks.
 
-    They inherit the mask, also while they import; what arrives here meanwhile is heard afterwards.
+    They inherit the mask, which holds while they import, too. What comes meanwhile is heard at the
+    end of the block: half a start would leave a process without its orders.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not hasattr(signal, "pthread_sigmask"):  # Windows has none
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    heard = threading.Event()
+    handler = signal.signal(signal.SIGINT, lambda *_: heard.set())
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard.is_set():
+        raise KeyboardInterrupt
 
 
 _worker: "tuple[_Job, dict[str, Documents]]"

@@ -73,7 +73,7 @@ def folder(tmp_path_factory) -> Path:
         "import json\nfrom ml_collections import ConfigDict\n"
         f"def get_config():\n    return ConfigDict(json.loads({values!r}))\n"
     )
-    write_checkpoint(folder / "model", folder)
+    write_checkpoint(folder / "model", folder, **{"model.num_layers": 1})
     return folder
 
 
