@@ -9,8 +9,9 @@ The config has two sections: `base`, a config of gidd_jax.train, and `grid`, whi
 and gives each a tuple of values. Every combination is a run of its own, in a workdir as
 gidd_jax.train makes it: WORKDIR/runs/KEY=VALUE+... The same command goes on after a stop; what is
 finished is not repeated.
-Programs are compiled once for all runs that they fit, such as those that differ in the seed. Runs
-go in turn: several seeds as one program were no faster on CPU (docs/scaling.md has the figures).
+Programs are compiled once for all runs that they fit, such as those that differ in the seed: JAX
+keeps them on disk. Runs go in turn: several seeds as one program were no faster on CPU
+(docs/scaling.md has the figures).
 
 Prints the bound on the validation text, mean and standard deviation over seeds. Files of WORKDIR:
   sweep.csv   a line for each finished run: its values of the grid, step, seconds (of its last
@@ -18,13 +19,12 @@ Prints the bound on the validation text, mean and standard deviation over seeds.
   sweep.png, sweep.svg   bits per byte over the first key of the grid, beside the unigram model
 """
 
-import contextlib
 import csv
 import io
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -57,14 +57,13 @@ def main(argv: list[str]) -> None:
 
     runs, workdir = plan_runs(CONFIG.value), Path(WORKDIR.value or "")
     rows = []
-    with shared_programs():
-        for number, one in enumerate(runs, 1):
-            logging.info("Run %d of %d: %s", number, len(runs), one.name)
-            result = finish(one, workdir / "runs" / one.name)
-            if result is None:
-                return  # stopped by a signal; the same command goes on
-            rows.append({**one.values, **result})
-            write_table(rows, workdir / "sweep.csv")
+    for number, one in enumerate(runs, 1):
+        logging.info("Run %d of %d: %s", number, len(runs), one.name)
+        result = finish(one, workdir / "runs" / one.name)
+        if result is None:
+            return  # stopped by a signal; the same command goes on
+        rows.append({**one.values, **result})
+        write_table(rows, workdir / "sweep.csv")
     keys, unigram = list(runs[0].values), unigram_baseline(runs[0].settings)
     figure = pictures.sweep_picture(rows, keys, JUDGED_BY, unigram)
     pictures.save_figures({"sweep": figure}, workdir)
@@ -130,35 +129,6 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     result = {"step": num_steps, "seconds": round(time.monotonic() - start, 1), **figures}
     write_atomically(path, json.dumps(result, indent=2) + "\n")
     return result
-
-
-@contextlib.contextmanager
-def shared_programs() -> Iterator[None]:
-    """Let runs find programs that an earlier run compiled, until the block ends.
-
-    By JAX's cache of compiled programs: the user's where one is set, otherwise a temporary one.
-    """
-    import tempfile
-
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    folder_key = "jax_compilation_cache_dir"
-    minimum_key = "jax_persistent_cache_min_compile_time_secs"
-    if jax.config.values[folder_key] is not None:
-        yield
-        return
-    minimum = jax.config.values[minimum_key]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            jax.config.update(folder_key, folder)
-            jax.config.update(minimum_key, 0.0)
-            compilation_cache.reset_cache()  # JAX looks where the cache is only once
-            yield
-        finally:
-            jax.config.update(folder_key, None)
-            jax.config.update(minimum_key, minimum)
-            compilation_cache.reset_cache()
 
 
 def unigram_baseline(settings: "Settings") -> float:
