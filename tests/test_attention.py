@@ -18,7 +18,8 @@ KINDS = {
 def inputs():
     """Three rows of nine tokens, four heads of eight features, two of keys and values."""
     keys = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(key, (3, 9, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=True)]
+    heads = (4, 2, 2)
+    return [jax.random.normal(key, (3, 9, n, 8)) for key, n in zip(keys, heads, strict=True)]
 
 
 def value_and_gradients(kind):
