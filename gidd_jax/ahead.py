@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from gidd_jax import sharding
 from gidd_jax.build import build_objective
 from gidd_jax.models.dit import MLP_RATIO
+from gidd_jax.models.layers import MOST_SCORES
 from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.roofline import Topology
 from gidd_jax.settings import Settings
@@ -113,17 +114,22 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     """Return the bytes of activations that a micro batch's backward pass reads, on one device.
 
     By the shapes of what jax.vjp keeps: no compiler can do with less, and there are temporaries
-    beside it. The scores of attention [..., L, L] do not count where a GPU's kernel computes them
-    again; arrays with an axis of heads or hidden units are split over tensor.
+    beside it. The scores of attention [..., L, L] do not count where they are computed again, by a
+    GPU's kernel or a CPU row by row; arrays with an axis of heads or hidden units are split over
+    tensor.
     """
     model, train = build.settings.model, build.settings.train
-    small, large = (_residuals(build, rows) for rows in (2, 4))
+    with _taken_for("tpu"):  # whose attention is the same for two rows and for four
+        small, large = (_residuals(build, rows) for rows in (2, 4))
     fused = model.attention == "cudnn" or (model.attention == "" and model.dtype == "bfloat16")
     on_gpu = topology.chip is not None and not topology.chip.torus
+    scores = train.batch_size // train.micro_batches * model.num_heads * model.max_seq_len**2
+    by_row = topology.chip is None and mesh.size == 1 and scores > MOST_SCORES
+    is_recomputed = by_row or (fused and on_gpu)
     L, split = model.max_seq_len, {model.num_heads, MLP_RATIO * model.hidden_size}
     total = 0
     for a, b in zip(small, large, strict=True):  # arrays that do not grow are not activations
-        if not (fused and on_gpu and a.shape[-2:] == (L, L)):
+        if not (is_recomputed and a.shape[-2:] == (L, L)):
             ways = mesh.shape["tensor"] if split & set(a.shape) else 1
             total += (b.size - a.size) * a.dtype.itemsize // (2 * ways)
     return (

@@ -19,6 +19,7 @@ from gidd_jax.build import build_objective
 from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
 from gidd_jax.metrics import flops_per_token, recomputed_flops_per_token
+from gidd_jax.models import layers
 from gidd_jax.optimizer import make_optimizer
 from gidd_jax.plan import Memory, bytes_moved, bytes_sent, describe, make_plan
 from gidd_jax.roofline import CHIPS, Roofline, Sent, parse_topology, roofline
@@ -202,7 +203,7 @@ def test_copies_beyond_two_do_not_change_the_memory_of_one(plan, whole_step):
     assert jax.default_backend() == "cpu"  # while it compiled for a GPU it was said to be one
 
 
-def test_kept_activations_by_hand(folder):
+def test_kept_activations_by_hand(folder, monkeypatch):
     changes = {"model.dtype": "bfloat16", "train.batch_size": 64, "mesh.data": -1}
     mesh = sharding.make_mesh(8, 1, 1)
 
@@ -218,6 +219,10 @@ def test_kept_activations_by_hand(folder):
     full = kept("8xH100", **{"model.remat": "full"})
     three = kept("8xH100", **{"model.remat": "full", "model.num_layers": 3})
     assert three - full == 8 * 16 * 32 * 2  # a layer keeps what it reads: [rows, L, D] in bfloat16
+    # A CPU here that goes row by row in attention changes nothing for other devices.
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "MOST_SCORES", 3 * 4 * 16 * 16)
+        assert (kept("v5e-8"), kept("8xH100")) == (tpu, gpu)
     # Tensor splits what has heads or hidden units: the rest stays.
     tensor = kept("8xH100", sharding.make_mesh(2, 1, 4))
     assert gpu < tensor < 4 * gpu
