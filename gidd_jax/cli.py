@@ -152,14 +152,20 @@ def _quieten_libraries() -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Let JAX keep what it compiles on disk, unless the user's environment says where or how.
+    """Let JAX keep what it compiles on disk, unless the user's environment says where.
 
-    JAX reads these variables when it is imported, which is after this.
+    JAX reads these variables when it is imported, which is after this. Several processes keep
+    nothing: JAX writes the programs of the first alone, which would then compile nothing while the
+    others wait for its part of the autotuning that XLA shares out among GPUs.
     """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # its size is the user's, too: a limit makes JAX refuse a folder without one
+    if "distributed" in flags.FLAGS and flags.FLAGS["distributed"].value:
+        return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # A program for a CPU is one for its features: machines that share a home stay apart.
     folder = cache / "gidd_jax" / "compiled" / f"{platform.node()}-{platform.machine()}"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
 
 

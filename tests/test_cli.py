@@ -1,5 +1,6 @@
 """The command line: where configs are found, and one line for every wrong word."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
 from gidd_jax import cli
@@ -243,5 +245,19 @@ def test_compiled_programs_are_kept_in_the_users_cache(command, tmp_path, monkey
     assert f"kept: {folder} {cli.COMPILED_BYTES}" in printed
     assert list(folder.glob("jit__lambda*"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
-    assert f"kept: {tmp_path / 'mine'} " in command("--workdir=compiles").stdout
+    # Without a limit: JAX writes nothing more to a folder that was filled without one.
+    assert f"kept: {tmp_path / 'mine'} -1\n" in command("--workdir=compiles").stdout
     assert list((tmp_path / "mine").glob("jit__lambda*"))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_several_processes_keep_no_programs(monkeypatch, several):
+    values = flags.FlagValues()
+    flags.DEFINE_bool("distributed", several, "One of several.", flag_values=values)
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "restored afterwards")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "restored afterwards")
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        del os.environ[name]
+    cli._keep_compiled_programs()
+    assert ("JAX_COMPILATION_CACHE_DIR" in os.environ) is not several
