@@ -37,7 +37,8 @@ class Judgement(NamedTuple):
     """What the network says of every position, each [B, L].
 
     score: the probability of the proposal among the proposals; first_choice: the most probable
-    token; log_probs: log x_hat at the proposal and at the token there; is_number: no NaN.
+    token; log_proposal, log_token: log x_hat at the proposal, and at the token there; is_number: no
+    NaN.
     """
 
     proposal: jax.Array

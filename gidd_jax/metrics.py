@@ -278,6 +278,8 @@ def _start_wandb(home: epath.Path, folder: epath.Path, project: str) -> Any:
 
     # Kept in the workdir, so that a resumed run goes on in the same W&B run.
     path = home / "wandb_run_id"
-    if not path.exists():
-        write_atomically(path, uuid.uuid4().hex)
-    return wandb.init(project=project, id=path.read_text(), resume="allow", dir=str(folder))
+    with named_failures(home):
+        if not path.exists():
+            write_atomically(path, uuid.uuid4().hex)
+        name = path.read_text()
+    return wandb.init(project=project, id=name, resume="allow", dir=str(folder))

@@ -189,13 +189,10 @@ def filtered(options: SamplerOptions, log_probs: jax.Array) -> jax.Array:
     )
 
 
-def filtered_x_hat(
-    options: SamplerOptions, log_x_hat: jax.Array, min_p: float | None = None
-) -> jax.Array:
-    """Return the distribution that tokens are drawn from; `min_p` replaces that of the options."""
+def filtered_x_hat(options: SamplerOptions, log_x_hat: jax.Array) -> jax.Array:
+    """Return the distribution that tokens are drawn from."""
     x_hat = jnp.exp(filtered(options, log_x_hat))
-    min_p = options.min_p if min_p is None else min_p
-    return keep_min_p(x_hat, min_p) if min_p > 0 else x_hat
+    return keep_min_p(x_hat, options.min_p) if options.min_p > 0 else x_hat
 
 
 def take_step(
@@ -213,7 +210,7 @@ def take_step(
     s = now.s
     if options.method in ("ancestral", "psi"):  # with min-p; without it see `thinning`
         kappa = options.kappa if options.method == "psi" else 1.0
-        x_hat = filtered_x_hat(options, log_x_hat, min_p=0.0)
+        x_hat = jnp.exp(filtered(options, log_x_hat))
         probs = steps.transition_probs(process, x_hat, z_t, t, s, kappa)
         return categorical(keys, keep_min_p(probs, options.min_p))
     x_hat = filtered_x_hat(options, log_x_hat)
