@@ -4,6 +4,7 @@ Imports neither jax nor anything heavy, so that `--help` answers at once.
 """
 
 import difflib
+import hashlib
 import importlib.util
 import logging as log
 import os
@@ -162,11 +163,28 @@ def _keep_compiled_programs() -> None:
         return  # its size is the user's, too: a limit makes JAX refuse a folder without one
     if "distributed" in flags.FLAGS and flags.FLAGS["distributed"].value:
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # A program for a CPU is one for its features: machines that share a home stay apart.
-    folder = cache / "gidd_jax" / "compiled" / f"{platform.node()}-{platform.machine()}"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return  # a user without a home
+    folder = cache / "gidd_jax" / "compiled" / _processor()
+    for file in folder.glob("*-cache"):
+        # Left by a process that was killed: with it there JAX would keep nothing more.
+        if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
+            file.unlink(missing_ok=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
+
+
+def _processor() -> str:
+    """Return a name of this kind of CPU: a program that is compiled for one is for its features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = [platform.node()]
+    features = [line for line in lines if line.lower().startswith(("flags", "features"))] or lines
+    digest = hashlib.blake2b(features[0].encode(), digest_size=6)
+    return f"{platform.machine()}-{digest.hexdigest()}"
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

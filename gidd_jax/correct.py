@@ -114,7 +114,7 @@ def judge(
         first_choice=first_largest(weights),
         log_proposal=log_probs_at(logits, proposal) - total,
         log_token=log_probs_at(logits, z) - total,
-        is_number=~jnp.isnan(jnp.max(logits, axis=-1)),
+        is_number=~jnp.isnan(jnp.sum(logits, axis=-1)),  # XLA's maximum on CPU may pass over NaN
     )
 
 

@@ -120,6 +120,8 @@ def train(
         eval_fn = compile_evaluation(settings, objective, abstract_state, mesh)
         figures: dict[str, Any] = {}
         profiled_until = 0  # the first step compiles
+        if profile and num_steps < first + 2:
+            logging.warning("no trace: --profile needs two steps that are still to be made")
 
         started = clock()
         for step in range(first + 1, num_steps + 1):
@@ -142,9 +144,10 @@ def train(
                 figures = evaluate(eval_fn, state, validation, eval_key, mesh)
                 writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
                 progress.restart(step)
-            stop = stopping(
-                step
-            )  # asked once: a signal after this line is heard after the next step
+            # Asked once: a signal after this line is heard after the next step.
+            stop = stopping(step)
+            if stop and step < profiled_until:
+                profiler.stop()
             if stop or step == num_steps or step % settings.checkpoint.every == 0:
                 reporter.flush()  # a state made of numbers that are not finite is not saved
                 writer.flush()  # before the step: its metrics are there when it is

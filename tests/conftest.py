@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, strict ranks, and the golden arrays of the original implementation."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 # Before anything touches a device.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A forgotten axis must fail instead of broadcasting.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Commands that tests start, which read this when they import jax, leave the user's cache alone.

@@ -180,24 +180,40 @@ def test_names_of_files(folder):
     assert list(named_files("embedded")) == ["austen.jsonl"]
 
 
-def test_large_files_are_told_by_blocks(tmp_path, monkeypatch):
-    file = tmp_path / "a.txt"
+def test_a_large_corpus_is_told_by_blocks(tmp_path, monkeypatch):
+    """Of every file its size, and bytes from the first to the last; small files whole."""
+    file, small = tmp_path / "a.txt", tmp_path / "b.txt"
     data = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8).tobytes()
     file.write_bytes(data)
-    whole = fingerprint.file_fingerprint(file)
-    assert whole.startswith("10000 bytes ")
-    monkeypatch.setattr(fingerprint, "MAX_HASHED_BYTES", 9_999)
+    small.write_bytes(data[:35])
+
+    def both() -> tuple[str, str]:
+        found = fingerprint.file_fingerprints({"a.txt": file, "b.txt": small})
+        return found["a.txt"], found["b.txt"]
+
+    whole = both()
+    assert whole[0].startswith("10000 bytes ")
     monkeypatch.setattr(fingerprint, "_BLOCK", 10)
-    blocks = fingerprint.file_fingerprint(file)
-    assert blocks != whole
+    assert both() == whole
+    monkeypatch.setattr(fingerprint, "MAX_HASHED_BYTES", 10_034)  # 501 blocks of each
+    blocks = both()
+    assert blocks[0] != whole[0]
+    assert blocks[1] == whole[1]
     for offset in (0, 9_999):
         change_a_byte(file, offset)
-        assert fingerprint.file_fingerprint(file) != blocks
+        assert both()[0] != blocks[0]
         file.write_bytes(data)
-    assert fingerprint.file_fingerprint(file) == blocks
+    unread = [n for n in range(200) if n not in set(read_bytes(10_000, 501))]
+    change_a_byte(file, unread[0])
+    assert both() == blocks
     file.write_bytes(data[:5_000] + data[4_999:])  # one byte more
-    assert fingerprint.file_fingerprint(file) != blocks
-    assert fingerprint.file_fingerprint(file).startswith("10001 bytes ")
+    assert both()[0].startswith("10001 bytes ")
+
+
+def read_bytes(size: int, num_blocks: int) -> np.ndarray:
+    """The bytes of blocks of ten that lie evenly over a file."""
+    starts = np.linspace(0, size - 10, num_blocks).astype(int)
+    return (starts[:, None] + np.arange(10)[None]).ravel()
 
 
 def test_shards_are_told_by_their_manifest(tmp_path):

@@ -1,4 +1,4 @@
-"""Ctrl-C: every command ends in one line and exit code 130, and leaves no half-written file."""
+"""Ctrl-C: long commands end in one line and exit code 130, and leave no half-written file."""
 
 import json
 import subprocess

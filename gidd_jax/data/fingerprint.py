@@ -17,10 +17,10 @@ from gidd_jax.data.corpus import DATASETS, named_files
 from gidd_jax.data.mixture import split_mixture
 from gidd_jax.errors import InputError
 
-# A larger file is told by its size and this many blocks, spread evenly from its first byte to its
-# last: at every start a run hashes its corpus, which must not take longer than opening it.
+# The files of a larger corpus are told by their sizes and blocks, spread evenly from the first byte
+# to the last: at every start a run hashes its corpus, which must not take longer than opening it.
 MAX_HASHED_BYTES = 256 << 20
-_BLOCK, _NUM_BLOCKS = 1 << 20, 64
+_BLOCK, _LEAST_BLOCKS = 64 << 10, 4  # of each file
 _MAX_NAMED = 3  # changes that a message names
 
 
@@ -69,21 +69,28 @@ def _changes(old: list[dict[str, str]], new: list[dict[str, str]]) -> str:
     return ", ".join(found[:_MAX_NAMED]) + more
 
 
-def file_fingerprint(file: Path) -> str:
-    """Return size and BLAKE2b of a file; above MAX_HASHED_BYTES, of blocks spread over it."""
-    digest = hashlib.blake2b(digest_size=16)
+def file_fingerprints(files: dict[str, Path]) -> dict[str, str]:
+    """Return size and BLAKE2b of each file; above MAX_HASHED_BYTES in all, of blocks of it."""
     try:
-        size = file.stat().st_size
-        starts, block = range(0, size, _BLOCK), _BLOCK
-        if size > MAX_HASHED_BYTES:
-            block = min(_BLOCK, size // _NUM_BLOCKS)
-            starts = np.linspace(0, size - block, _NUM_BLOCKS).astype(np.int64)
-        with open(file, "rb") as stream:
-            for start in starts:
-                stream.seek(int(start))
-                digest.update(stream.read(block))
+        total = sum(file.stat().st_size for file in files.values())
+        num_blocks = None
+        if total > MAX_HASHED_BYTES:
+            num_blocks = max(_LEAST_BLOCKS, MAX_HASHED_BYTES // _BLOCK // len(files))
+        hashed = tqdm(files.items(), "Hashing files", disable=None, unit="file", leave=False)
+        return {name: _file_fingerprint(file, num_blocks) for name, file in hashed}
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
+        raise InputError(f"{error.filename} cannot be read: {error}") from error
+
+
+def _file_fingerprint(file: Path, num_blocks: int | None) -> str:
+    digest, size = hashlib.blake2b(digest_size=16), file.stat().st_size
+    starts = range(0, size, _BLOCK)
+    if num_blocks is not None and len(starts) > num_blocks:
+        starts = np.linspace(0, size - _BLOCK, num_blocks).astype(np.int64)
+    with open(file, "rb") as stream:
+        for start in starts:
+            stream.seek(int(start))
+            digest.update(stream.read(_BLOCK))
     return f"{size} bytes {digest.hexdigest()}"
 
 
@@ -99,5 +106,4 @@ def _part(path: str, validation: str, text_key: str) -> dict[str, str]:
     files = named_files(path)
     if rule == "path":
         files |= {f"{name} (validation)": file for name, file in named_files(argument).items()}
-    hashed = tqdm(files.items(), "Hashing files", disable=None, unit="file", leave=False)
-    return {name: file_fingerprint(file) for name, file in hashed}
+    return file_fingerprints(files)

@@ -257,7 +257,7 @@ def attention(
 
 
 def _goes_row_by_row(q: Array, k: Array) -> bool:
-    """Tell whether attention goes through the batch: on one CPU, where scores are many.
+    """Tell whether to go through the batch: on CPU, where scores are many and no mesh splits it.
 
     XLA writes them down there: those of one row stay in the caches, and of a batch of 4 x 512
     tokens a step takes a tenth less time.
