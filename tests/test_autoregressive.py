@@ -15,6 +15,8 @@ from gidd_jax.models.llama import Llama
 from gidd_jax.options import SamplerOptions
 from gidd_jax.sampler import Prompt
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BOS, EOS, PAD = 3, 5, 65
 SMALL = {"vocab_size": 67, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_seq_len": 32}
 

@@ -14,6 +14,8 @@ from gidd_jax.loss import masked_logits
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.schedule import time_grid
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Settings of the golden files: (p_uniform, mask_id), 23 tokens.
 SETTINGS = {"pu0.0": (0.0, 22), "pu0.1": (0.1, 22), "pu0.2": (0.2, 22), "pu0.2_mid": (0.2, 11)}
 SKEWED = (0.05, 0.3, 0.0, 0.1, 0.02, 0.33, 0.2)  # over 7 tokens, mask 2
