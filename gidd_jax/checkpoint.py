@@ -23,9 +23,9 @@ from etils import epath
 from gidd_jax.checksums import array_checksums, json_checksum
 from gidd_jax.data.files import stays_in_folder
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gidd_jax.errors import InputError, StorageError
+from gidd_jax.errors import InputError, StorageError, first_line
 from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
-from gidd_jax.storage import check_reachable, is_remote, named_failures, reason, run_folder
+from gidd_jax.storage import check_reachable, is_remote, named_failures, run_folder
 
 CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
 CONFIG_FILE = "config.json"  # the settings of the run in a workdir
@@ -236,8 +236,8 @@ class Checkpointer:
             if not (isinstance(error, kinds) or is_remote(self._root)):
                 raise
             raise StorageError(
-                f"a checkpoint could not be written to {self._root} ({reason(error)}): make room "
-                f"or mend the folder; the same command goes on from {self._last_words()}"
+                f"a checkpoint could not be written to {self._root} ({first_line(error)}): make "
+                f"room or mend the folder; the same command goes on from {self._last_words()}"
             ) from error
 
     def _last_words(self) -> str:
@@ -413,11 +413,11 @@ def _describe(leaf: Any) -> str:
 def _damaged(checkpoint: Checkpoint, error: Exception) -> InputError:
     later = (PermissionError, ConnectionError, TimeoutError, MemoryError)
     if isinstance(error, later) or (is_remote(checkpoint.folder) and _is_refused(error)):
-        return InputError(f"checkpoint {checkpoint.folder} cannot be read now: {reason(error)}")
+        return InputError(f"checkpoint {checkpoint.folder} cannot be read now: {first_line(error)}")
     steps = ocp.utils.checkpoint_steps(checkpoint.folder.parent)
     older = [step for step in steps if step < checkpoint.step]
     fix = f"delete it to go on from step {max(older)}" if older else "there is no older one"
-    return InputError(f"checkpoint {checkpoint.folder} is damaged ({reason(error)}): {fix}")
+    return InputError(f"checkpoint {checkpoint.folder} is damaged ({first_line(error)}): {fix}")
 
 
 def _is_refused(error: Exception) -> bool:

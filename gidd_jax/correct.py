@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax.draws import first_largest, fold_in, index_from_uniforms, num_levels, uniforms
-from gidd_jax.filters import log_total, temper, unnormalised
+from gidd_jax.filters import log_softmax_at, temper, unnormalised
 from gidd_jax.likelihood import Denoiser
-from gidd_jax.loss import log_probs_at, masked_logits
+from gidd_jax.loss import masked_logits
 from gidd_jax.ops.fused_loss import chunk_size
 from gidd_jax.options import CorrectionOptions
 from gidd_jax.process import InterpolatingProcess
@@ -107,13 +107,13 @@ def judge(
     """Judge tokens z [B, K] by their logits [B, K, C], with the proposals' random numbers."""
     logits = masked_logits(process, logits)
     weights = unnormalised(temper(logits, temperature))
-    proposal, total = propose.draw(weights, numbers), log_total(logits)
+    proposal = propose.draw(weights, numbers)
     return Judgement(
         proposal=proposal,
         score=probs_at(weights, proposal) / jnp.sum(weights, axis=-1),
         first_choice=first_largest(weights),
-        log_proposal=log_probs_at(logits, proposal) - total,
-        log_token=log_probs_at(logits, z) - total,
+        log_proposal=log_softmax_at(logits, proposal),
+        log_token=log_softmax_at(logits, z),
         is_number=~jnp.isnan(jnp.sum(logits, axis=-1)),  # XLA's maximum on CPU may pass over NaN
     )
 

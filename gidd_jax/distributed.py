@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from gidd_jax.errors import InputError
+from gidd_jax.errors import InputError, first_line
 
 flags.disclaim_key_flags()  # the flags belong to the command that asks for them
 
@@ -67,9 +67,8 @@ def _initialize(address: dict[str, str | int | None]) -> int:
     try:
         jax.distributed.initialize(**address)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"--distributed: {reason}; on a cluster that JAX does not know give "
+            f"--distributed: {first_line(error)}; on a cluster that JAX does not know give "
             "--coordinator_address=HOST:PORT, --num_processes and --process_id"
         ) from error
     logging.info(

@@ -13,9 +13,14 @@ def unnormalised(logits: jax.Array) -> jax.Array:
     return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
 
 
-def log_total(logits: jax.Array) -> jax.Array:
-    """Return log sum exp(logits), from the sum of `unnormalised`, which it shares in a program."""
-    return jnp.max(logits, axis=-1) + jnp.log(jnp.sum(unnormalised(logits), axis=-1))
+def log_softmax_at(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return log_softmax(logits) at each token id, [B, L].
+
+    From the sum of `unnormalised`, which a program computes once; the largest logit is taken off
+    first, so that those near it keep their digits.
+    """
+    at_ids = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return (at_ids - jnp.max(logits, axis=-1)) - jnp.log(jnp.sum(unnormalised(logits), axis=-1))
 
 
 def temper(log_probs: jax.Array, temperature: float) -> jax.Array:

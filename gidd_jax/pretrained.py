@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from gidd_jax.build import build_objective
 from gidd_jax.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoint, find_checkpoint, load_params
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer, looks_like_path
-from gidd_jax.errors import InputError
+from gidd_jax.errors import InputError, first_line
 from gidd_jax.hub import (
     Shapes,
     StateDict,
@@ -37,7 +37,6 @@ from gidd_jax.state import abstract_params
 from gidd_jax.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
-    first_line,
     read_safetensors,
     read_torch,
 )

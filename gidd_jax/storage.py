@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from gidd_jax.errors import InputError, StorageError
+from gidd_jax.errors import InputError, StorageError, first_line
 
 _BUCKETS = "gs://"  # the only store that Orbax 0.12 writes to without a mount
 
@@ -53,7 +53,7 @@ def check_reachable(folder: epath.Path) -> None:
         found = epath.Path(bucket).exists()
     except Exception as error:  # whatever gcsfs, aiohttp and google-auth raise
         raise InputError(
-            f"{folder} cannot be reached ({reason(error)}): check the network, the credentials "
+            f"{folder} cannot be reached ({first_line(error)}): check the network, the credentials "
             "(gcloud auth application-default login) and your rights in the bucket"
         ) from error
     if not found:
@@ -69,11 +69,6 @@ def named_failures(folder: epath.Path) -> Iterator[None]:
         if not is_remote(folder):
             raise
         raise StorageError(
-            f"{folder} could not be written ({reason(error)}): check the network and your rights "
-            "in the bucket; the same command goes on from the last checkpoint"
+            f"{folder} could not be written ({first_line(error)}): check the network and your "
+            "rights in the bucket; the same command goes on from the last checkpoint"
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of an error's message, at most 200 characters, or else its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gidd_jax.filters import log_total
-from gidd_jax.loss import log_probs_at
+from gidd_jax.filters import log_softmax_at
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.steps import ancestral_draws, finish_ancestral_step, needs_x_hat
 
@@ -64,7 +63,7 @@ def thinned_step(
         here = jax.tree.map(lambda a: a[rows, real], draws)
         z_s = finish_ancestral_step(here, weights(logits), z_t[rows, real])
         z = z.at[rows, places].set(z_s, mode="drop")
-        drawn = log_probs_at(logits, z_s) - log_total(logits)
+        drawn = log_softmax_at(logits, z_s)
         return number + 1, z, log_probs.at[rows, places].set(drawn, mode="drop")
 
     start = (jnp.int32(0), z_t, jnp.zeros(z_t.shape, jnp.float32))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gidd_jax.data.files import stays_in_folder
-from gidd_jax.errors import InputError
+from gidd_jax.errors import InputError, first_line
 from gidd_jax.hub import StateDict
 
 WEIGHTS_FILE = "model.safetensors"
@@ -61,8 +61,3 @@ def read_torch(file: Path) -> StateDict:
             f"{file} is damaged or holds more than tensors ({first_line(error)}): save the model's "
             "state_dict again"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, short enough for a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

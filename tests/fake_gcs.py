@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
+from typing import Any
 
 BUCKET = "bucket"
 
@@ -191,10 +192,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Report nothing of clients that hung up: killed runs, and requests given up half-way."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            super().handle_error(request, client_address)
 
 
 def _parts(content_type: str, body: bytes) -> list[bytes]:

@@ -8,6 +8,7 @@ from scipy import stats
 
 from gidd_jax.draws import (
     categorical,
+    first_largest,
     fold_in,
     index_from_uniforms,
     num_levels,
@@ -30,11 +31,13 @@ def descend(weights: np.ndarray, u: list[float]) -> int:
             low, high = (middle, high) if smaller != (left <= right) else (low, middle)
         return low
 
-    if len(weights) <= 256:
+    size = next((n for n in (256, 128, 64) if len(weights) % n == 0), 256)
+    if len(weights) <= size:
         return tree(weights, len(u))
-    blocks = [weights[i : i + 256] for i in range(0, len(weights), 256)]
-    block = tree(np.array([b.sum() for b in blocks]), len(u) - 8)
-    return 256 * block + tree(blocks[block], 8)
+    depth = size.bit_length() - 1
+    blocks = [weights[i : i + size] for i in range(0, len(weights), size)]
+    block = tree(np.array([b.sum() for b in blocks]), len(u) - depth)
+    return size * block + tree(blocks[block], depth)
 
 
 def hard_weights(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
@@ -52,7 +55,7 @@ def edge_uniforms(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
     return np.minimum(u, 1 - 2.0**-24).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 11, 256, 257, 1000])
+@pytest.mark.parametrize("size", [1, 2, 3, 11, 192, 256, 257, 384, 1000])
 def test_draw_never_takes_weight_zero_and_follows_its_definition(size):
     rng = np.random.default_rng(size)
     weights, u = hard_weights(rng, 400, size), edge_uniforms(rng, 400, size)
@@ -62,6 +65,15 @@ def test_draw_never_takes_weight_zero_and_follows_its_definition(size):
         descend(w, list(v)) for w, v in zip(weights.astype(float), u.astype(float), strict=True)
     ]
     np.testing.assert_array_equal(drawn, wanted)
+
+
+@pytest.mark.parametrize("size", [1, 11, 192, 257, 384, 1000])
+def test_the_first_of_the_largest(size):
+    """Among ties too, and where the largest lies in the last block."""
+    rng = np.random.default_rng(size)
+    values = rng.integers(-9, 3, (200, size)).astype(np.float32)
+    values[0, -1], values[1] = 7, -np.inf
+    np.testing.assert_array_equal(jax.jit(first_largest)(values), np.argmax(values, axis=-1))
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -47,8 +47,9 @@ def asked(monkeypatch, bars) -> list[tuple]:
         return Table({"id": i, "text": text} for i, text in enumerate(texts))
 
     library = types.ModuleType("datasets")
-    library.load_dataset = load_dataset  # type: ignore[attr-defined]
-    library.disable_progress_bars = lambda: bars.append("off")  # type: ignore[attr-defined]
+    vars(library).update(
+        load_dataset=load_dataset, disable_progress_bars=lambda: bars.append("off")
+    )
     monkeypatch.setitem(sys.modules, "datasets", library)
     return asked
 

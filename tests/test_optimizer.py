@@ -11,7 +11,7 @@ import pytest
 
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
-from gidd_jax.optimizer import _muon_labels, learning_rate, make_optimizer
+from gidd_jax.optimizer import _clip, _muon_labels, learning_rate, make_optimizer
 from gidd_jax.settings import OptimizerSettings
 
 PAPER = OptimizerSettings(
@@ -91,6 +91,19 @@ def _torch_adamw(params, grads, rates, config):
             )
             params[k] = params[k] * (1 - rate * config.weight_decay) - rate * step
     return params
+
+
+def test_gradients_within_the_norm_stay_as_they_are():
+    """AdamW's first steps would not tell: it forgets the scale."""
+    clip = _clip(2.0)
+    small = {"a": jnp.array([0.6, -0.8]), "b": jnp.array([[1.5]])}  # norm 1.8
+    large = jax.tree.map(lambda g: 100 * g, small)
+    state = clip.init(small)
+    kept, scaled = clip.update(small, state)[0], clip.update(large, state)[0]
+    for name, value in small.items():
+        np.testing.assert_array_equal(kept[name], value)
+        norm = np.sqrt(0.6**2 + 0.8**2 + 1.5**2)
+        np.testing.assert_allclose(scaled[name], 2.0 * value / norm, rtol=1e-6)
 
 
 def test_clipping_is_by_the_global_norm():

@@ -158,7 +158,7 @@ def test_a_step_counts_when_it_is_complete(bucket):
 
 
 def test_what_the_bucket_refuses_is_not_called_damaged(bucket, folder):
-    model = write_checkpoint("gs://bucket/runs/closed", folder)  # type: ignore[arg-type]
+    model = write_checkpoint("gs://bucket/runs/closed", folder)
     found = find_checkpoint("gs://bucket/runs/closed")
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
     for refused in ("GET .*state/.*ocdbt.*", "GET .*state/_METADATA$", "GET .*/checksums"):

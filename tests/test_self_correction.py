@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gidd_jax import correct
 from gidd_jax.correct import (
     CorrectionOptions,
     Proposals,
@@ -131,6 +132,33 @@ def test_rows_stop_by_themselves_and_do_not_depend_on_the_batch():
         alone = run(z[part], free[part], keys[part])
         for ours, theirs in zip(alone[:-1], got[:-1], strict=True):  # there are no frames
             np.testing.assert_array_equal(ours[0], theirs[row])
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 9])
+def test_groups_of_positions_are_corrected_as_all_at_once(tokens, monkeypatch):
+    """Groups of one, of two and of three positions of each of three rows of seven tokens."""
+    table, bias = (jax.random.normal(jax.random.key(n), (23, 9)) for n in (5, 6))
+    z = jax.random.randint(jax.random.key(7), (3, 7), 0, 22)
+    free = jnp.ones(z.shape, bool).at[1, 2].set(False)
+    options = CorrectionOptions(num_steps=5, temperature=0.5, tokens_per_step=2)
+
+    def run():
+        return self_correct(
+            PROCESS,
+            lambda z, t: table[z] + jnp.cumsum(table[z], axis=1),
+            options,
+            z,
+            free,
+            proposals(row_keys(jax.random.key(0), jnp.arange(3))),
+            trace=True,
+            project=lambda h: h @ bias.T,
+        )
+
+    whole = run()
+    assert int(whole.num_changes.sum()) > 5
+    monkeypatch.setattr(correct, "chunk_size", lambda *sizes: tokens)
+    for ours, want in zip(jax.tree.leaves(run()), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, want, rtol=1e-5)
 
 
 def test_given_positions_stay_and_do_not_count():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gidd_jax.draws import row_keys
+from gidd_jax.filters import unnormalised
 from gidd_jax.loss import log_probs_at
 from gidd_jax.options import SamplerOptions
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
@@ -45,8 +46,9 @@ def test_thinned_steps_are_dense_steps(name, kappa):
         thinned, log_probs = thinned_step(
             process,
             KEYS,
-            lambda at: log_x_hat_of(process, jnp.take_along_axis(features, at[..., None], axis=1)),
-            jnp.exp,
+            # Logits, and weights of another sum than 1.
+            lambda at: 3 + log_x_hat_of(process, jnp.take_along_axis(features, at[..., None], 1)),
+            unnormalised,
             z_t,
             active,
             t,

@@ -32,7 +32,9 @@ def tiny_model(folder: Path, name: str = "gidd", **changes: object) -> Gidd:
     return Gidd(objective.model, params, tokenizer, objective.process)  # type: ignore[arg-type]
 
 
-def write_checkpoint(workdir: Path, folder: Path, name: str = "gidd", **changes: object) -> Gidd:
+def write_checkpoint(
+    workdir: Path | str, folder: Path, name: str = "gidd", **changes: object
+) -> Gidd:
     """Save such a model as step 3 of a run in `workdir`, and return it."""
     model = tiny_model(folder, name, **changes)
     settings = tiny_settings(folder, name, **changes)

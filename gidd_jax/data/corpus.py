@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gidd_jax.data.files import SUFFIXES, FileDocuments, ParquetDocuments, open_text_file
 from gidd_jax.data.hugging_face import HuggingFaceDocuments
 from gidd_jax.data.mixture import split_mixture
-from gidd_jax.errors import InputError
+from gidd_jax.errors import InputError, first_line
 
 T = TypeVar("T")
 EMBEDDED = "embedded"
@@ -311,5 +311,4 @@ def _open_tfds(name: str, split: str) -> tuple[Any, Any]:
             builder.download_and_prepare()
         return builder.as_data_source(split), builder.info
     except Exception as error:  # unknown name or split, no network, a builder that needs TensorFlow
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"tfds dataset {name!r}, split {split!r}: {first}") from error
+        raise InputError(f"tfds dataset {name!r}, split {split!r}: {first_line(error)}") from error
