@@ -59,6 +59,7 @@ def sample_autoregressive(
         ids=jnp.concatenate([first[:, None], ids], axis=1),
         log_probs=jnp.pad(log_probs, [(0, 0), (1, 0)]),
         drawn_at=jnp.pad(drawn_at, [(0, 0), (1, 0)]).astype(jnp.int32),
+        num_calls=jnp.int32(num_calls),
         network_calls=jnp.int32(num_calls),
     )
 

@@ -7,8 +7,9 @@ import dataclasses
 
 from gidd_jax.errors import InputError
 
+ANCESTRAL = ("ancestral", "psi")
 REMASKING = ("remdm_cap", "remdm_rescale", "remdm_loop")
-METHODS = ("ancestral", "psi", *REMASKING, "confidence", "adaptive", "first_hitting")
+METHODS = (*ANCESTRAL, *REMASKING, "confidence", "adaptive", "first_hitting")
 GRIDS = ("uniform", "cosine", "reference")
 SUSPICION_METHODS = ("one_pass", "leave_one_out")
 # Options that only some methods read: setting one for another method is an error.

@@ -21,8 +21,9 @@ class Samples(NamedTuple):
 
     log_probs float32 [N, L]: log-probability of each token in the network call that put it there,
     before temperature and filters; drawn_at int32 [N, L]: the number of that call; both are 0 for
-    given tokens. network_calls: calls of the network, each on one batch; trace: every change on
-    the way, where it was asked for (saved by `trace.save_trace`, not with the samples).
+    given tokens. network_calls: calls that were made, each on one batch: drawn_at counts those that
+    could change nothing, too. trace: every change on the way, where it was asked for (saved by
+    `trace.save_trace`, not with the samples).
     """
 
     ids: np.ndarray

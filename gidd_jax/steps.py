@@ -1,18 +1,60 @@
 """One denoising step of every sampler: from z_t at time t to z_s at time s < t.
 
-All take one key per row [B], x_hat float32 [B, L, V] (a distribution over clean tokens), token ids
-int32 [B, L], and times float32 [] or [B]. Ancestral, psi and remasking steps draw all positions
-independently; the ordered ones (confidence, adaptive, first hitting) choose positions first.
+All take one key per row [B], the network, token ids int32 [B, L], where they may change, bool
+[B, L], and times float32 [] or [B]. Each first makes what choices it can, then asks the network at
+the positions where the rest depends on it. Ancestral, psi and remasking steps draw all positions
+independently; the ordered ones (confidence, adaptive, first hitting) choose positions.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gidd_jax.draws import categorical, fold_in, index_from_uniforms, num_levels, uniforms
+from gidd_jax.draws import fold_in, index_from_uniforms, num_levels, uniforms
+from gidd_jax.filters import keep_min_p, log_softmax_at, unnormalised
 from gidd_jax.process import InterpolatingProcess, expand_time
+
+
+class Predicted(NamedTuple):
+    """What the network says of some positions, float32 [B, K, C].
+
+    logits: -inf where there is no token; weights: of any sum > 0, to draw tokens from.
+    """
+
+    logits: jax.Array
+    weights: jax.Array
+
+
+Judge = Callable[..., Any]  # (Predicted, *arrays [B, K, ...]) -> arrays [B, K, ...]
+
+
+class Ask(Protocol):
+    """Ask the network at positions bool [B, L], of which a row has no more than `at_most`.
+
+    Returns there what `judge` makes of its word and of the arrays [B, L, ...], position by
+    position, and 0 elsewhere.
+    """
+
+    def __call__(self, where: jax.Array, judge: Judge, *arrays: Any, at_most: int = ...) -> Any: ...
+
+
+class Network(NamedTuple):
+    """The network as a step sees it, at the ids and the time of the step."""
+
+    num_columns: int
+    ask: Ask
+
+
+class Taken(NamedTuple):
+    """Ids int32 [B, L] after a step; where the network was asked, bool [B, L], and there the
+    log x_hat of the ids (before temperature and filters), float32 [B, L]."""
+
+    ids: jax.Array
+    log_probs: jax.Array
+    asked: jax.Array
 
 
 def probs_at(probs: jax.Array, ids: jax.Array) -> jax.Array:
@@ -25,13 +67,10 @@ def draw_noise(process: InterpolatingProcess, keys: jax.Array, length: int) -> j
     return jax.vmap(lambda key: process.sample_background(key, (length,)))(keys)
 
 
-def coins_and_tokens(
-    keys: jax.Array, x_hat: jax.Array, num_coins: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return uniforms [B, L, num_coins] and tokens [B, L] drawn from x_hat, independent."""
-    count = num_coins + num_levels(x_hat.shape[-1])
-    u = uniforms(keys, x_hat.shape[1], count)  # at once: generators are slow to compile
-    return u[..., :num_coins], index_from_uniforms(x_hat, u[..., num_coins:])
+def draw(said: Predicted, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw ids [B, K] by uniforms [B, K, num_levels(C)]; also log x_hat of each."""
+    ids = index_from_uniforms(said.weights, levels)
+    return ids, log_softmax_at(said.logits, ids)
 
 
 class AncestralDraws(NamedTuple):
@@ -105,21 +144,57 @@ def finish_ancestral_step(draws: AncestralDraws, x_hat: jax.Array, z_t: jax.Arra
 def ancestral_step(
     process: InterpolatingProcess,
     keys: jax.Array,
-    x_hat: jax.Array,
+    network: Network,
     z_t: jax.Array,
+    active: jax.Array,
     t: ArrayLike,
     s: ArrayLike,
     kappa: float = 1.0,
-) -> jax.Array:
-    """Draw z_s ~ kappa q(.|z_t, x_hat) + (1 - kappa) q_s(.|x_hat), [B, L], without the posterior.
+) -> Taken:
+    """Draw z_s ~ kappa q(.|z_t, x_hat) + (1 - kappa) q_s(.|x_hat), without the posterior.
 
     q(z_s|z_t) is a mixture: z_t stays with probability alpha_{t|s} q_s(z_t)/q_t(z_t), otherwise
     z_s ~ q_s = alpha_s x_hat + beta_s pi_s. The distribution is that of `transition_probs`.
     kappa < 1 is the psi-posterior (arXiv 2602.21185): it draws anew, whatever z_t is, with
     probability 1 - kappa, and has the marginals of the process for every kappa.
     """
-    draws = ancestral_draws(process, keys, z_t, t, s, kappa, num_columns=x_hat.shape[-1])
-    return finish_ancestral_step(draws, x_hat, z_t)
+    draws = ancestral_draws(process, keys, z_t, t, s, kappa, num_columns=network.num_columns)
+    asked = active & needs_x_hat(process, draws, z_t)
+
+    def finish(said: Predicted, draws: AncestralDraws, z_t: jax.Array) -> Any:
+        z_s = finish_ancestral_step(draws, said.weights, z_t)
+        return z_s, log_softmax_at(said.logits, z_s)
+
+    z_s, log_probs = network.ask(asked, finish, draws, z_t)
+    return Taken(jnp.where(asked, z_s, z_t), log_probs, asked)
+
+
+def filtered_ancestral_step(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    network: Network,
+    z_t: jax.Array,
+    active: jax.Array,
+    t: ArrayLike,
+    s: ArrayLike,
+    kappa: float,
+    min_p: float,
+) -> Taken:
+    """Draw z_s as `ancestral_step`, from probabilities of at least min_p alone.
+
+    The posterior of every active position is needed for that, as in the original.
+    """
+    levels = uniforms(keys, z_t.shape[1], num_levels(process.vocab_size))
+
+    def judge(said: Predicted, z_t: jax.Array, levels: jax.Array) -> Any:
+        x_hat = said.weights[..., : process.vocab_size]
+        x_hat = x_hat / jnp.sum(x_hat, axis=-1, keepdims=True)
+        probs = transition_probs(process, x_hat, z_t, t, s, kappa)
+        z_s = index_from_uniforms(keep_min_p(probs, min_p), levels)
+        return z_s, log_softmax_at(said.logits, z_s)
+
+    z_s, log_probs = network.ask(active, judge, z_t, levels)
+    return Taken(jnp.where(active, z_s, z_t), log_probs, active)
 
 
 def transition_probs(
@@ -140,25 +215,28 @@ def transition_probs(
 def remask_step(
     process: InterpolatingProcess,
     keys: jax.Array,
-    x_hat: jax.Array,
+    network: Network,
     z_t: jax.Array,
+    active: jax.Array,
     t: ArrayLike,
     s: ArrayLike,
     sigma: ArrayLike,
-) -> jax.Array:
+) -> Taken:
     """Draw z_s from ReMDM's posterior (arXiv 2503.00307, section 3) of a mask-only process.
 
     A token becomes the mask with probability sigma; the mask stays one with probability
     (1 - alpha_s - sigma alpha_t) / (1 - alpha_t), which keeps the marginals, else it is drawn from
     x_hat. sigma = 0 is the ancestral step; sigma must not exceed (1 - alpha_s) / alpha_t.
     """
-    coins, clean = coins_and_tokens(keys, x_hat, 1)
-    u, t, s = coins[..., 0], expand_time(t, z_t), expand_time(s, z_t)
+    u = uniforms(keys, z_t.shape[1], 1 + num_levels(network.num_columns))
+    coins, t, s = u[..., 0], expand_time(t, z_t), expand_time(s, z_t)
     masked_t, masked_s = process.beta_pi(t).mask, process.beta_pi(s).mask
-    stays = u * masked_t < masked_s - sigma * process.alpha(t)
-    from_mask = jnp.where(stays, process.mask_id, clean)
-    from_token = jnp.where(u < sigma, process.mask_id, z_t)
-    return jnp.where(z_t == process.mask_id, from_mask, from_token).astype(jnp.int32)
+    stays = coins * masked_t < masked_s - sigma * process.alpha(t)
+    is_mask = z_t == process.mask_id
+    lifted = active & is_mask & ~stays
+    clean, log_probs = network.ask(lifted, draw, u[..., 1:])
+    z_s = jnp.where(active & ~is_mask & (coins < sigma), process.mask_id, z_t)
+    return Taken(jnp.where(lifted, clean, z_s), log_probs, lifted)
 
 
 def highest(scores: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Array:
@@ -174,44 +252,50 @@ def highest(scores: jax.Array, eligible: jax.Array, count: jax.Array) -> jax.Arr
 def confidence_step(
     process: InterpolatingProcess,
     keys: jax.Array,
-    x_hat: jax.Array,
-    confidence_probs: jax.Array,
+    network: Network,
     z_t: jax.Array,
     active: jax.Array,
     count: jax.Array,
-) -> jax.Array:
+) -> Taken:
     """Unmask the `count` [B] active masks whose drawn tokens are most probable.
 
-    A token is drawn from x_hat at every mask; those of highest probability under
-    `confidence_probs` (the network's distribution before temperature and filters) are kept, as in
-    MaskGIT (arXiv 2202.04200) without its noise, and LLaDA (arXiv 2502.09992).
+    A token is drawn from x_hat at every mask; those of highest probability before temperature and
+    filters are kept, as in MaskGIT (arXiv 2202.04200) without its noise, and LLaDA (arXiv
+    2502.09992).
     """
-    drawn = categorical(keys, x_hat)
-    masked = active & (z_t == process.mask_id)
-    chosen = highest(probs_at(confidence_probs, drawn), masked, count)
-    return jnp.where(chosen, drawn, z_t)
+    levels = uniforms(keys, z_t.shape[1], num_levels(network.num_columns))
+    masked = active & (z_t == process.mask_id) & (count > 0)[:, None]
+    drawn, log_probs = network.ask(masked, draw, levels)
+    chosen = highest(log_probs, masked, count)
+    return Taken(jnp.where(chosen, drawn, z_t), log_probs, masked)
 
 
 def adaptive_step(
     process: InterpolatingProcess,
     keys: jax.Array,
-    x_hat: jax.Array,
-    confidence_probs: jax.Array,
+    network: Network,
     z_t: jax.Array,
     active: jax.Array,
     t: jax.Array,
     count: jax.Array,
-) -> jax.Array:
+) -> Taken:
     """Redraw from x_hat the `count` [B] active positions that can improve most.
 
     The improvement of a position is (max_v p(v) - p(z_t)) times the noise mass of z_t at time t,
-    with p = `confidence_probs`: how much more probable the best token is, times how likely the
-    token there is noise (adaptive sampling of arXiv 2512.10858). Masks and tokens alike.
+    with p = x_hat before temperature and filters: how much more probable the best token is, times
+    how likely the token there is noise (adaptive sampling of arXiv 2512.10858). Masks and tokens
+    alike.
     """
-    gain = jnp.max(confidence_probs, axis=-1) - probs_at(confidence_probs, z_t)
+    levels = uniforms(keys, z_t.shape[1], num_levels(network.num_columns))
+
+    def judge(said: Predicted, levels: jax.Array, z_t: jax.Array) -> Any:
+        p = unnormalised(said.logits)  # the largest is 1
+        return *draw(said, levels), (1 - probs_at(p, z_t)) / jnp.sum(p, axis=-1)
+
+    drawn, log_probs, gain = network.ask(active, judge, levels, z_t)
     noise = process.mass_at(process.beta_pi(expand_time(t, z_t)), z_t)
     chosen = highest(gain * noise, active, count)
-    return jnp.where(chosen, categorical(keys, x_hat), z_t)
+    return Taken(jnp.where(chosen, drawn, z_t), log_probs, active)
 
 
 def hitting_time(
@@ -238,12 +322,27 @@ def hitting_time(
 def first_hitting_step(
     process: InterpolatingProcess,
     keys: jax.Array,
-    x_hat: jax.Array,
+    network: Network,
     z_t: jax.Array,
     active: jax.Array,
-) -> jax.Array:
+) -> Taken:
     """Replace one active mask of each row, any with equal probability, by a draw from x_hat."""
-    masked = active & (z_t == process.mask_id)
-    scores, drawn = coins_and_tokens(keys, x_hat, 1)
+    u = uniforms(keys, z_t.shape[1], 1 + num_levels(network.num_columns))
     one = jnp.ones(z_t.shape[0], jnp.int32)
-    return jnp.where(highest(scores[..., 0], masked, one), drawn, z_t)
+    chosen = highest(u[..., 0], active & (z_t == process.mask_id), one)
+    clean, log_probs = network.ask(chosen, draw, u[..., 1:], at_most=1)
+    return Taken(jnp.where(chosen, clean, z_t), log_probs, chosen)
+
+
+def fill_step(
+    process: InterpolatingProcess,
+    keys: jax.Array,
+    network: Network,
+    z: jax.Array,
+    active: jax.Array,
+) -> Taken:
+    """Replace every active mask by a draw from x_hat."""
+    levels = uniforms(keys, z.shape[1], num_levels(network.num_columns))
+    masked = active & (z == process.mask_id)
+    clean, log_probs = network.ask(masked, draw, levels)
+    return Taken(jnp.where(masked, clean, z), log_probs, masked)

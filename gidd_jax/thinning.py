@@ -1,20 +1,22 @@
-"""The ancestral step with logits only where a token can change: exact, and most of the head saved.
+"""The network asked only where a step needs it: exact, and most of its output projection saved.
 
 Most positions of a step stay as they are whatever the network says. The others are gathered, row
-by row, into groups of a fixed size; a loop projects and finishes group after group.
+by row, into groups of a fixed size; a loop projects and judges group after group, so that no more
+logits are held than those of one group. Where no position is asked, the network is not called.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from gidd_jax.filters import log_softmax_at
+from gidd_jax.likelihood import Denoiser
+from gidd_jax.loss import masked_logits
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.steps import ancestral_draws, finish_ancestral_step, needs_x_hat
+from gidd_jax.steps import Judge, Network, Predicted
 
-Predict = Callable[[jax.Array], jax.Array]  # positions int32 [B, K] -> logits [B, K, V]
+Weights = Callable[[jax.Array], jax.Array]
 
 
 def group_size(length: int) -> int:
@@ -22,50 +24,73 @@ def group_size(length: int) -> int:
     return min(length, max(16, -(-length // 16)))
 
 
-def thinned_step(
+def network_at(
     process: InterpolatingProcess,
-    keys: jax.Array,
-    predict: Predict,
-    weights: Callable[[jax.Array], jax.Array],
+    denoise: Denoiser,
+    project: Callable[[jax.Array], jax.Array],
+    weights: Weights,
     z_t: jax.Array,
-    active: jax.Array,
-    t: ArrayLike,
-    s: ArrayLike,
-    kappa: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Return z_s as `steps.ancestral_step` draws it at active positions, and log x_hat(z_s).
+    t: jax.Array,
+    size: int | None = None,
+) -> Network:
+    """Return the network at noisy ids z_t [B, L] and times t [B], to be asked once.
 
-    Logits are -inf where there is no token. weights: logits -> the distribution to draw from, of
-    any sum. The second array, float32 [B, L], is 0 where the network was not asked.
+    denoise: (z_t, t) -> what `project` makes logits [..., C] of, position by position; weights:
+    logits -> the distribution to draw from, of any sum; size: positions of a row in a group.
     """
-    length = z_t.shape[1]
-    size = group_size(length)
-    num_columns = jax.eval_shape(predict, z_t[:, :size]).shape[-1]
-    draws = ancestral_draws(process, keys, z_t, t, s, kappa, num_columns=num_columns)
-    asked = active & needs_x_hat(process, draws, z_t)
-    count = jnp.sum(asked, axis=-1)
+    rows, length = z_t.shape
+    size = group_size(length) if size is None else size
+
+    def predict(features: jax.Array, places: jax.Array) -> Predicted:
+        # Row by row, so that a batch stays split over devices.
+        some = jnp.take_along_axis(features, places[..., None], axis=1)
+        logits = masked_logits(process, project(some))
+        return Predicted(logits, weights(logits))
+
+    one = jnp.zeros((rows, 1), jnp.int32)
+    columns = jax.eval_shape(lambda: predict(denoise(z_t, t), one)).logits.shape[-1]
+
+    def ask(where: jax.Array, judge: Judge, *arrays: Any, at_most: int = length) -> Any:
+        def judge_at(features: jax.Array, places: jax.Array) -> Any:
+            here = jax.tree.map(lambda a: a[jnp.arange(rows)[:, None], places], arrays)
+            return judge(predict(features, places), *here)
+
+        said = jax.eval_shape(lambda: judge_at(denoise(z_t, t), one))
+        nothing = jax.tree.map(lambda a: jnp.zeros((rows, length, *a.shape[2:]), a.dtype), said)
+
+        def call() -> Any:
+            return _in_groups(where, judge_at, denoise(z_t, t), min(size, at_most), nothing)
+
+        return jax.lax.cond(jnp.any(where), call, lambda: nothing)
+
+    return Network(columns, ask)
+
+
+def _in_groups(
+    where: jax.Array,
+    judge_at: Callable[[jax.Array, jax.Array], Any],
+    features: jax.Array,
+    size: int,
+    result: Any,
+) -> Any:
+    """Put what `judge_at` says of places int32 [B, size] into the result [B, L, ...], `where`."""
+    length = where.shape[1]
+    rows = jnp.arange(where.shape[0])[:, None]
+    count = jnp.sum(where, axis=-1)
     # Positions that are asked come first; those beyond the end are dropped when results are put.
-    order = jnp.argsort(~asked, axis=-1, stable=True)
+    order = jnp.argsort(~where, axis=-1, stable=True)
     order = jnp.where(jnp.arange(length)[None] < count[:, None], order, length)
     order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
-    rows = jnp.arange(z_t.shape[0])[:, None]
 
-    def some_left(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def some_left(carry: tuple[jax.Array, Any]) -> jax.Array:
         return jnp.any(carry[0] * size < count)
 
-    def finish_group(
-        carry: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        number, z, log_probs = carry
+    def judge_group(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        number, result = carry
         places = jax.lax.dynamic_slice_in_dim(order, number * size, size, axis=1)
-        real = jnp.minimum(places, length - 1)
-        logits = predict(real)
-        here = jax.tree.map(lambda a: a[rows, real], draws)
-        z_s = finish_ancestral_step(here, weights(logits), z_t[rows, real])
-        z = z.at[rows, places].set(z_s, mode="drop")
-        drawn = log_softmax_at(logits, z_s)
-        return number + 1, z, log_probs.at[rows, places].set(drawn, mode="drop")
+        said = judge_at(features, jnp.minimum(places, length - 1))
+        return number + 1, jax.tree.map(
+            lambda whole, part: whole.at[rows, places].set(part, mode="drop"), result, said
+        )
 
-    start = (jnp.int32(0), z_t, jnp.zeros(z_t.shape, jnp.float32))
-    _, z, log_probs = jax.lax.while_loop(some_left, finish_group, start)
-    return z, log_probs
+    return jax.lax.while_loop(some_left, judge_group, (jnp.int32(0), result))[1]

@@ -3,7 +3,7 @@
 A trace holds only changes. The .npz file (no pickle) has N sequences of L tokens and M changes:
 
   start         int32 [N, L]  ids before the first network call
-  num_calls     int32 [N]     network calls that each sequence took part in
+  num_calls     int32 [N]     network calls of each sequence, those that could change nothing too
   sample, call, position, token  int32 [M]  the sequence, the call from 1 on, where, and what
   log_prob      float32 [M]   log x_hat (before temperature and filters) of the token in that call;
                               0 for the mask

@@ -50,6 +50,20 @@ def x_hat_of(process, logits) -> jax.Array:
     return jax.nn.softmax(masked_logits(process, jnp.asarray(logits)))
 
 
+def everywhere(logits, weights=None) -> steps.Network:
+    """A network that is asked everywhere at once: logits [B, L, V], and weights to draw from."""
+    said = steps.Predicted(logits, jax.nn.softmax(logits) if weights is None else weights)
+
+    def ask(where, judge, *arrays, at_most=None):
+        del at_most  # only a hint
+        return jax.tree.map(
+            lambda a: jnp.where(jnp.expand_dims(where, range(2, a.ndim)), a, 0),
+            judge(said, *arrays),
+        )
+
+    return steps.Network(logits.shape[-1], ask)
+
+
 def posterior(process, logits, z_t, t, s, min_p) -> jax.Array:
     probs = steps.transition_probs(process, x_hat_of(process, logits), jnp.asarray(z_t), t, s)
     return keep_min_p(probs, min_p) if min_p else probs
@@ -181,8 +195,12 @@ def distribution(process, seed: int = 0) -> np.ndarray:
     return oracle.softmax(logits, excluded).astype(np.float32)
 
 
-def tiled(x_hat: np.ndarray) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(x_hat, jnp.float32), (ROWS, LENGTH, len(x_hat)))
+def tiled(x_hat: np.ndarray, rows: int = ROWS, length: int = LENGTH) -> steps.Network:
+    probs = jnp.broadcast_to(jnp.asarray(x_hat, jnp.float32), (rows, length, len(x_hat)))
+    return everywhere(jnp.log(probs))
+
+
+EVERY = np.ones((ROWS, LENGTH), bool)
 
 
 @pytest.mark.parametrize("kappa", [1.0, 0.6])
@@ -193,10 +211,10 @@ def test_ancestral_and_psi_steps_draw_from_the_dense_distribution(name, kappa):
     possible = np.flatnonzero(process.marginal_probs(x_hat[None], 0.7)[0] > 0)
     z = np.resize(possible, ROWS * LENGTH).reshape(ROWS, LENGTH).astype(np.int32)
     step = jax.jit(
-        lambda z, t, s: steps.ancestral_step(process, KEYS, tiled(x_hat), z, t, s, kappa)
+        lambda z, t, s: steps.ancestral_step(process, KEYS, tiled(x_hat), z, EVERY, t, s, kappa)
     )
     for t, s in ((0.7, 0.3), (0.95, 0.9)):
-        drawn = np.asarray(step(z, t, s))
+        drawn = np.asarray(step(z, t, s).ids)
         probs = steps.transition_probs(process, x_hat[None, None], possible[None], t, s, kappa)
         probs = np.broadcast_to(probs, (1, len(possible), 7))
         np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
@@ -231,13 +249,15 @@ def test_remasking_keeps_the_marginals_and_its_definition(name, share):
         rng = np.random.default_rng(5)
         q_t = np.asarray(process.marginal_probs(x_hat[None], t)[0], np.float64)
         z = rng.choice(7, (ROWS, LENGTH), p=q_t / q_t.sum()).astype(np.int32)
-        z_s = np.asarray(steps.remask_step(process, KEYS, tiled(x_hat), z, t, s, sigma))
+        taken = steps.remask_step(process, KEYS, tiled(x_hat), z, EVERY, t, s, sigma)
+        z_s = np.asarray(taken.ids)
         q_s = np.asarray(process.marginal_probs(x_hat[None], s)[0], np.float64)
         assert chi_square(z_s, q_s) > 1e-4, (t, s)
         tokens = z != process.mask_id
         assert np.isin(z_s[tokens], [process.mask_id]).mean() == pytest.approx(sigma, abs=0.015)
         changed = tokens & (z_s != process.mask_id) & (z_s != z)
         assert not changed.any()
+        np.testing.assert_array_equal(taken.asked, ~tokens & (z_s != process.mask_id))
 
 
 # Ordered steps.
@@ -255,11 +275,13 @@ def test_highest_counts_eligible_positions_only_and_breaks_ties_to_the_left():
 def test_confidence_step_reveals_the_surest_masks():
     process = MaskedProcess(4, 3)
     probs = jnp.float32([[[0.5, 0.3, 0.2, 0], [0.1, 0.9, 0, 0], [0, 0, 1, 0], [0.8, 0.2, 0, 0]]])
-    greedy = jax.nn.one_hot(jnp.argmax(probs, -1), 4)
+    network = everywhere(jnp.log(probs), jax.nn.one_hot(jnp.argmax(probs, -1), 4))
     z, active = jnp.int32([[3, 3, 0, 3]]), jnp.array([[True, True, True, False]])
-    args = (process, KEYS[:1], greedy, probs, z, active)
-    np.testing.assert_array_equal(steps.confidence_step(*args, jnp.int32([1])), [[3, 1, 0, 3]])
-    np.testing.assert_array_equal(steps.confidence_step(*args, jnp.int32([2])), [[0, 1, 0, 3]])
+    for count, ids in enumerate(([3, 3, 0, 3], [3, 1, 0, 3], [0, 1, 0, 3])):
+        args = (process, KEYS[:1], network, z, active, jnp.int32([count]))
+        taken = steps.confidence_step(*args)
+        np.testing.assert_array_equal(taken.ids, [ids])
+        np.testing.assert_array_equal(taken.asked, [[count > 0, count > 0, False, False]])
 
 
 def test_adaptive_step_takes_the_largest_gain_times_noise():
@@ -268,11 +290,11 @@ def test_adaptive_step_takes_the_largest_gain_times_noise():
     z, t = jnp.int32([[3, 0, 2]]), jnp.float32([0.5])
     mass = process.beta_pi(0.5)
     gains = np.array([0.5 * mass.mask, 0.9 * mass.uniform, 0.0])
-    greedy = jax.nn.one_hot(jnp.argmax(probs, -1), 4)
+    network = everywhere(jnp.log(probs), jax.nn.one_hot(jnp.argmax(probs, -1), 4))
     for count in (1, 2, 3):
         z_next = steps.adaptive_step(
-            process, KEYS[:1], greedy, probs, z, jnp.ones((1, 3), bool), t, jnp.int32([count])
-        )
+            process, KEYS[:1], network, z, jnp.ones((1, 3), bool), t, jnp.int32([count])
+        ).ids
         want = np.asarray(z[0]).copy()
         chosen = np.argsort(-gains)[:count]
         want[chosen] = np.argmax(probs[0], -1)[chosen]
@@ -300,9 +322,11 @@ def test_first_hitting_lifts_one_mask_anywhere():
     keys = row_keys(jax.random.key(9), jnp.arange(rows))
     z = jnp.broadcast_to(jnp.int32([3, 3, 1, 3, 3]), (rows, 5))
     active = jnp.broadcast_to(jnp.array([True, True, True, True, False]), (rows, 5))
-    probs = jnp.broadcast_to(jnp.asarray(x_hat), (rows, 5, 7))
-    z_next = np.asarray(steps.first_hitting_step(process, keys, probs, z, active))
+    taken = steps.first_hitting_step(process, keys, tiled(x_hat, rows, 5), z, active)
+    z_next = np.asarray(taken.ids)
     lifted = z_next != np.asarray(z)
     np.testing.assert_array_equal(lifted.sum(-1), 1)
+    np.testing.assert_array_equal(taken.asked, lifted)
+    np.testing.assert_allclose(taken.log_probs[lifted], np.log(x_hat[z_next[lifted]]), rtol=1e-5)
     assert chi_square(np.nonzero(lifted)[1], np.array([1, 1, 0, 1, 0]) / 3) > 1e-3
     assert chi_square(z_next[lifted], x_hat.astype(float)) > 1e-3

@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_steps import everywhere
 
+from gidd_jax import sampler, steps
 from gidd_jax.draws import row_keys
 from gidd_jax.filters import unnormalised
-from gidd_jax.loss import log_probs_at
-from gidd_jax.options import SamplerOptions
+from gidd_jax.loss import masked_logits
+from gidd_jax.options import METHODS, SamplerOptions
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.sampler import Prompt, sample_diffusion
-from gidd_jax.steps import ancestral_draws, ancestral_step, needs_x_hat
-from gidd_jax.thinning import group_size, thinned_step
+from gidd_jax.thinning import group_size, network_at
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -23,92 +24,150 @@ PROCESSES = {
     "masked": MaskedProcess(V, 10),
     "log-SNR": LogSnrProcess(V, 10),
 }
-KERNEL = 2 * jax.random.normal(jax.random.key(5), (D, V))
+KERNEL = 2 * jax.random.normal(jax.random.key(5), (D, V + 2))  # two columns pad the vocabulary
+TABLE = jax.random.normal(jax.random.key(3), (V, D))
 KEYS = row_keys(jax.random.key(1), jnp.arange(B))
 TIMES = [(0.999, 0.9), (0.7, 0.5), (0.5, 0.1), (0.2, 0.19)]
 
 
-def log_x_hat_of(process, features):
-    excluded = (jnp.arange(V) == process.mask_id)[None, None]
-    return jax.nn.log_softmax(jnp.where(excluded, -jnp.inf, features @ KERNEL))
+def features(z, t):
+    return TABLE[z] + jnp.sin(jnp.cumsum(TABLE[z], axis=1)) + t[:, None, None]
 
 
-@pytest.mark.parametrize("kappa", [1.0, 0.7])
-@pytest.mark.parametrize("name", PROCESSES)
-def test_thinned_steps_are_dense_steps(name, kappa):
+def project(h):
+    return 3 + h @ KERNEL
+
+
+def asked_everywhere(process, denoise, project, weights, z_t, t):
+    logits = masked_logits(process, project(denoise(z_t, t)))
+    return everywhere(logits, weights(logits))
+
+
+def noisy(process, t, length):
+    key = jax.random.fold_in(jax.random.key(2), int(1000 * t))
+    x = jax.random.randint(key, (B, length), 0, V - 1)
+    x = jnp.where(x == process.mask_id, V - 1, x)
+    active = jax.random.bernoulli(key, 0.8, (B, length))
+    return process.sample(key, x, jnp.full(B, t)), active
+
+
+ONE = jnp.ones(B, jnp.int32)
+STEPS = {
+    "ancestral": lambda *place, t, s: steps.ancestral_step(*place, t, s),
+    "psi": lambda *place, t, s: steps.ancestral_step(*place, t, s, 0.7),
+    "min-p": lambda *place, t, s: steps.filtered_ancestral_step(*place, t, s, 0.7, 0.1),
+    "adaptive": lambda *place, t, s: steps.adaptive_step(*place, t, 3 * ONE),
+    "confidence": lambda *place, t, s: steps.confidence_step(*place, 3 * ONE.at[1].set(0)),
+    "remask": lambda *place, t, s: steps.remask_step(*place, t, s, 0.05),
+    "first hitting": lambda *place, t, s: steps.first_hitting_step(*place),
+    "fill": lambda *place, t, s: steps.fill_step(*place),
+}
+MASKS_ALONE = ("remask", "first hitting")
+CASES = [(step, name) for step in STEPS for name in PROCESSES if step not in MASKS_ALONE]
+CASES += [(step, "masked") for step in MASKS_ALONE]
+
+
+@pytest.mark.parametrize(("step", "name"), CASES, ids=str)
+def test_steps_that_ask_in_groups_are_those_that_ask_everywhere(step, name):
     """Token for token, at every time, for rows of one group and of several."""
     process = PROCESSES[name]
 
     @jax.jit
-    def both(z_t, t, s, active, features):
-        log_x_hat = log_x_hat_of(process, features)
-        dense = ancestral_step(process, KEYS, jnp.exp(log_x_hat), z_t, t, s, kappa)
-        thinned, log_probs = thinned_step(
-            process,
-            KEYS,
-            # Logits, and weights of another sum than 1.
-            lambda at: 3 + log_x_hat_of(process, jnp.take_along_axis(features, at[..., None], 1)),
-            unnormalised,
-            z_t,
-            active,
-            t,
-            s,
-            kappa,
-        )
-        return dense, log_probs_at(log_x_hat, dense), thinned, log_probs
+    def both(z_t, t, s, active):
+        return [
+            STEPS[step](
+                process,
+                KEYS,
+                network(process, features, project, unnormalised, z_t, jnp.full(B, t)),
+                z_t,
+                active,
+                t=t,
+                s=s,
+            )
+            for network in (asked_everywhere, network_at)
+        ]
 
     changes = 0
     for length in (5, 70):
         assert (length > group_size(length)) == (length == 70)
-        for number, (t, s) in enumerate(TIMES):
-            key = jax.random.fold_in(jax.random.key(2), number)
-            features = jax.random.normal(key, (B, length, D))
-            x = jax.random.randint(key, (B, length), 0, V - 1)
-            x = jnp.where(x == process.mask_id, V - 1, x)
-            z_t = process.sample(key, x, jnp.full(B, t))
-            active = jax.random.bernoulli(key, 0.8, (B, length))
-            dense, dense_log_probs, thinned, log_probs = both(z_t, t, s, active, features)
-            np.testing.assert_array_equal(thinned, jnp.where(active, dense, z_t))
-            changed = np.asarray(active & (thinned != z_t) & (thinned != process.mask_id))
-            np.testing.assert_allclose(log_probs[changed], dense_log_probs[changed], rtol=2e-5)
+        for t, s in TIMES:
+            z_t, active = noisy(process, t, length)
+            dense, thinned = both(z_t, t, s, active)
+            np.testing.assert_array_equal(thinned.ids, dense.ids)
+            np.testing.assert_array_equal(thinned.asked, dense.asked)
+            np.testing.assert_allclose(thinned.log_probs, dense.log_probs, rtol=2e-5)
+            changed = np.asarray(thinned.ids != z_t)
+            assert not (changed & ~np.asarray(active)).any()
+            # The network is asked wherever a token was drawn from it.
+            assert (np.asarray(thinned.asked) | (thinned.ids == process.mask_id))[changed].all()
             changes += changed.sum()
-    assert changes > 100
+    assert changes > (20 if step in ("first hitting", "confidence") else 60)
 
 
 def test_with_masks_alone_the_network_is_asked_exactly_where_a_mask_is_lifted():
     process = PROCESSES["masked"]
     z_t = jnp.full((B, 200), process.mask_id).at[:, ::3].set(1)
-    draws = ancestral_draws(process, KEYS, z_t, 0.5, 0.4, num_columns=V)
-    asked = needs_x_hat(process, draws, z_t)
-    x_hat = jnp.exp(log_x_hat_of(process, jax.random.normal(jax.random.key(0), (B, 200, D))))
-    lifted = ancestral_step(process, KEYS, x_hat, z_t, 0.5, 0.4) != z_t
-    np.testing.assert_array_equal(asked, lifted)
+    network = network_at(process, features, project, unnormalised, z_t, jnp.full(B, 0.5))
+    taken = steps.ancestral_step(process, KEYS, network, z_t, z_t >= 0, 0.5, 0.4)
+    np.testing.assert_array_equal(taken.asked, taken.ids != z_t)
     # A share of 1 - 0.4 / 0.5 of the 532 masks, give or take.
-    assert 70 < lifted.sum() < 145
+    assert 70 < taken.asked.sum() < 145
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_that_could_change_nothing_are_not_made(method, monkeypatch):
+    """And change nothing: the run is the one that asks everywhere, in every call."""
+    process = PROCESSES["masked" if method not in ("psi", "adaptive") else "hybrid"]
+    calls = []
+
+    def counted(z, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return features(z, t)
+
+    steps_of = {"first_hitting": {}, "psi": {"num_steps": 60, "kappa": 0.999}}
+    options = SamplerOptions(method=method, **steps_of.get(method, {"num_steps": 60}))
+    free = jnp.arange(8)[None] >= jnp.array([[2], [0], [5], [6]])
+    prompt = Prompt(jnp.ones((B, 8), jnp.int32), free)
+
+    def run(denoise):
+        sample = jax.jit(
+            lambda keys: sample_diffusion(
+                process, denoise, options, keys, 8, prompt, 8, project=project
+            )
+        )
+        drawn = jax.block_until_ready(sample(KEYS))
+        jax.effects_barrier()
+        return drawn
+
+    drawn = run(counted)
+    assert int(drawn.network_calls) == len(calls)
+    monkeypatch.setattr(sampler, "network_at", asked_everywhere)
+    whole = run(features)
+    for name in ("ids", "drawn_at", "num_calls", "network_calls"):
+        np.testing.assert_array_equal(getattr(drawn, name), getattr(whole, name))
+    np.testing.assert_allclose(drawn.log_probs, whole.log_probs, rtol=2e-5)
+    # 19 tokens are drawn, some in the same call; those that are masked again once more.
+    most = {"ancestral": 20, "first_hitting": 8, "confidence": 19, "adaptive": 61}.get(method, 45)
+    assert (60 if method == "adaptive" else 8) <= len(calls) <= most
 
 
 @pytest.mark.parametrize("method", ["ancestral", "psi"])
 def test_whole_runs_from_features_are_those_from_logits(method):
     """Prompts, filters, blocks and the fill of leftover masks included."""
     process, length = PROCESSES["hybrid"], 40
-    table = jax.random.normal(jax.random.key(3), (V, D))
-
-    def features(z, t):
-        return table[z] + jnp.sin(jnp.cumsum(table[z], axis=1)) + t[:, None, None]
-
     options = SamplerOptions(
         method=method, num_steps=6, temperature=0.8, top_p=0.95, block_length=16
     )
     free = np.arange(length)[None] >= np.array([0, 3, 10, 30])[:, None]
     prompt = Prompt(jnp.ones((B, length), jnp.int32), jnp.asarray(free))
     runs = []
-    for denoise, project in (
-        (features, lambda h: h @ KERNEL),
-        (lambda z, t: features(z, t) @ KERNEL, lambda h: h),
+    for denoise, head in (
+        (features, project),
+        (lambda z, t: project(features(z, t)), lambda h: h),
     ):
         run = jax.jit(
-            lambda keys, denoise=denoise, project=project: sample_diffusion(
-                process, denoise, options, keys, length, prompt, num_free=length, project=project
+            lambda keys, denoise=denoise, head=head: sample_diffusion(
+                process, denoise, options, keys, length, prompt, num_free=length, project=head
             )
         )
         runs.append(run(KEYS))
