@@ -25,6 +25,8 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
     },
 }
 BODY, WHOLE = "body_12x768_4x128", "sampler_12x768_4x128_steps1"
+# More steps than tokens: most calls could change nothing, and are left out.
+SPARSE, FULL = "sampler_4x256_1x128_steps512_masked", "sampler_4x256_1x128_steps2_by_batch"
 
 
 def cases(scale: str, dtype: str) -> list[Case]:
@@ -49,6 +51,8 @@ def cases(scale: str, dtype: str) -> list[Case]:
     if scale == "cpu":
         small = (12, 768, 4, 128, VOCAB_SIZE, dtype)
         result += [_network("body", *small), _network("sampler", *small, num_steps=1)]
+        alone = (layers, width, 1, length, VOCAB_SIZE, dtype)
+        result.append(_network("sampler", *alone, num_steps=4 * length, process="masked"))
     return result
 
 
@@ -85,6 +89,7 @@ def _network(
     *,
     num_steps: int = 1,
     sweep: str = "",
+    process: str = "hybrid",
 ) -> Case:
     shape = {
         "num_layers": num_layers,
@@ -94,6 +99,7 @@ def _network(
         "length": length,
         "vocab_size": vocab_size,
         "num_steps": num_steps,
+        "process": process,
         "dtype": dtype,
     }
     tokens = batch * length
@@ -101,6 +107,7 @@ def _network(
     head = 0.0 if kind == "body" else 2.0 * width * vocab_size  # of the dense product
     name = f"{kind}_{num_layers}x{width}_{batch}x{length}"
     name += "" if kind == "body" else f"_steps{num_steps}"
+    name += "" if process == "hybrid" else f"_{process}"
     return Case(
         kind=kind,
         name=name + f"_by_{sweep}" if sweep else name,
@@ -123,9 +130,9 @@ def _our_head(case: Case) -> Subject:
 
     from gidd_jax.draws import row_keys
     from gidd_jax.filters import unnormalised
-    from gidd_jax.loss import masked_logits
     from gidd_jax.process import HybridProcess
-    from gidd_jax.thinning import thinned_step
+    from gidd_jax.steps import ancestral_step
+    from gidd_jax.thinning import network_at
 
     vocab_size, t = case.shape["vocab_size"], case.shape["t"]
     process = HybridProcess(vocab_size, vocab_size - 1, P_UNIFORM)
@@ -133,15 +140,13 @@ def _our_head(case: Case) -> Subject:
     keys = row_keys(jax.random.key(0), jnp.arange(len(z_t)))
 
     def head(keys: Any, h: Any, kernel: Any, bias: Any, z_t: Any) -> Any:
-        def some_logits(places: Any) -> Any:
-            some = jnp.take_along_axis(h, places[..., None], axis=1)
-            logits = jnp.einsum("bkd,dv->bkv", some, kernel, preferred_element_type=jnp.float32)
-            return masked_logits(process, logits + bias)
+        def project(h: Any) -> Any:
+            return jnp.einsum("bkd,dv->bkv", h, kernel, preferred_element_type=jnp.float32) + bias
 
+        times = jnp.full(len(z_t), t)
+        network = network_at(process, lambda z_t, t: h, project, unnormalised, z_t, times)
         everywhere = jnp.ones(z_t.shape, bool)
-        return thinned_step(
-            process, keys, some_logits, unnormalised, z_t, everywhere, t, t - STEP, kappa=1.0
-        )
+        return ancestral_step(process, keys, network, z_t, everywhere, t, t - STEP)
 
     dtype = case.shape["dtype"]
     arrays = jnp.asarray(h, dtype), jnp.asarray(kernel, dtype), jnp.asarray(bias)
@@ -154,7 +159,7 @@ def _our_network(case: Case) -> Subject:
 
     from gidd_jax.gidd import Gidd
     from gidd_jax.models.dit import DiT
-    from gidd_jax.process import HybridProcess
+    from gidd_jax.process import HybridProcess, MaskedProcess
 
     shape, vocab_size = case.shape, case.shape["vocab_size"]
     network = DiT(
@@ -174,7 +179,9 @@ def _our_network(case: Case) -> Subject:
             return network.apply({"params": params}, z_t, t, method="features")
 
         return jax_subject(body, params, jnp.asarray(x), jnp.asarray(inputs.times(batch)))
-    process = HybridProcess(vocab_size, vocab_size - 1, P_UNIFORM)
+    hybrid = HybridProcess(vocab_size, vocab_size - 1, P_UNIFORM)
+    masked = MaskedProcess(vocab_size, vocab_size - 1)
+    process = hybrid if shape["process"] == "hybrid" else masked
     model = Gidd(network, params, inputs.word_tokenizer(vocab_size), process)
     if case.kind == "correction":
         return Subject(
@@ -254,7 +261,7 @@ def _head_arrays(case: Case) -> tuple[Any, ...]:
 
 
 def checks(scale: str, found: Found) -> list[Check]:
-    """Return the targets beside what was measured, and the share of the body in a step."""
+    """Return the targets beside what was measured, and shares of a step and of a run."""
     result = [
         check
         for case, speed_ups in TARGETS[scale].items()
@@ -264,4 +271,8 @@ def checks(scale: str, found: Found) -> list[Check]:
     if body is not None and whole is not None:
         share = body.seconds / whole.seconds
         result.append(Check("12x768: share of the blocks in a step", share, None))
+    sparse, full = found.get(SPARSE), found.get(FULL)
+    if sparse is not None and full is not None:
+        whole_run = full.seconds * 512 / 2
+        result.append(Check(f"{SPARSE}: time / all calls made", sparse.seconds / whole_run, None))
     return result

@@ -41,7 +41,7 @@ OPTIONS = {
     "num_steps": flags.DEFINE_integer(
         "num_steps",
         None,
-        f"Denoising steps, each one network call. Default: {SamplerOptions.num_steps}.",
+        f"Denoising steps, each at most one network call. Default: {SamplerOptions.num_steps}.",
     ),
     "method": flags.DEFINE_enum("method", None, METHODS, f"Default: {SamplerOptions.method}."),
     "grid": flags.DEFINE_enum("grid", None, GRIDS, "Times; reference: the original's."),

@@ -1,8 +1,8 @@
 """Sampling from diffusion models: one compiled loop for every method.
 
 One scan goes through a schedule of network calls with the step of the chosen method; calls that
-could change nothing are not made. Every row draws from its own key, so that a sample depends on the seed and its number, not on the batch it
-was made in. Probabilities and draws are float32.
+could change nothing are not made. Every row draws from its own key, so that a sample depends on
+the seed and its number, not on the batch it was made in. Probabilities and draws are float32.
 """
 
 import functools
@@ -166,7 +166,7 @@ def filtered_x_hat(options: SamplerOptions, log_x_hat: jax.Array) -> jax.Array:
 
 
 def weights_of(options: SamplerOptions, logits: jax.Array) -> jax.Array:
-    """Return the weights, of any sum, that tokens are drawn by; min-p of ancestral steps follows."""
+    """Return weights of any sum to draw tokens by; ancestral steps apply min-p themselves."""
     if options.min_p > 0 and options.method not in ANCESTRAL:
         return filtered_x_hat(options, jax.nn.log_softmax(logits))
     return unnormalised(filtered(options, logits))

@@ -276,7 +276,7 @@ def adaptive_step(
     network: Network,
     z_t: jax.Array,
     active: jax.Array,
-    t: jax.Array,
+    t: ArrayLike,
     count: jax.Array,
 ) -> Taken:
     """Redraw from x_hat the `count` [B] active positions that can improve most.

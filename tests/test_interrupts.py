@@ -54,6 +54,12 @@ CASES = {  # command: (function, arguments)
         LOADING,
         ["--checkpoint={folder}/model", "--text={folder}/corpus.txt", "--out={folder}/o.html"],
     ),
+    "check": ("gidd_jax.certify:toy_checks", []),
+    "plots": (
+        "gidd_jax.pictures:run_pictures",
+        ["--workdir={folder}/model", "--out={folder}/o"],
+    ),
+    "replay": ("gidd_jax.trace:load_trace", ["--trace={folder}/t.npz", "--out={folder}/o.html"]),
     "convert": (LOADING, ["--checkpoint={folder}/model", "--out={folder}/o"]),
 }
 RESUMED = {"train", "quickstart", "sweep"}

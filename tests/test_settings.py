@@ -119,6 +119,11 @@ def test_difference_names_what_a_run_may_not_change():
     assert difference(old, old) == []
 
 
+def test_the_config_of_a_sweep_is_no_run():
+    with pytest.raises(InputError, match=r"config of a sweep: train it with gidd_jax\.sweep"):
+        Settings.from_config(load_config("ablation"))
+
+
 def test_a_run_saved_before_a_key_existed_is_read_with_the_base_value():
     settings = make("quickstart", process__p_uniform=0.2)
     saved = json.loads(settings.to_json())
