@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from gidd_jax.trace import Changes, Trace
 BROWSER = flags.DEFINE_string("browser", "chromium", "Program to open the page with.")
 SAMPLES, LENGTH, CALLS = 16, 512, 256
 STUTTER_MS = 50.0
+LONGEST_S = 120
+REPORT = re.compile("REPORT(.*)END")
 
 DRIVER = """
 <script>
@@ -41,10 +44,7 @@ DRIVER = """
       document.body.offsetHeight;  // waits for the layout
       report.seeks.push(performance.now() - start);
     }
-    const node = document.createElement("pre");
-    node.id = "report";
-    node.textContent = JSON.stringify(report);
-    document.body.append(node);
+    console.log("REPORT" + JSON.stringify(report) + "END");
   };
   let before = null;
   const frame = now => {
@@ -108,26 +108,27 @@ def play(browser: str) -> dict:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Path(folder) / "replay.html"
         page.write_text(replay_page(large_trace(), "t").replace("</body>", DRIVER + "</body>"))
-        done = subprocess.run(
-            [
-                browser,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                f"--user-data-dir={folder}/profile",
-                "--timeout=60000",
-                "--dump-dom",
-                page.as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    found = re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.DOTALL)
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={folder}/profile",
+            "--enable-logging=stderr",
+            page.as_uri(),
+        ]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            timer = threading.Timer(LONGEST_S, process.kill)
+            timer.start()
+            try:
+                found = next(filter(None, map(REPORT.search, process.stderr)), None)
+            finally:
+                timer.cancel()
+                process.kill()
     if found is None:
-        raise RunError(f"the page did not play to its end: {done.stderr[-300:]}")
+        raise RunError(f"the page did not play to its end within {LONGEST_S} s")
     return json.loads(found[1])
 
 

@@ -25,8 +25,6 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
     },
 }
 BODY, WHOLE = "body_12x768_4x128", "sampler_12x768_4x128_steps1"
-# More steps than tokens: most calls could change nothing, and are left out.
-SPARSE, FULL = "sampler_4x256_1x128_steps512_masked", "sampler_4x256_1x128_steps2_by_batch"
 
 
 def cases(scale: str, dtype: str) -> list[Case]:
@@ -51,6 +49,7 @@ def cases(scale: str, dtype: str) -> list[Case]:
     if scale == "cpu":
         small = (12, 768, 4, 128, VOCAB_SIZE, dtype)
         result += [_network("body", *small), _network("sampler", *small, num_steps=1)]
+        # More steps than tokens: most calls could change nothing, and are left out.
         alone = (layers, width, 1, length, VOCAB_SIZE, dtype)
         result.append(_network("sampler", *alone, num_steps=4 * length, process="masked"))
     return result
@@ -261,7 +260,7 @@ def _head_arrays(case: Case) -> tuple[Any, ...]:
 
 
 def checks(scale: str, found: Found) -> list[Check]:
-    """Return the targets beside what was measured, and shares of a step and of a run."""
+    """Return the targets beside what was measured, and the share of the body in a step."""
     result = [
         check
         for case, speed_ups in TARGETS[scale].items()
@@ -271,8 +270,4 @@ def checks(scale: str, found: Found) -> list[Check]:
     if body is not None and whole is not None:
         share = body.seconds / whole.seconds
         result.append(Check("12x768: share of the blocks in a step", share, None))
-    sparse, full = found.get(SPARSE), found.get(FULL)
-    if sparse is not None and full is not None:
-        whole_run = full.seconds * 512 / 2
-        result.append(Check(f"{SPARSE}: time / all calls made", sparse.seconds / whole_run, None))
     return result

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import replay as benchmark
 from gidd_jax.errors import InputError
 from gidd_jax.replay_page import page_data, replay_page, write_replay
-from gidd_jax.trace import Changes, Trace, changes_between, play, save_trace, shown
+from gidd_jax.trace import Trace, changes_between, play, save_trace, shown
 from gidd_jax.watch import MASK, check_terminal, watch, written
 
 EVIL = "</script><script>hit=1</script><img src=x onerror=hit=1><!--"
@@ -77,32 +78,6 @@ def trace() -> Trace:
         ],
     ]
     return make_trace(start, frames)
-
-
-def large_trace() -> Trace:
-    """16 samples of 512 tokens in 256 calls, about three changes a token (hybrid noise)."""
-    rng = np.random.default_rng(0)
-    count = 16 * 512 * 3
-    place = np.sort(rng.integers(0, 16 * 256 * 512, count))
-    sample, call, position = np.unravel_index(place, (16, 256, 512))
-    columns = (sample, call + 1, position, rng.integers(0, 4096, count))
-    changes = Changes(
-        np.full((16, 512), 1, np.int32),
-        np.full(16, 256, np.int32),
-        *(column.astype(np.int32) for column in columns),
-        np.log(rng.random(count)).astype(np.float32),
-    )
-    return Trace(
-        changes=changes,
-        given=np.zeros((16, 512), bool),
-        lengths=np.full(16, 512, np.int32),
-        texts=["word " * 400] * 16,
-        token_ids=np.arange(4096, dtype=np.int32),
-        token_texts=[f" word{n}" for n in range(4096)],
-        mask_id=1,
-        special_ids=np.int32([0]),
-        tokenizer="f",
-    )
 
 
 # The page.
@@ -181,7 +156,7 @@ def test_ids_become_indices_and_padding_is_left_out(trace):
 
 def test_large_traces_make_small_files(tmp_path):
     """16 samples of 512 tokens in 256 calls."""
-    trace = large_trace()
+    trace = benchmark.large_trace()
     write_replay(tmp_path / "a" / "replay.html", trace, "large")
     save_trace(tmp_path / "trace.npz", trace)
     assert (tmp_path / "a" / "replay.html").stat().st_size < 600_000
@@ -368,6 +343,13 @@ def test_the_page_is_dark_where_dark_is_preferred_and_turns_light(report):
 # In the terminal.
 
 
+@pytest.mark.slow
+def test_the_benchmark_plays_every_frame_of_a_large_trace(browser):
+    report = benchmark.play(browser)
+    assert len(report["seeks"]) == 257
+    assert len(report["frames"]) > 100
+
+
 def test_the_terminal_plays_every_call_within_ten_seconds(trace):
     slept, output = [], io.StringIO()
     console = Console(file=output, force_terminal=True, width=120, height=30)
@@ -380,7 +362,7 @@ def test_the_terminal_plays_every_call_within_ten_seconds(trace):
 
 
 def test_a_narrow_terminal_shows_one_sample_and_skips_calls_of_long_traces():
-    trace, slept, output = large_trace(), [], io.StringIO()
+    trace, slept, output = benchmark.large_trace(), [], io.StringIO()
     watch(trace, Console(file=output, force_terminal=True, width=80, height=4), slept.append)
     assert len(slept) == 129  # every other call, and the last
     assert sum(slept) == pytest.approx(10)
