@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict ranks, and the golden arrays of the original implementation."""
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -45,12 +46,26 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
     return load
 
 
-@pytest.fixture
-def compile_quickly() -> Iterator[None]:
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
     """For small programs: compiling them well would take longer than running them."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def compile_quickly() -> Iterator[None]:
+    """Compile the programs of one test quickly."""
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def compile_all_quickly() -> Iterator[None]:
+    """Compile the programs of a file quickly, those of its own fixtures too."""
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,6 +19,8 @@ from gidd_jax.errors import InputError
 from gidd_jax.hub import llama_params_from_torch
 from gidd_jax.models.llama import Llama
 
+pytestmark = pytest.mark.usefixtures("compile_all_quickly")
+
 SPECIAL = {"pad_token": "[PAD]", "eos_token": "<eos>"}
 CONFIG = {
     "model_type": "llama",

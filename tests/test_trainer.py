@@ -37,6 +37,8 @@ from gidd_jax.settings import Settings
 from gidd_jax.state import TrainState, abstract_params
 from gidd_jax.trainer import train
 
+pytestmark = pytest.mark.usefixtures("compile_all_quickly")
+
 # A run with everything that has to survive a restart: crops, parts of a batch, an average.
 RUN = {
     "data.mode": "crop",
