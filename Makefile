@@ -47,7 +47,7 @@ $(RUN)/summary.json: $(VENV)/.core
 	$(BIN)/python -m gidd_jax.quickstart --workdir=$(RUN)
 
 test: $(VENV)/.dev  ## the tests on two cores; a file stays on one, which makes its models once
-	$(BIN)/python -m pytest -n 2 --dist=loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

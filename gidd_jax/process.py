@@ -213,7 +213,7 @@ class InterpolatingProcess:
     ) -> jax.Array:
         """Return q(z_s|z_t, x_hat) over the vocabulary, [B, L, V], for s < t (paper, section 4.3).
 
-        Dense: for tests and for filters on the posterior; `sampler.ancestral_step` draws from the
+        Dense: for tests and for filters on the posterior; `steps.ancestral_step` draws from the
         same distribution without this tensor.
         """
         t, s = expand_time(t, z_t), expand_time(s, z_t)

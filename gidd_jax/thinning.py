@@ -31,15 +31,13 @@ def network_at(
     weights: Weights,
     z_t: jax.Array,
     t: jax.Array,
-    size: int | None = None,
 ) -> Network:
     """Return the network at noisy ids z_t [B, L] and times t [B], to be asked once.
 
     denoise: (z_t, t) -> what `project` makes logits [..., C] of, position by position; weights:
-    logits -> the distribution to draw from, of any sum; size: positions of a row in a group.
+    logits -> the distribution to draw from, of any sum.
     """
     rows, length = z_t.shape
-    size = group_size(length) if size is None else size
 
     def predict(features: jax.Array, places: jax.Array) -> Predicted:
         # Row by row, so that a batch stays split over devices.
@@ -47,19 +45,20 @@ def network_at(
         logits = masked_logits(process, project(some))
         return Predicted(logits, weights(logits))
 
-    one = jnp.zeros((rows, 1), jnp.int32)
-    columns = jax.eval_shape(lambda: predict(denoise(z_t, t), one)).logits.shape[-1]
+    features, one = jax.eval_shape(denoise, z_t, t), jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    columns = jax.eval_shape(predict, features, one).logits.shape[-1]
 
     def ask(where: jax.Array, judge: Judge, *arrays: Any, at_most: int = length) -> Any:
         def judge_at(features: jax.Array, places: jax.Array) -> Any:
             here = jax.tree.map(lambda a: a[jnp.arange(rows)[:, None], places], arrays)
             return judge(predict(features, places), *here)
 
-        said = jax.eval_shape(lambda: judge_at(denoise(z_t, t), one))
+        said = jax.eval_shape(judge_at, features, one)
         nothing = jax.tree.map(lambda a: jnp.zeros((rows, length, *a.shape[2:]), a.dtype), said)
 
         def call() -> Any:
-            return _in_groups(where, judge_at, denoise(z_t, t), min(size, at_most), nothing)
+            size = min(group_size(length), at_most)
+            return _in_groups(where, judge_at, denoise(z_t, t), size, nothing)
 
         return jax.lax.cond(jnp.any(where), call, lambda: nothing)
 

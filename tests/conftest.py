@@ -29,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"error:::gidd_jax\.")
 
 
+# On several cores a file stays on one: those that take minutes come first, not last and alone.
+LONGEST = ("test_trainer", "test_train_command", "test_distributed", "test_state")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first; the others stay in their order."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
