@@ -28,6 +28,8 @@ from gidd_jax.state import (
     update,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_all_quickly")
+
 VOCAB, MASK, PAD = 67, 66, 65
 
 

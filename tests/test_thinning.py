@@ -63,8 +63,8 @@ STEPS = {
     "fill": lambda *place, t, s: steps.fill_step(*place),
 }
 MASKS_ALONE = ("remask", "first hitting")
-CASES = [(step, name) for step in STEPS for name in PROCESSES if step not in MASKS_ALONE]
-CASES += [(step, "masked") for step in MASKS_ALONE]
+CASES = [(step, name) for step in ("ancestral", "psi") for name in PROCESSES]
+CASES += [(step, "masked" if step in MASKS_ALONE else "hybrid") for step in list(STEPS)[2:]]
 
 
 @pytest.mark.parametrize(("step", "name"), CASES, ids=str)
