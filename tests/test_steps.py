@@ -301,6 +301,17 @@ def test_adaptive_step_takes_the_largest_gain_times_noise():
         np.testing.assert_array_equal(z_next[0], want)
 
 
+def test_the_gain_of_a_token_is_a_difference_of_probabilities():
+    """0.9 - 0.1 comes before 0.4 - 0, though the latter token is the less probable one."""
+    process = HybridProcess(4, 3, p_uniform=0.2)
+    probs = jnp.float32([[[0.0, 0.3, 0.4, 0.3], [0.1, 0.9, 0, 0]]])
+    active, one = jnp.ones((1, 2), bool), jnp.int32([1])
+    z = jnp.int32([[0, 0]])
+    network = everywhere(jnp.log(probs), jax.nn.one_hot(jnp.argmax(probs, -1), 4))
+    taken = steps.adaptive_step(process, KEYS[:1], network, z, active, 0.5, one)
+    np.testing.assert_array_equal(taken.ids, [[0, 1]])
+
+
 @pytest.mark.parametrize("name", MASK_ONLY)
 def test_hitting_times_have_their_distribution(name):
     """(m_tau / m_t)^n is uniform: the time at which the first of n masks is lifted."""
