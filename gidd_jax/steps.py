@@ -50,7 +50,7 @@ class Network(NamedTuple):
 
 class Taken(NamedTuple):
     """Ids int32 [B, L] after a step; where the network was asked, bool [B, L], and there the
-    log x_hat of the ids (before temperature and filters), float32 [B, L]."""
+    log x_hat (before temperature and filters) of the token drawn, taken or not, float32 [B, L]."""
 
     ids: jax.Array
     log_probs: jax.Array
