@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gidd_jax.draws import categorical, fold_in
 from gidd_jax.errors import InputError
-from gidd_jax.loss import log_probs_at
+from gidd_jax.loss import at_ids
 from gidd_jax.options import SamplerOptions
 from gidd_jax.sampler import Drawn, Prompt, filtered_x_hat
 
@@ -45,7 +45,7 @@ def sample_autoregressive(
         token = jnp.where(done, pad_id, token)
         free = prompt.free[:, position + 1]
         token = jnp.where(free, token, prompt.ids[:, position + 1])
-        log_prob = jnp.where(free & ~done, log_probs_at(log_probs, token[:, None])[:, 0], 0.0)
+        log_prob = jnp.where(free & ~done, at_ids(log_probs, token[:, None])[:, 0], 0.0)
         number = jnp.where(free & ~done, position + 1, 0)
         done |= free & (token == eos_id)
         return (token, done, cache), (token, log_prob, number)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from gidd_jax.draws import first_largest, fold_in, index_from_uniforms, num_levels, uniforms
 from gidd_jax.filters import log_softmax_at, temper, unnormalised
 from gidd_jax.likelihood import Denoiser
-from gidd_jax.loss import masked_logits
+from gidd_jax.loss import at_ids, masked_logits
 from gidd_jax.ops.fused_loss import chunk_size
 from gidd_jax.options import CorrectionOptions
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampler import Frames
-from gidd_jax.steps import highest, probs_at
+from gidd_jax.steps import highest
 
 
 class Proposals(NamedTuple):
@@ -110,7 +110,7 @@ def judge(
     proposal = propose.draw(weights, numbers)
     return Judgement(
         proposal=proposal,
-        score=probs_at(weights, proposal) / jnp.sum(weights, axis=-1),
+        score=at_ids(weights, proposal) / jnp.sum(weights, axis=-1),
         first_choice=first_largest(weights),
         log_proposal=log_softmax_at(logits, proposal),
         log_token=log_softmax_at(logits, z),

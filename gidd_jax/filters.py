@@ -7,6 +7,8 @@ logarithms may be logits, of any sum.
 import jax
 import jax.numpy as jnp
 
+from gidd_jax.loss import at_ids
+
 
 def unnormalised(logits: jax.Array) -> jax.Array:
     """Return exp(logits) over the largest of them, at most 1: what draws need of a softmax."""
@@ -19,8 +21,9 @@ def log_softmax_at(logits: jax.Array, ids: jax.Array) -> jax.Array:
     From the sum of `unnormalised`, which a program computes once; the largest logit is taken off
     first, so that those near it keep their digits.
     """
-    at_ids = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    return (at_ids - jnp.max(logits, axis=-1)) - jnp.log(jnp.sum(unnormalised(logits), axis=-1))
+    return (at_ids(logits, ids) - jnp.max(logits, axis=-1)) - jnp.log(
+        jnp.sum(unnormalised(logits), axis=-1)
+    )
 
 
 def temper(log_probs: jax.Array, temperature: float) -> jax.Array:

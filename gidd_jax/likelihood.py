@@ -16,10 +16,10 @@ import numpy as np
 
 from gidd_jax.draws import fold_in, row_keys
 from gidd_jax.loss import (
+    at_ids,
     autoregressive_loss,
     gidd_loss,
     log_marginal,
-    log_probs_at,
     masked_logits,
 )
 from gidd_jax.process import InterpolatingProcess, expand_time
@@ -81,10 +81,10 @@ def reconstruction_nll(
     t = expand_time(t, x)
     log_alpha, at_z = jnp.log(process.alpha(t)), process.mass_at(process.beta_pi(t), z_t)
     log_q_z_given_x = log_marginal(jnp.where(z_t == x, log_alpha, -jnp.inf), at_z)
-    log_q_z = log_marginal(log_alpha + log_probs_at(log_x_hat, z_t), at_z)
+    log_q_z = log_marginal(log_alpha + at_ids(log_x_hat, z_t), at_z)
     # Under masks alone an unmasked token is certain: 0/0 in the general formula.
     certain = (z_t == x) & (at_z == 0)
-    nll = log_q_z - log_q_z_given_x - log_probs_at(log_x_hat, x)
+    nll = log_q_z - log_q_z_given_x - at_ids(log_x_hat, x)
     return jnp.where(certain, 0.0, nll)
 
 

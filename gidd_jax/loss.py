@@ -39,9 +39,9 @@ def masked_logits(
     return jnp.where(jnp.expand_dims(excluded, range(logits.ndim - 1)), -jnp.inf, logits)
 
 
-def log_probs_at(log_x_hat: jax.Array, ids: jax.Array) -> jax.Array:
-    """Return log x_hat at each token id, [B, L]."""
-    return jnp.take_along_axis(log_x_hat, ids[..., None], axis=-1)[..., 0]
+def at_ids(values: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the values [B, L, V], such as log x_hat, at each token id, [B, L]."""
+    return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
 
 
 def positive(mass: jax.Array) -> jax.Array:
@@ -89,7 +89,7 @@ def gidd_divergences(
     rest = jnp.sum(jnp.where(other, x_hat, 0.0), axis=-1)  # 1 - x_hat_x
     near = rest < 0.5
     ratio_near = -jnp.log1p(-alpha / (alpha + at_x) * jnp.where(near, rest, 0.0))
-    log_q_hat_x = log_marginal(jnp.log(alpha) + log_probs_at(log_x_hat, x), at_x)
+    log_q_hat_x = log_marginal(jnp.log(alpha) + at_ids(log_x_hat, x), at_x)
     ratio_x = jnp.where(near, ratio_near, jnp.log(alpha + at_x) - log_q_hat_x)
 
     column_mass = mass.uniform[..., None] * process.background_ratio(ids[..., : process.vocab_size])
@@ -98,7 +98,7 @@ def gidd_divergences(
     others = jnp.sum(jnp.where(noisy, column_mass * jnp.log1p(odds), 0.0), axis=-1)
     kl = (alpha + at_x) * ratio_x - others
 
-    ratio_z = -jnp.log1p(alpha * jnp.exp(log_probs_at(log_x_hat, z_t)) / positive(at_z))
+    ratio_z = -jnp.log1p(alpha * jnp.exp(at_ids(log_x_hat, z_t)) / positive(at_z))
     # A token without noise mass has rate 0: its (possibly infinite) IS is no part of the bound.
     scored = (z_t != process.mask_id) & (at_z > 0)
     ratio = jnp.where(scored, jnp.where(z_t == x, ratio_x, ratio_z), 0.0)
@@ -152,7 +152,7 @@ def mdlm_loss(
     The bound of a process whose only noise is the mask; loss and elbo are the same.
     """
     log_x_hat = jax.nn.log_softmax(masked_logits(process, logits, keep_padding_columns))
-    nll = -log_probs_at(log_x_hat, x)
+    nll = -at_ids(log_x_hat, x)
     loss = mdlm_weights(process, z_t, t) * nll
     kl = jnp.where(z_t == process.mask_id, process.alpha(expand_time(t, x)) * nll, 0.0)
     return GiddLoss(loss=loss, elbo=loss, kl=kl, is_div=jnp.zeros_like(kl))
@@ -161,7 +161,7 @@ def mdlm_loss(
 def autoregressive_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """Return -log p(ids[:, 1:] | the ids before), float32 [B, L-1], in nats."""
     log_probs = jax.nn.log_softmax(as_float(logits[:, :-1]))
-    return -log_probs_at(log_probs, ids[:, 1:])
+    return -at_ids(log_probs, ids[:, 1:])
 
 
 def token_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -32,7 +32,7 @@ class SamplerOptions:
     Autoregressive models read temperature, top_k, top_p and min_p alone.
     """
 
-    num_steps: int = 128  # network calls for the sequence, or for each block
+    num_steps: int = 128  # at most so many network calls for the sequence, or for each block
     method: str = "ancestral"  # one of METHODS
     grid: str = "uniform"  # times of the steps, see time_grid
     temperature: float = 1.0  # of x_hat; 0: the most probable token

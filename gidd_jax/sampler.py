@@ -45,8 +45,8 @@ class Drawn(NamedTuple):
     log_probs float32 [B, L]: log x_hat (before temperature and filters) of each token in the call
     that put it there; drawn_at int32 [B, L]: the number of that call from 1 on. Both are 0 for
     given tokens, and for noise of the prior that never changed. num_calls: those of the schedule,
-    and one more where it left masks; network_calls: those that were made, as the others could have
-    changed nothing. frames: what a trace asks for.
+    and one more where masks were left and filled; network_calls: those that were made, as the
+    others could have changed nothing. frames: what a trace asks for.
     """
 
     ids: jax.Array
@@ -58,13 +58,19 @@ class Drawn(NamedTuple):
 
 
 def put(drawn: Drawn, taken: Taken, mask_id: int) -> Drawn:
-    """Replace the ids by those after a step and note the changes."""
+    """Replace the ids by those after a step and note the changes.
+
+    A log-probability that is no number stays, also where nothing changed: of such a network the
+    ids may look sound.
+    """
     number = drawn.num_calls + 1
     changed = taken.ids != drawn.ids
     log_probs = jnp.where(taken.ids == mask_id, 0.0, taken.log_probs)
+    log_probs = jnp.where(changed, log_probs, drawn.log_probs)
+    is_broken = (taken.asked & jnp.isnan(taken.log_probs)) | jnp.isnan(drawn.log_probs)
     return Drawn(
         ids=taken.ids,
-        log_probs=jnp.where(changed, log_probs, drawn.log_probs),
+        log_probs=jnp.where(is_broken, jnp.nan, log_probs),
         drawn_at=jnp.where(changed, number, drawn.drawn_at),
         num_calls=number,
         network_calls=drawn.network_calls + jnp.any(taken.asked),
@@ -143,11 +149,10 @@ def sample_diffusion(
     t_max = jnp.full(shape[:1], process.t_max, jnp.float32)
     (drawn, _), after = jax.lax.scan(call, (start, t_max), jax.tree.map(jnp.asarray, schedule))
     frames = None if after is None else Frames(start.ids, *after)
-    leftover = jnp.any(prompt.free & (drawn.ids == process.mask_id))
     if options.fill_masks:
         last = network(drawn.ids, jnp.full_like(t_max, process.t_min))
         filled = steps.fill_step(process, fold_in(keys, 1), last, drawn.ids, prompt.free)
-        num_calls = drawn.num_calls + leftover
+        num_calls = drawn.num_calls + jnp.any(filled.asked)
         drawn = put(drawn, filled, process.mask_id)._replace(num_calls=num_calls)
     return drawn._replace(frames=frames)
 

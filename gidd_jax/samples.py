@@ -51,7 +51,7 @@ class Likelihoods(NamedTuple):
 class Corrected(NamedTuple):
     """Corrected sequences, and for each of the N how it went (see `correct.Correction`).
 
-    network_calls and trace as in `Samples`.
+    network_calls: each on one batch; trace as in `Samples`.
     """
 
     ids: np.ndarray
@@ -71,7 +71,7 @@ class Suspicions(NamedTuple):
 
     judged bool: the tokens of the text; wrong float32: probability that the token is wrong;
     proposals int32, proposal_probs float32: the best other token, and the probability that it is
-    what belongs there; all 0 where nothing is judged. network_calls as in `Samples`.
+    what belongs there; all 0 where nothing is judged. network_calls: each on one batch.
     """
 
     ids: np.ndarray

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
-from gidd_jax.loss import log_probs_at
+from gidd_jax.loss import at_ids
 from gidd_jax.models.llama import Llama
 from gidd_jax.pretrained import load_pretrained
 from gidd_jax.sharding import batch_sharding, make_mesh, replicated
@@ -122,7 +122,7 @@ def _score(params: Any, ids: jax.Array, *, network: Any) -> tuple[jax.Array, jax
     def position(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, targets = inputs  # [B, D] and [B]
         logits = network.apply({"params": params}, h, method="project")
-        nll = -log_probs_at(jax.nn.log_softmax(logits), targets)
+        nll = -at_ids(jax.nn.log_softmax(logits), targets)
         return nll, jnp.argmax(logits, axis=-1) == targets
 
     # Some positions at a time: the tensor of all logits, [B, L, vocabulary], might not fit.

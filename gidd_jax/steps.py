@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from gidd_jax.draws import fold_in, index_from_uniforms, num_levels, uniforms
 from gidd_jax.filters import keep_min_p, log_softmax_at, unnormalised
+from gidd_jax.loss import at_ids
 from gidd_jax.process import InterpolatingProcess, expand_time
 
 
@@ -55,11 +56,6 @@ class Taken(NamedTuple):
     ids: jax.Array
     log_probs: jax.Array
     asked: jax.Array
-
-
-def probs_at(probs: jax.Array, ids: jax.Array) -> jax.Array:
-    """Return the probability of each token id, [B, L]."""
-    return jnp.take_along_axis(probs, ids[..., None], axis=-1)[..., 0]
 
 
 def draw_noise(process: InterpolatingProcess, keys: jax.Array, length: int) -> jax.Array:
@@ -125,17 +121,17 @@ def ancestral_draws(
 def needs_x_hat(process: InterpolatingProcess, draws: AncestralDraws, z_t: jax.Array) -> jax.Array:
     """Return where z_s may differ from z_t, bool [B, L]: elsewhere z_t stays, whatever x_hat is.
 
-    q_t(z_t) >= (beta_t pi_t)(z_t), so the coin keeps z_t if it would at x_hat(z_t) = 0; and a mask
-    whose next token is noise of the mask stays one.
+    q_t(z_t) >= (beta_t pi_t)(z_t), so the coin keeps z_t if it would at x_hat(z_t) = 0; and noise
+    that replaces z_t by itself, as a mask by the mask, changes nothing.
     """
     may_be_drawn = (draws.coin * draws.noise_mass < draws.step_mass) | draws.is_drawn_anew
-    stays_masked = ~draws.is_clean & (draws.noise == z_t)
-    return may_be_drawn & ~stays_masked
+    stays_the_same = ~draws.is_clean & (draws.noise == z_t)
+    return may_be_drawn & ~stays_the_same
 
 
 def finish_ancestral_step(draws: AncestralDraws, x_hat: jax.Array, z_t: jax.Array) -> jax.Array:
     """Return z_s, int32 [B, L], of choices that were made and x_hat [B, L, V], of any sum > 0."""
-    q_t = draws.alpha * probs_at(x_hat, z_t) / jnp.sum(x_hat, axis=-1) + draws.noise_mass
+    q_t = draws.alpha * at_ids(x_hat, z_t) / jnp.sum(x_hat, axis=-1) + draws.noise_mass
     redraw = (draws.coin * q_t < draws.step_mass) | draws.is_drawn_anew
     clean = index_from_uniforms(x_hat, draws.levels)
     return jnp.where(redraw, jnp.where(draws.is_clean, clean, draws.noise), z_t).astype(jnp.int32)
@@ -290,7 +286,7 @@ def adaptive_step(
 
     def judge(said: Predicted, levels: jax.Array, z_t: jax.Array) -> Any:
         p = unnormalised(said.logits)  # the largest is 1
-        return *draw(said, levels), (1 - probs_at(p, z_t)) / jnp.sum(p, axis=-1)
+        return *draw(said, levels), (1 - at_ids(p, z_t)) / jnp.sum(p, axis=-1)
 
     drawn, log_probs, gain = network.ask(active, judge, levels, z_t)
     noise = process.mass_at(process.beta_pi(expand_time(t, z_t)), z_t)

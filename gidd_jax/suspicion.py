@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from gidd_jax.errors import InputError
 from gidd_jax.likelihood import Denoiser
-from gidd_jax.loss import log_marginal, log_probs_at, masked_logits
+from gidd_jax.loss import at_ids, log_marginal, masked_logits
 from gidd_jax.options import SuspicionOptions
 from gidd_jax.process import InterpolatingProcess, expand_time
 from gidd_jax.schedule import is_mask_only
@@ -88,7 +88,7 @@ def noise_posterior(
     """Return P(x != z | z) for a prior over x, log-probabilities [B, ..., V]; z [B, ...], t [B]."""
     t = expand_time(t, z)
     mass = jnp.broadcast_to(process.mass_at(process.beta_pi(t), z), z.shape)
-    log_q = log_marginal(jnp.log(process.alpha(t)) + log_probs_at(log_prior, z), mass)
+    log_q = log_marginal(jnp.log(process.alpha(t)) + at_ids(log_prior, z), mass)
     wrong, proposals, proposal_probs = surprise(log_prior, z)
     odds = mass * jnp.exp(-log_q)
     return Suspicion(wrong * odds, proposals, proposal_probs * odds)

@@ -40,9 +40,7 @@ def network_at(
     rows, length = z_t.shape
 
     def predict(features: jax.Array, places: jax.Array) -> Predicted:
-        # Row by row, so that a batch stays split over devices.
-        some = jnp.take_along_axis(features, places[..., None], axis=1)
-        logits = masked_logits(process, project(some))
+        logits = masked_logits(process, project(_at(features, places))).astype(jnp.float32)
         return Predicted(logits, weights(logits))
 
     features, one = jax.eval_shape(denoise, z_t, t), jax.ShapeDtypeStruct((rows, 1), jnp.int32)
@@ -50,7 +48,7 @@ def network_at(
 
     def ask(where: jax.Array, judge: Judge, *arrays: Any, at_most: int = length) -> Any:
         def judge_at(features: jax.Array, places: jax.Array) -> Any:
-            here = jax.tree.map(lambda a: a[jnp.arange(rows)[:, None], places], arrays)
+            here = jax.tree.map(lambda a: _at(a, places), arrays)
             return judge(predict(features, places), *here)
 
         said = jax.eval_shape(judge_at, features, one)
@@ -74,7 +72,6 @@ def _in_groups(
 ) -> Any:
     """Put what `judge_at` says of places int32 [B, size] into the result [B, L, ...], `where`."""
     length = where.shape[1]
-    rows = jnp.arange(where.shape[0])[:, None]
     count = jnp.sum(where, axis=-1)
     # Positions that are asked come first; those beyond the end are dropped when results are put.
     order = jnp.argsort(~where, axis=-1, stable=True)
@@ -88,8 +85,19 @@ def _in_groups(
         number, result = carry
         places = jax.lax.dynamic_slice_in_dim(order, number * size, size, axis=1)
         said = judge_at(features, jnp.minimum(places, length - 1))
-        return number + 1, jax.tree.map(
-            lambda whole, part: whole.at[rows, places].set(part, mode="drop"), result, said
-        )
+        return number + 1, jax.tree.map(lambda a, part: _put(a, places, part), result, said)
 
     return jax.lax.while_loop(some_left, judge_group, (jnp.int32(0), result))[1]
+
+
+# Row by row: indexed by the rows' numbers, a batch that is split over devices would be exchanged.
+
+
+def _at(array: jax.Array, places: jax.Array) -> jax.Array:
+    """Return [B, K, ...] of an array [B, L, ...] at places [B, K]."""
+    return jax.vmap(lambda row, at: row[at])(array, places)
+
+
+def _put(array: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
+    """Put values [B, K, ...] into an array [B, L, ...] at places [B, K] that are not beyond it."""
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(array, places, values)

@@ -59,6 +59,12 @@ def test_one_device_draws_what_eight_draw(name, request, monkeypatch):
     assert eight.ids.max() < model.tokenizer.vocab_size
 
 
+def test_rows_that_fill_up_a_batch_cause_no_calls(model, monkeypatch):
+    eight = model.generate(1, length=4, num_steps=150)
+    monkeypatch.setattr("jax.local_devices", lambda: jax.devices()[:1])
+    assert eight.network_calls == model.generate(1, length=4, num_steps=150).network_calls < 40
+
+
 @pytest.mark.parametrize("name", ["model", "autoregressive"])
 def test_prompts_of_a_mixed_batch_are_continued_as_they_are_alone(name, request):
     model = request.getfixturevalue(name)

@@ -135,7 +135,8 @@ def test_greedy_and_filtered_runs_draw_what_they_may():
     # min_p drops from the posterior: 0.2 (t - s)/t is below 0.16 in the first of two steps, where
     # the mask is kept instead; 0.1 is below it in both.
     kept = draw(process, predict, 300, 16, num_steps=2, min_p=0.16)
-    assert np.all(np.isin(kept.ids, [0, 2, 3]))
+    want = 2 / 7 * np.array([1, 0, 0, 0, 0]) + 5 / 7 * np.array([4, 0, 3, 2, 0]) / 9
+    assert chi_square(np.asarray(kept.ids), want) > 1e-4
     alone = draw(process, predict, 300, 16, method="first_hitting", min_p=0.35)
     assert np.all(np.asarray(alone.ids) == 0)
 
@@ -164,6 +165,19 @@ def test_every_token_is_drawn_by_a_call_that_is_counted(method):
     at = np.asarray(drawn.drawn_at)
     assert at.min() >= 1
     assert at.max() <= int(drawn.num_calls)
+
+
+@pytest.mark.parametrize("mask_id", [0, 10])
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_that_are_none_are_kept_whatever_is_drawn(method, mask_id):
+    """Also where the draws of such a network are masks, or nothing changes."""
+    processes = [MaskedProcess(11, mask_id)]
+    if method in ("ancestral", "psi", "adaptive"):
+        processes += [HybridProcess(11, mask_id, 0.2), LogSnrProcess(11, mask_id, shift=1000.0)]
+    options = {"method": method} | ({} if method == "first_hitting" else {"num_steps": 9})
+    for process in processes:
+        drawn = draw(process, constant(process, np.full(11, np.nan)), 2, 6, **options)
+        assert np.isnan(drawn.log_probs).any(axis=-1).all(), process
 
 
 def test_masks_stay_where_they_are_not_to_be_filled():

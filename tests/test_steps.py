@@ -222,6 +222,19 @@ def test_ancestral_and_psi_steps_draw_from_the_dense_distribution(name, kappa):
             assert chi_square(drawn[z == token], probs[0, row].astype(float)) > 1e-4, (t, token)
 
 
+@pytest.mark.parametrize("kappa", [1.0, 0.6])
+def test_min_p_steps_draw_from_the_filtered_posterior(kappa):
+    process = PROCESSES["hybrid"]
+    x_hat, t, s, min_p = distribution(process), 0.7, 0.4, 0.06
+    z = np.resize(np.arange(7), ROWS * LENGTH).reshape(ROWS, LENGTH).astype(np.int32)
+    taken = steps.filtered_ancestral_step(process, KEYS, tiled(x_hat), z, EVERY, t, s, kappa, min_p)
+    dense = steps.transition_probs(process, x_hat[None, None], np.arange(7)[None], t, s, kappa)
+    probs = np.asarray(keep_min_p(jnp.broadcast_to(dense, (1, 7, 7)), min_p), float)[0]
+    assert ((probs == 0) & (np.asarray(dense)[0] > 0)).any()
+    for token in range(7):
+        assert chi_square(np.asarray(taken.ids)[z == token], probs[token]) > 1e-4, token
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_psi_posterior_keeps_the_marginals_exactly(name):
     """sum over z of q_t(z) times the step from z is q_s, for every kappa, in float64."""

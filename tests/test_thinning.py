@@ -1,9 +1,12 @@
 """Logits only where a token can change: the same step as with all of them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from test_steps import everywhere
 
 from gidd_jax import sampler, steps
@@ -102,6 +105,91 @@ def test_steps_that_ask_in_groups_are_those_that_ask_everywhere(step, name):
             assert (np.asarray(thinned.asked) | (thinned.ids == process.mask_id))[changed].all()
             changes += changed.sum()
     assert changes > (20 if step in ("first hitting", "confidence") else 60)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_where_the_network_is_not_asked_nothing_could_change(name):
+    """An ancestral step finished everywhere leaves those positions as they are."""
+    process = PROCESSES[name]
+
+    @jax.jit
+    def finished(z_t, t, s):
+        draws = steps.ancestral_draws(process, KEYS, z_t, t, s, 0.9, num_columns=V + 2)
+        logits = masked_logits(process, project(features(z_t, jnp.full(B, t))))
+        asked = steps.needs_x_hat(process, draws, z_t)
+        return steps.finish_ancestral_step(draws, unnormalised(logits), z_t), asked
+
+    left = 0
+    for t, s in TIMES:
+        z_t, _ = noisy(process, t, 70)
+        z_s, asked = finished(z_t, t, s)
+        np.testing.assert_array_equal(z_s[~asked], z_t[~asked])
+        left += np.sum(~asked)
+    assert left > 100
+
+
+def test_no_more_positions_are_projected_than_a_group_has():
+    process, widths = PROCESSES["masked"], []
+    z_t, _ = noisy(process, 0.7, 70)
+
+    def counting(h):
+        jax.debug.callback(lambda: widths.append(h.shape[1]))
+        return project(h)
+
+    network = network_at(process, features, counting, unnormalised, z_t, jnp.full(B, 0.7))
+    place = (process, KEYS, network, z_t, z_t >= 0)
+    for take, width, groups in ((steps.fill_step, 16, 4), (steps.first_hitting_step, 1, 1)):
+        jax.block_until_ready(take(*place))
+        jax.effects_barrier()
+        assert set(widths) == {width}
+        assert 1 <= len(widths) <= groups
+        widths.clear()
+
+
+@pytest.mark.parametrize("step", ["ancestral", "confidence", "adaptive", "first hitting"])
+def test_devices_exchange_nothing_but_whether_they_go_on(step):
+    """Each keeps its rows: between 4 devices there is one bit per group, and one per call."""
+    mesh = jax.make_mesh((B,), ("data",), devices=jax.devices()[:B])
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    process = PROCESSES["masked"]
+
+    def take(keys, z_t, active):
+        network = network_at(process, features, project, unnormalised, z_t, jnp.full(B, 0.5))
+        return STEPS[step](process, keys, network, z_t, active, t=0.5, s=0.4)
+
+    arguments = (KEYS, *noisy(process, 0.5, 70))
+    program = jax.jit(take, in_shardings=rows, out_shardings=rows).lower(*arguments).compile()
+    exchanged = re.findall(
+        r"= (\S+) (?:all-gather|all-reduce|all-to-all|collective-permute)", program.as_text()
+    )
+    assert exchanged
+    assert all(kind.startswith("pred[]") for kind in exchanged), exchanged
+
+
+@pytest.mark.parametrize("method", ["first_hitting", "ancestral"])
+def test_the_network_is_given_the_time_of_the_ids(method):
+    """First hitting: when the next mask is lifted; the fill of what is left: the last time."""
+    process, times = PROCESSES["masked"], []
+
+    def noting(z, t):
+        jax.debug.callback(lambda z, t: times.append((np.asarray(z), np.asarray(t))), z, t)
+        return features(z, t)
+
+    steps_of = {} if method == "first_hitting" else {"num_steps": 2, "grid": "reference"}
+    options = SamplerOptions(method=method, **steps_of)
+    run = jax.jit(lambda k: sample_diffusion(process, noting, options, k, 300, project=project))
+    jax.block_until_ready(run(KEYS))
+    jax.effects_barrier()
+    if method == "first_hitting":
+        shares = np.array([np.mean(z == process.mask_id) for z, _ in times])
+        means = np.array([np.mean(t) for _, t in times])
+        assert len(times) == 300
+        np.testing.assert_allclose(means, shares, atol=0.1)
+    else:
+        (_, first), *_, (z, last) = times
+        assert first.max() < 0.6  # the reference grid leaves out the noisiest time
+        np.testing.assert_allclose(last, process.t_min, rtol=1e-6)
+        assert (z == process.mask_id).any()
 
 
 def test_with_masks_alone_the_network_is_asked_exactly_where_a_mask_is_lifted():
