@@ -25,7 +25,6 @@ from gidd_jax.data.corpus import (
     open_parts,
 )
 from gidd_jax.data.files import open_text_file
-from gidd_jax.data.mixture import split_mixture
 from gidd_jax.data.pipeline import Records, tokenise_all
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
@@ -38,6 +37,7 @@ from gidd_jax.likelihood import (
     row_bounds,
     sample_times,
 )
+from gidd_jax.mixture import split_mixture
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import DataSettings, Settings
 from gidd_jax.sharding import (

@@ -19,8 +19,8 @@ from etils import epath
 
 from gidd_jax.checkpoint import write_atomically
 from gidd_jax.errors import InputError, StorageError
+from gidd_jax.hardware import peak_flops
 from gidd_jax.models.dit import padded_vocab_size
-from gidd_jax.roofline import find_chip
 from gidd_jax.settings import ModelSettings
 from gidd_jax.storage import is_remote, named_failures, run_folder
 
@@ -68,12 +68,6 @@ def _layer_products(model: ModelSettings) -> tuple[int, int]:
     if model.name == "llama":
         return 4 * D * D + 3 * D * (4 * D), 2 * L * D
     return 4 * D * D + 2 * D * (4 * D), 4 * L * D
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a device by jax's name for it, None where unknown."""
-    chip = find_chip(device_kind)
-    return chip.peak_flops if chip else None
 
 
 class MetricWriter:

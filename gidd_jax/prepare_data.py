@@ -82,8 +82,8 @@ def prepare(
     """
     from gidd_jax.data import rows, shards
     from gidd_jax.data.corpus import open_corpus
-    from gidd_jax.data.mixture import split_mixture
     from gidd_jax.data.tokenizer import load_tokenizer
+    from gidd_jax.mixture import split_mixture
 
     rows.check_mode(mode)
     if split_mixture(path)[0].path != path:

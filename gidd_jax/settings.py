@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Self
 from ml_collections import ConfigDict
 
 from gidd_jax.cli import load_config, nearest
-from gidd_jax.data.mixture import split_mixture
 from gidd_jax.errors import InputError
+from gidd_jax.mixture import split_mixture
 
 # What may differ when a run goes on in its workdir: none of these changes the numbers of a step,
 # except that a new run length stretches the learning-rate schedule from there on.

@@ -10,7 +10,8 @@ import pytest
 
 from gidd_jax import metrics as metrics_module
 from gidd_jax.cli import load_config
-from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, flops_per_token, peak_flops
+from gidd_jax.hardware import peak_flops
+from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
 from gidd_jax.settings import ModelSettings, Settings
 
 

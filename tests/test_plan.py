@@ -18,11 +18,12 @@ from gidd_jax.ahead import Builder, Temporaries, kept_bytes, temporaries
 from gidd_jax.build import build_objective
 from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
+from gidd_jax.hardware import CHIPS
 from gidd_jax.metrics import flops_per_token, recomputed_flops_per_token
 from gidd_jax.models import layers
 from gidd_jax.optimizer import make_optimizer
 from gidd_jax.plan import Memory, bytes_moved, bytes_sent, describe, make_plan
-from gidd_jax.roofline import CHIPS, Roofline, Sent, parse_topology, roofline
+from gidd_jax.roofline import Roofline, Sent, parse_topology, roofline
 from gidd_jax.settings import Settings
 from gidd_jax.trainer import state_maker
 

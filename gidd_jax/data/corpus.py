@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from gidd_jax.data.files import SUFFIXES, FileDocuments, ParquetDocuments, open_text_file
 from gidd_jax.data.hugging_face import HuggingFaceDocuments
-from gidd_jax.data.mixture import split_mixture
 from gidd_jax.errors import InputError, first_line
+from gidd_jax.mixture import split_mixture
 
 T = TypeVar("T")
 EMBEDDED = "embedded"

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from gidd_jax.data import shards
 from gidd_jax.data.corpus import DATASETS, named_files
-from gidd_jax.data.mixture import split_mixture
 from gidd_jax.errors import InputError
+from gidd_jax.mixture import split_mixture
 
 # The files of a larger corpus are told by their sizes and blocks, spread evenly from the first byte
 # to the last: at every start a run hashes its corpus, which must not take longer than opening it.

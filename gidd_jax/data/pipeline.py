@@ -12,9 +12,9 @@ import numpy as np
 
 from gidd_jax.data import fingerprint, rows, shards
 from gidd_jax.data.corpus import Chain, CorpusSplits, Documents, iterate, open_parts
-from gidd_jax.data.mixture import split_mixture
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
+from gidd_jax.mixture import split_mixture
 
 if TYPE_CHECKING:
     from gidd_jax.settings import DataSettings
