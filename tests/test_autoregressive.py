@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_steps import chi_square
+from denoisers import chi_square
 
 from gidd_jax import autoregressive
 from gidd_jax.autoregressive import check_autoregressive, sample_autoregressive

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from published_folders import llama_folder, published
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from test_hub import llama_folder, published
 from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax.errors import InputError

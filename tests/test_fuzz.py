@@ -21,8 +21,8 @@ import pytest
 from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_folders import LLAMA_CONFIG, ORIGINAL_AR, ORIGINAL_DIT, write_words
 from safetensors.numpy import save_file
-from test_hub import LLAMA_CONFIG, ORIGINAL_AR, ORIGINAL_DIT, write_words
 from tiny_run import tiny_settings, write_tokenizer
 
 from gidd_jax.checkpoint import Checkpointer, check_workdir, find_checkpoint

@@ -1,8 +1,8 @@
 """Models out of folders: the published format, the original's checkpoints, Hugging Face Llamas."""
 
+import importlib
 import json
 import pickle
-import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,74 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from conftest import GOLDEN
+from published_folders import (
+    ORIGINAL_AR,
+    ORIGINAL_DIT,
+    llama_folder,
+    published,
+    write_words,
+)
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import write_checkpoint
-from tokenizers import models, pre_tokenizers
 
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
 from gidd_jax.models.layers import Llama3RopeScaling
 from gidd_jax.pretrained import load_pretrained
 from gidd_jax.process import HybridProcess, MaskedProcess
-
-LLAMA_CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 67,
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-ORIGINAL_DIT = """
-model:
-  type: diffusion
-  diffusion_process: gidd
-  p_uniform: 0.2
-  t_eps: 0.0001
-  hidden_size: 64
-  n_blocks: 3
-  n_heads: 4
-  cond_dim: 32
-  max_seq_len: 32
-training:
-  seed: 1
-"""
-ORIGINAL_AR = """
-model: {type: autoregressive, hidden_size: 64, n_blocks: 2, n_heads: 4, max_seq_len: 32}
-"""
-
-
-def write_words(folder: Path, size: int, special: tuple[str, ...] = ("[PAD]", "[MASK]")) -> None:
-    """A tokenizer of `size` tokens: words, the end of a text, then the special ones."""
-    words = [f"w{i}" for i in range(size - 1 - len(special))]
-    names = [*words, "<eos>", *special]
-    backend = tokenizers.Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, "w0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(["<eos>", *special])
-    backend.save(str(folder / "tokenizer.json"))
-    roles = {"[PAD]": "pad_token", "[MASK]": "mask_token"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
-    config |= {roles[name]: name for name in special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def published(folder: Path, name: str, size: int) -> Path:
-    shutil.copytree(GOLDEN / name, folder)
-    write_words(folder, size)
-    return folder
-
-
-def llama_folder(folder: Path, state_dict: dict[str, np.ndarray], **config: object) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG | config))
-    save_file(state_dict, folder / "model.safetensors")
-    write_words(folder, 67)
-    return folder
 
 
 def logits(model: Gidd, *inputs: np.ndarray) -> np.ndarray:
@@ -131,6 +78,8 @@ def with_torch(monkeypatch, golden):
         assert (map_location, weights_only) == ("cpu", True)
         return {k: Tensor(v) for k, v in golden(Path(file).read_text()).items()}
 
+    importlib.import_module("transformers")  # it looks for torch, once, when it is imported
+    importlib.import_module("transformers.utils.import_utils")
     stub = types.ModuleType("torch")
     stub.load = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch", stub)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_steps import MASK_ONLY, PROCESSES, chi_square, distribution
+from denoisers import MASK_ONLY, PROCESSES, chi_square, distribution
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from denoisers import everywhere
 from jax.sharding import NamedSharding, PartitionSpec
-from test_steps import everywhere
 
 from gidd_jax import sampler, steps
 from gidd_jax.draws import row_keys
