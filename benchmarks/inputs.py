@@ -62,7 +62,7 @@ def random_parameters(network: Any, seed: int = 3) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from gidd_jax.sharding import unbox
+    from gidd_jax.parallel.sharding import unbox
 
     ids, t = jnp.zeros((1, 8), jnp.int32), jnp.zeros(1, jnp.float32)
     params = unbox(jax.jit(network.init)(jax.random.key(seed), ids, t)["params"])

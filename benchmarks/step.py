@@ -107,9 +107,9 @@ def ours(case: Case) -> Subject:
     import jax.numpy as jnp
     import numpy as np
 
-    from gidd_jax import sharding
     from gidd_jax.build import build_objective
     from gidd_jax.optimizer import learning_rate, make_optimizer
+    from gidd_jax.parallel import sharding
     from gidd_jax.trainer import compile_step, put_batch, state_maker
 
     shape = case.shape

@@ -30,8 +30,8 @@ from typing import Any
 from absl import flags
 
 from gidd_jax.cli import run
-from gidd_jax.distributed import distributed_flags
 from gidd_jax.errors import InputError
+from gidd_jax.parallel.distributed import distributed_flags
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True

@@ -38,9 +38,7 @@ from gidd_jax.likelihood import (
     sample_times,
 )
 from gidd_jax.mixture import split_mixture
-from gidd_jax.process import InterpolatingProcess
-from gidd_jax.settings import DataSettings, Settings
-from gidd_jax.sharding import (
+from gidd_jax.parallel.sharding import (
     BATCH_AXES,
     batch_sharding,
     gather_batches,
@@ -48,6 +46,8 @@ from gidd_jax.sharding import (
     own_batches,
     replicated,
 )
+from gidd_jax.process import InterpolatingProcess
+from gidd_jax.settings import DataSettings, Settings
 from gidd_jax.text_metrics import Estimate, ratio_estimate
 
 

@@ -30,6 +30,13 @@ from gidd_jax.export import save_pretrained
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.options import CorrectionOptions, SamplerOptions, SuspicionOptions
+from gidd_jax.parallel.sharding import (
+    batch_sharding,
+    gather_batches,
+    make_mesh,
+    own_batches,
+    replicated,
+)
 from gidd_jax.pretrained import Pretrained, load_pretrained
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.programs import Batch, SpecialIds
@@ -46,13 +53,6 @@ from gidd_jax.prompts import (
 )
 from gidd_jax.sampler import Drawn
 from gidd_jax.samples import Corrected, Likelihoods, Samples, Suspicions
-from gidd_jax.sharding import (
-    batch_sharding,
-    gather_batches,
-    make_mesh,
-    own_batches,
-    replicated,
-)
 from gidd_jax.suspicion import check_suspicion
 from gidd_jax.trace import changes_of, changes_of_correction, join_changes, make_trace
 

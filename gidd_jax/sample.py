@@ -15,9 +15,9 @@ texts came about, call by call; --trace the file behind it (see gidd_jax.replay)
 from absl import flags
 
 from gidd_jax.cli import run
-from gidd_jax.distributed import distributed_flags
 from gidd_jax.errors import InputError
 from gidd_jax.options import GRIDS, METHODS, SamplerOptions
+from gidd_jax.parallel.distributed import distributed_flags
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True

@@ -15,8 +15,8 @@ from gidd_jax.loss import GiddLoss, autoregressive_loss, gidd_loss, mdlm_loss, m
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.ops.fused_loss import fused_loss
+from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
 from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
-from gidd_jax.sharding import BATCH_AXES, VOCAB_AXIS
 
 Params = Any
 Batch = Mapping[str, jax.Array]  # tokens int32 [B, L], mask bool [B, L] (False on padding)

@@ -13,8 +13,8 @@ import datetime
 from absl import flags
 
 from gidd_jax.cli import config_flag, run
-from gidd_jax.distributed import distributed_flags
 from gidd_jax.errors import InputError
+from gidd_jax.parallel.distributed import distributed_flags
 
 
 def _plan_flag() -> flags.FlagHolder[str | None]:

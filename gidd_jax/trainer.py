@@ -15,7 +15,6 @@ from absl import logging
 from clu import parameter_overview, profiler
 from etils import epath
 
-from gidd_jax import sharding
 from gidd_jax.build import build_objective
 from gidd_jax.checkpoint import (
     Checkpointer,
@@ -29,6 +28,7 @@ from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, check_wandb, flops_per_token
 from gidd_jax.optimizer import learning_rate, make_optimizer
+from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
 from gidd_jax.state import (
     Objective,

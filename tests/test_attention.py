@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gidd_jax import sharding
 from gidd_jax.models import layers
+from gidd_jax.parallel import sharding
 
 KINDS = {
     "plain": {},

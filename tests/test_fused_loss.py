@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gidd_jax import sharding
 from gidd_jax.loss import autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weights
 from gidd_jax.ops.fused_loss import chunk_size, fused_loss, pairwise_sum
+from gidd_jax.parallel import sharding
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "gidd_jax"
 # by one, but for the commands, which are what can be run: they stand on the top floor.
 FLOORS = (
     {"errors", "cli", "settings", "mixture", "draws", "hardware"},
-    {"process", "loss", "likelihood", "models", "ops", "parallel", "sharding", "distributed"},
+    {"process", "loss", "likelihood", "models", "ops", "parallel"},
     {"data", "array_files"},
     {
         "sampling",
@@ -129,7 +129,7 @@ def test_the_modules_of_the_plan_are_there():
     assert len(FILES) >= 25  # else the tests below look at the wrong folder
     assert {f"gidd_jax.{name}" for name in ("process", "loss", "state", "trainer")} <= FILES.keys()
     assert {"gidd_jax.train", "gidd_jax.sample", "gidd_jax.quickstart"} <= set(ENTRIES)
-    assert imports("gidd_jax.trainer") >= {"gidd_jax.state", "gidd_jax.sharding"}
+    assert imports("gidd_jax.trainer") >= {"gidd_jax.state", "gidd_jax.parallel.sharding"}
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -164,7 +164,7 @@ def test_defaults_live_in_the_base_config_alone(module):
 
 @pytest.mark.parametrize("module", [name for name in FILES if floor(name) != TOP])
 def test_only_entries_see_the_command_line_or_print(module):
-    if module in ("gidd_jax.cli", "gidd_jax.distributed", "gidd_jax.settings"):  # the door
+    if module in ("gidd_jax.cli", "gidd_jax.parallel.distributed", "gidd_jax.settings"):  # the door
         return
     for node in runtime_nodes(TREES[module]):
         if isinstance(node, ast.Call):

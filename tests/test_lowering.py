@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax import export
 
-from gidd_jax import sharding
 from gidd_jax.build import build_objective
 from gidd_jax.cli import load_config
 from gidd_jax.correct import proposals, self_correct
@@ -21,6 +20,7 @@ from gidd_jax.models.dit import DiT
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.options import CorrectionOptions, SamplerOptions
+from gidd_jax.parallel import sharding
 from gidd_jax.process import HybridProcess
 from gidd_jax.sampler import sample_diffusion
 from gidd_jax.settings import Settings

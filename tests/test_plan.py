@@ -13,7 +13,7 @@ import pytest
 from tiny_run import VOCAB_SIZE, contents, tiny_config, tiny_settings
 
 from benchmarks.collectives import total_bytes
-from gidd_jax import ahead, sharding
+from gidd_jax import ahead
 from gidd_jax.ahead import Builder, Temporaries, kept_bytes, temporaries
 from gidd_jax.build import build_objective
 from gidd_jax.cli import load_config
@@ -22,6 +22,7 @@ from gidd_jax.hardware import CHIPS
 from gidd_jax.metrics import flops_per_token, recomputed_flops_per_token
 from gidd_jax.models import layers
 from gidd_jax.optimizer import make_optimizer
+from gidd_jax.parallel import sharding
 from gidd_jax.plan import Memory, bytes_moved, bytes_sent, describe, make_plan
 from gidd_jax.roofline import Roofline, Sent, parse_topology, roofline
 from gidd_jax.settings import Settings

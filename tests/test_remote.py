@@ -16,13 +16,13 @@ from fake_gcs import FakeGcs, fake_gcs
 from tiny_checkpoint import write_checkpoint
 from tiny_run import assert_same_arrays, figures_by_step, saved_arrays, steps_on_disk, tiny_settings
 
-from gidd_jax import sharding
 from gidd_jax.checkpoint import Checkpointer, check_workdir, find_checkpoint, load_params
 from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.gidd import Gidd
 from gidd_jax.metrics import MetricWriter
+from gidd_jax.parallel import sharding
 from gidd_jax.storage import run_folder
 from gidd_jax.trainer import train
 

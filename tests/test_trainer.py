@@ -25,7 +25,7 @@ from tiny_run import (
     tiny_settings,
 )
 
-from gidd_jax import sharding, trainer
+from gidd_jax import trainer
 from gidd_jax.build import build_objective
 from gidd_jax.checkpoint import lock_workdir
 from gidd_jax.cli import config_folder, load_config
@@ -33,6 +33,7 @@ from gidd_jax.data.pipeline import TrainBatches, ValidationBatches
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.models import dit
 from gidd_jax.optimizer import learning_rate, make_optimizer
+from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
 from gidd_jax.state import TrainState, abstract_params
 from gidd_jax.trainer import train

@@ -26,7 +26,7 @@ from gidd_jax.build import build_objective
 from gidd_jax.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.optimizer import make_optimizer
-from gidd_jax.sharding import activate, make_mesh
+from gidd_jax.parallel.sharding import activate, make_mesh
 from gidd_jax.trainer import state_maker, train
 
 CHANGES = {

@@ -16,7 +16,7 @@ from gidd_jax.models import dit, llama
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.layers import Embedding, constrain, rotary_frequencies, rotary_tables
 from gidd_jax.models.llama import Llama
-from gidd_jax.sharding import (
+from gidd_jax.parallel.sharding import (
     MESH_AXES,
     activate,
     batch_sharding,
