@@ -106,7 +106,7 @@ def load_texts(path: str) -> tuple[list[str], str | None]:
 
     Raises InputError when it is no such file or holds no text.
     """
-    from gidd_jax.array_files import read_arrays
+    from gidd_jax.data.array_files import read_arrays
     from gidd_jax.data.files import open_text_file
 
     file = Path(path).expanduser()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gidd_jax.array_files import read_arrays
+from gidd_jax.data.array_files import read_arrays
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.trace import Trace

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from gidd_jax.array_files import read_arrays
+from gidd_jax.data.array_files import read_arrays
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "gidd_jax"
 FLOORS = (
     {"errors", "cli", "settings", "mixture", "draws", "hardware"},
     {"process", "loss", "likelihood", "models", "ops", "parallel"},
-    {"data", "array_files"},
+    {"data"},
     {
         "sampling",
         "checkpoints",
