@@ -128,10 +128,10 @@ def _our_head(case: Case) -> Subject:
     import jax.numpy as jnp
 
     from gidd_jax.draws import row_keys
-    from gidd_jax.filters import unnormalised
     from gidd_jax.process import HybridProcess
-    from gidd_jax.steps import ancestral_step
-    from gidd_jax.thinning import network_at
+    from gidd_jax.sampling.filters import unnormalised
+    from gidd_jax.sampling.steps import ancestral_step
+    from gidd_jax.sampling.thinning import network_at
 
     vocab_size, t = case.shape["vocab_size"], case.shape["t"]
     process = HybridProcess(vocab_size, vocab_size - 1, P_UNIFORM)

@@ -18,10 +18,10 @@ from gidd_jax.draws import row_keys
 from gidd_jax.likelihood import prior_kl, reconstruction_nll
 from gidd_jax.loss import gidd_loss
 from gidd_jax.ops.fused_loss import fused_loss
-from gidd_jax.options import SamplerOptions
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.sampler import sample_diffusion
-from gidd_jax.schedule import time_grid
+from gidd_jax.sampling.loop import sample_diffusion
+from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.schedule import time_grid
 
 TOY_VOCAB_SIZE, TOY_MASK_ID = 8, 3
 NUM_TIMES = 25

@@ -20,16 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax import programs
-from gidd_jax.autoregressive import check_autoregressive
 from gidd_jax.cli import nearest
-from gidd_jax.correct import Correction
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.export import save_pretrained
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
-from gidd_jax.options import CorrectionOptions, SamplerOptions, SuspicionOptions
 from gidd_jax.parallel.sharding import (
     batch_sharding,
     gather_batches,
@@ -51,10 +48,13 @@ from gidd_jax.prompts import (
     scored_texts,
     whole_texts,
 )
-from gidd_jax.sampler import Drawn
 from gidd_jax.samples import Corrected, Likelihoods, Samples, Suspicions
-from gidd_jax.suspicion import check_suspicion
-from gidd_jax.trace import changes_of, changes_of_correction, join_changes, make_trace
+from gidd_jax.sampling.autoregressive import check_autoregressive
+from gidd_jax.sampling.correction import Correction
+from gidd_jax.sampling.loop import Drawn
+from gidd_jax.sampling.options import CorrectionOptions, SamplerOptions, SuspicionOptions
+from gidd_jax.sampling.suspicion import check_suspicion
+from gidd_jax.sampling.trace import changes_of, changes_of_correction, join_changes, make_trace
 
 _NOT_A_NUMBER = (
     "the network's output is not a number: its parameters are damaged, use an older checkpoint"

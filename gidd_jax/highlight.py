@@ -6,7 +6,7 @@ Examples:
   python -m gidd_jax.highlight --checkpoint=RUN --evaluate --corruption=0.1,0.3 --out=found.json
 
 --text: a file that holds one text of any length. A token is wrong with the probability that it is
-noise of the model's forward process at time --t (see gidd_jax.suspicion); --out writes a page.
+noise of the model's forward process at time --t (see gidd_jax.sampling.suspicion); --out writes a page.
 Models whose only noise is the mask need --method=leave_one_out, one network call for each token.
 
 --evaluate: of validation text (of the run, or --data) a share of the tokens is replaced by random
@@ -28,7 +28,7 @@ from absl import flags
 
 from gidd_jax.cli import run
 from gidd_jax.errors import InputError
-from gidd_jax.options import SUSPICION_METHODS, SuspicionOptions
+from gidd_jax.sampling.options import SUSPICION_METHODS, SuspicionOptions
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
@@ -105,7 +105,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     from gidd_jax.detection import detection_figures
     from gidd_jax.gidd import Gidd
     from gidd_jax.samples import check_output
-    from gidd_jax.suspicion import check_suspicion, expected_share
+    from gidd_jax.sampling.suspicion import check_suspicion, expected_share
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax import likelihood
-from gidd_jax.autoregressive import sample_autoregressive
-from gidd_jax.correct import Correction, proposals, self_correct
-from gidd_jax.greedy import Greedy, autoregressive_is_greedy, diffusion_is_greedy
-from gidd_jax.options import CorrectionOptions, SamplerOptions, SuspicionOptions
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.sampler import Drawn, Prompt, sample_diffusion
-from gidd_jax.suspicion import Suspicion, judge
+from gidd_jax.sampling.autoregressive import sample_autoregressive
+from gidd_jax.sampling.correction import Correction, proposals, self_correct
+from gidd_jax.sampling.greedy import Greedy, autoregressive_is_greedy, diffusion_is_greedy
+from gidd_jax.sampling.loop import Drawn, Prompt, sample_diffusion
+from gidd_jax.sampling.options import CorrectionOptions, SamplerOptions, SuspicionOptions
+from gidd_jax.sampling.suspicion import Suspicion, judge
 
 
 class Batch(NamedTuple):
@@ -114,7 +114,7 @@ def correct(
     options: CorrectionOptions,
     trace: bool,
 ) -> Correction:
-    """Return the rows with their free tokens corrected (see `correct.self_correct`)."""
+    """Return the rows with their free tokens corrected (see `correction.self_correct`)."""
     features, project = halves(network, batch)
     draw = proposals(batch.keys)
     return self_correct(process, features, options, batch.ids, batch.free, draw, trace, project)

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax.replay_page import write_replay
     from gidd_jax.samples import check_output
-    from gidd_jax.trace import load_trace
+    from gidd_jax.sampling.trace import load_trace
     from gidd_jax.watch import check_terminal, watch
 
     out, console = check_output(OUT.value, ".html") if OUT.value else None, Console()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gidd_jax.trace import Trace, save_trace
+from gidd_jax.sampling.trace import Trace, save_trace
 
 
 def write_replay(path: str | Path, trace: Trace, title: str) -> None:

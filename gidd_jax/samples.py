@@ -9,7 +9,7 @@ import numpy as np
 from gidd_jax.data.array_files import read_arrays
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.trace import Trace
+from gidd_jax.sampling.trace import Trace
 
 # Stands in every file of samples: draws of low precision make texts look better by their
 # generative perplexity and poorer by their entropy (arXiv 2409.02908).
@@ -49,7 +49,7 @@ class Likelihoods(NamedTuple):
 
 
 class Corrected(NamedTuple):
-    """Corrected sequences, and for each of the N how it went (see `correct.Correction`).
+    """Corrected sequences, and for each of the N how it went (see `correction.Correction`).
 
     network_calls: each on one batch; trace as in `Samples`.
     """

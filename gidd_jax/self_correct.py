@@ -20,7 +20,7 @@ from absl import flags
 
 from gidd_jax.cli import run
 from gidd_jax.errors import InputError
-from gidd_jax.options import CorrectionOptions
+from gidd_jax.sampling.options import CorrectionOptions
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True

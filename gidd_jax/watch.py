@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gidd_jax.errors import InputError
-from gidd_jax.trace import Played, Trace, play, shown
+from gidd_jax.sampling.trace import Played, Trace, play, shown
 
 SECONDS = 10.0
 MOST_FRAMES = 200

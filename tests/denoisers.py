@@ -6,8 +6,8 @@ import numpy as np
 import oracle
 from scipy import stats
 
-from gidd_jax import steps
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
+from gidd_jax.sampling import steps
 
 SKEWED = (0.05, 0.3, 0.0, 0.1, 0.02, 0.33, 0.2)  # over 7 tokens, mask 2
 PROCESSES = {

@@ -59,7 +59,10 @@ CASES = {  # command: (function, arguments)
         "gidd_jax.pictures:run_pictures",
         ["--workdir={folder}/model", "--out={folder}/o"],
     ),
-    "replay": ("gidd_jax.trace:load_trace", ["--trace={folder}/t.npz", "--out={folder}/o.html"]),
+    "replay": (
+        "gidd_jax.sampling.trace:load_trace",
+        ["--trace={folder}/t.npz", "--out={folder}/o.html"],
+    ),
     "convert": (LOADING, ["--checkpoint={folder}/model", "--out={folder}/o"]),
 }
 RESUMED = {"train", "quickstart", "sweep"}

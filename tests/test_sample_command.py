@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 
 from gidd_jax.replay_page import replay_page
-from gidd_jax.trace import load_trace, play
+from gidd_jax.sampling.trace import load_trace, play
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""Fast versions of what `loss.py` and `sampler.py` define, tested against their plain twins."""
+"""Fast versions of what `loss.py` and `sampling/` define, tested against their plain twins."""

@@ -11,9 +11,9 @@ from tiny_checkpoint import tiny_model
 
 from gidd_jax import Gidd
 from gidd_jax.errors import InputError
-from gidd_jax.options import SuspicionOptions
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.suspicion import expected_share, judge
+from gidd_jax.sampling.options import SuspicionOptions
+from gidd_jax.sampling.suspicion import expected_share, judge
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -10,10 +10,10 @@ from denoisers import MASK_ONLY, PROCESSES, chi_square, distribution
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
-from gidd_jax.options import METHODS, SamplerOptions
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess, expand_time
-from gidd_jax.sampler import Prompt, sample_diffusion
-from gidd_jax.schedule import check_method, make_schedule, time_of_alpha
+from gidd_jax.sampling.loop import Prompt, sample_diffusion
+from gidd_jax.sampling.options import METHODS, SamplerOptions
+from gidd_jax.sampling.schedule import check_method, make_schedule, time_of_alpha
 
 
 @pytest.fixture(autouse=True)

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from gidd_jax.errors import InputError
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import at_ids, log_marginal, masked_logits
-from gidd_jax.options import SuspicionOptions
 from gidd_jax.process import InterpolatingProcess, expand_time
-from gidd_jax.schedule import is_mask_only
+from gidd_jax.sampling.options import SuspicionOptions
+from gidd_jax.sampling.schedule import is_mask_only
 
 
 class Suspicion(NamedTuple):

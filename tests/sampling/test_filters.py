@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gidd_jax.filters import filter_log_probs, keep_min_p, keep_top_k, keep_top_p, temper
+from gidd_jax.sampling.filters import filter_log_probs, keep_min_p, keep_top_k, keep_top_p, temper
 
 P = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 

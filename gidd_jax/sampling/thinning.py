@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import masked_logits
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.steps import Judge, Network, Predicted
+from gidd_jax.sampling.steps import Judge, Network, Predicted
 
 Weights = Callable[[jax.Array], jax.Array]
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gidd_jax.draws import fold_in, index_from_uniforms, num_levels, uniforms
-from gidd_jax.filters import keep_min_p, log_softmax_at, unnormalised
 from gidd_jax.loss import at_ids
 from gidd_jax.process import InterpolatingProcess, expand_time
+from gidd_jax.sampling.filters import keep_min_p, log_softmax_at, unnormalised
 
 
 class Predicted(NamedTuple):

@@ -8,14 +8,14 @@ from tiny_checkpoint import tiny_model
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from gidd_jax.correct import Proposals, self_correct
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
-from gidd_jax.options import CorrectionOptions
 from gidd_jax.process import HybridProcess
 from gidd_jax.samples import Samples, load_ids, save_samples
-from gidd_jax.trace import (
+from gidd_jax.sampling.correction import Proposals, self_correct
+from gidd_jax.sampling.options import CorrectionOptions
+from gidd_jax.sampling.trace import (
     Changes,
     changes_between,
     changes_in_order,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from gidd_jax.draws import categorical, fold_in
 from gidd_jax.errors import InputError
 from gidd_jax.loss import at_ids
-from gidd_jax.options import SamplerOptions
-from gidd_jax.sampler import Drawn, Prompt, filtered_x_hat
+from gidd_jax.sampling.loop import Drawn, Prompt, filtered_x_hat
+from gidd_jax.sampling.options import SamplerOptions
 
 Cache = Any
 DecodeStep = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gidd_jax import steps
 from gidd_jax.draws import fold_in
-from gidd_jax.filters import filter_log_probs, keep_min_p, unnormalised
 from gidd_jax.likelihood import Denoiser
-from gidd_jax.options import ANCESTRAL, REMASKING, SamplerOptions
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.schedule import Schedule, check_method, make_schedule
-from gidd_jax.steps import Network, Taken
-from gidd_jax.thinning import network_at
+from gidd_jax.sampling import steps
+from gidd_jax.sampling.filters import filter_log_probs, keep_min_p, unnormalised
+from gidd_jax.sampling.options import ANCESTRAL, REMASKING, SamplerOptions
+from gidd_jax.sampling.schedule import Schedule, check_method, make_schedule
+from gidd_jax.sampling.steps import Network, Taken
+from gidd_jax.sampling.thinning import network_at
 
 
 class Prompt(NamedTuple):

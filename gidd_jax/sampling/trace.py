@@ -33,8 +33,8 @@ from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from gidd_jax.correct import Correction
-    from gidd_jax.sampler import Drawn
+    from gidd_jax.sampling.correction import Correction
+    from gidd_jax.sampling.loop import Drawn
 
 
 class Changes(NamedTuple):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import masked_logits
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.schedule import check_method
-from gidd_jax.steps import highest
+from gidd_jax.sampling.schedule import check_method
+from gidd_jax.sampling.steps import highest
 
 
 class Greedy(NamedTuple):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax.errors import InputError
-from gidd_jax.options import GRIDS, REMASKING, SamplerOptions
 from gidd_jax.process import InterpolatingProcess
+from gidd_jax.sampling.options import GRIDS, REMASKING, SamplerOptions
 
 MASK_ONLY = (*REMASKING, "first_hitting")
 

@@ -9,14 +9,14 @@ import pytest
 from denoisers import everywhere
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gidd_jax import sampler, steps
 from gidd_jax.draws import row_keys
-from gidd_jax.filters import unnormalised
 from gidd_jax.loss import masked_logits
-from gidd_jax.options import METHODS, SamplerOptions
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.sampler import Prompt, sample_diffusion
-from gidd_jax.thinning import group_size, network_at
+from gidd_jax.sampling import loop, steps
+from gidd_jax.sampling.filters import unnormalised
+from gidd_jax.sampling.loop import Prompt, sample_diffusion
+from gidd_jax.sampling.options import METHODS, SamplerOptions
+from gidd_jax.sampling.thinning import group_size, network_at
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -229,7 +229,7 @@ def test_calls_that_could_change_nothing_are_not_made(method, monkeypatch):
 
     drawn = run(counted)
     assert int(drawn.network_calls) == len(calls)
-    monkeypatch.setattr(sampler, "network_at", asked_everywhere)
+    monkeypatch.setattr(loop, "network_at", asked_everywhere)
     whole = run(features)
     for name in ("ids", "drawn_at", "num_calls", "network_calls"):
         np.testing.assert_array_equal(getattr(drawn, name), getattr(whole, name))

@@ -16,12 +16,12 @@ from denoisers import (
 )
 from scipy import stats
 
-from gidd_jax import steps
 from gidd_jax.draws import row_keys
-from gidd_jax.filters import keep_min_p
 from gidd_jax.loss import masked_logits
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.schedule import time_grid
+from gidd_jax.sampling import steps
+from gidd_jax.sampling.filters import keep_min_p
+from gidd_jax.sampling.schedule import time_grid
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

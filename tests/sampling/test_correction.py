@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gidd_jax import correct
-from gidd_jax.correct import (
+from gidd_jax.draws import row_keys
+from gidd_jax.errors import InputError
+from gidd_jax.loss import masked_logits
+from gidd_jax.process import HybridProcess
+from gidd_jax.sampling import correction
+from gidd_jax.sampling.correction import (
     CorrectionOptions,
     Proposals,
     correction_step,
@@ -14,11 +18,7 @@ from gidd_jax.correct import (
     proposals,
     self_correct,
 )
-from gidd_jax.draws import row_keys
-from gidd_jax.errors import InputError
-from gidd_jax.filters import temper, unnormalised
-from gidd_jax.loss import masked_logits
-from gidd_jax.process import HybridProcess
+from gidd_jax.sampling.filters import temper, unnormalised
 
 PROCESS = HybridProcess(23, 22, p_uniform=0.1)
 
@@ -156,7 +156,7 @@ def test_groups_of_positions_are_corrected_as_all_at_once(tokens, monkeypatch):
 
     whole = run()
     assert int(whole.num_changes.sum()) > 5
-    monkeypatch.setattr(correct, "chunk_size", lambda *sizes: tokens)
+    monkeypatch.setattr(correction, "chunk_size", lambda *sizes: tokens)
     for ours, want in zip(jax.tree.leaves(run()), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, want, rtol=1e-5)
 

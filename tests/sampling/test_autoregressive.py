@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from denoisers import chi_square
 
-from gidd_jax import autoregressive
-from gidd_jax.autoregressive import check_autoregressive, sample_autoregressive
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.hub import llama_params_from_torch
 from gidd_jax.models.llama import Llama
-from gidd_jax.options import SamplerOptions
-from gidd_jax.sampler import Prompt
+from gidd_jax.sampling import autoregressive
+from gidd_jax.sampling.autoregressive import check_autoregressive, sample_autoregressive
+from gidd_jax.sampling.loop import Prompt
+from gidd_jax.sampling.options import SamplerOptions
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax.draws import first_largest, fold_in, index_from_uniforms, num_levels, uniforms
-from gidd_jax.filters import log_softmax_at, temper, unnormalised
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import at_ids, masked_logits
 from gidd_jax.ops.fused_loss import chunk_size
-from gidd_jax.options import CorrectionOptions
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.sampler import Frames
-from gidd_jax.steps import highest
+from gidd_jax.sampling.filters import log_softmax_at, temper, unnormalised
+from gidd_jax.sampling.loop import Frames
+from gidd_jax.sampling.options import CorrectionOptions
+from gidd_jax.sampling.steps import highest
 
 
 class Proposals(NamedTuple):
