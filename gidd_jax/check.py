@@ -129,7 +129,7 @@ def _is_built_in(name: str) -> bool:
 def checkpoint_process(path: str) -> "InterpolatingProcess":
     """Return the process of a model; the weights of our own runs stay on disk."""
     from gidd_jax.build import build_process
-    from gidd_jax.checkpoint import find_checkpoint
+    from gidd_jax.checkpoints.checkpoint import find_checkpoint
     from gidd_jax.pretrained import load_pretrained
     from gidd_jax.settings import Settings
 

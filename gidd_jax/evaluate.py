@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     import dataclasses
 
     from gidd_jax import evaluation
-    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax.checkpoints.checkpoint import write_atomically
     from gidd_jax.gidd import Gidd
     from gidd_jax.samples import check_output
 

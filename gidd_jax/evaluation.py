@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from gidd_jax.checkpoint import find_checkpoint
+from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.cli import load_config
 from gidd_jax.data import rows, shards
 from gidd_jax.data.corpus import (

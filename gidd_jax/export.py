@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gidd_jax.checkpoint import CONFIG_FILE
+from gidd_jax.checkpoints.checkpoint import CONFIG_FILE
 from gidd_jax.errors import InputError
 from gidd_jax.hub import StateDict, dit_params_to_torch, dit_rotary_buffers, llama_params_to_torch
 from gidd_jax.models.dit import DiT, padded_vocab_size

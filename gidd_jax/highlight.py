@@ -82,7 +82,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
     from rich.console import Console
 
-    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax.checkpoints.checkpoint import write_atomically
     from gidd_jax.detection import judge_text
     from gidd_jax.gidd import Gidd
     from gidd_jax.marked import marked_page, print_marked
@@ -101,7 +101,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
     from gidd_jax import evaluation
-    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax.checkpoints.checkpoint import write_atomically
     from gidd_jax.detection import detection_figures
     from gidd_jax.gidd import Gidd
     from gidd_jax.samples import check_output

@@ -17,12 +17,12 @@ from absl import logging
 from clu import metrics
 from etils import epath
 
-from gidd_jax.checkpoint import write_atomically
+from gidd_jax.checkpoints.checkpoint import write_atomically
+from gidd_jax.checkpoints.storage import is_remote, named_failures, run_folder
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.hardware import peak_flops
 from gidd_jax.models.dit import padded_vocab_size
 from gidd_jax.settings import ModelSettings
-from gidd_jax.storage import is_remote, named_failures, run_folder
 
 METRICS_FILE = "metrics.jsonl"
 

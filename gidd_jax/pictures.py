@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gidd_jax.build import build_process
-from gidd_jax.checkpoint import CONFIG_FILE
+from gidd_jax.checkpoints.checkpoint import CONFIG_FILE
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.process import InterpolatingProcess

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax.build import build_objective
-from gidd_jax.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoint, find_checkpoint, load_params
+from gidd_jax.checkpoints.checkpoint import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    Checkpoint,
+    find_checkpoint,
+    load_params,
+)
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer, looks_like_path
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.hub import (

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
 
     from gidd_jax import evaluation, pictures
-    from gidd_jax.checkpoint import find_checkpoint, write_atomically
+    from gidd_jax.checkpoints.checkpoint import find_checkpoint, write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
     from gidd_jax.gidd import Gidd
     from gidd_jax.samples import save_samples

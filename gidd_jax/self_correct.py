@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     if not source.is_file():
         raise InputError(f"--samples: no such file: {source}")
 
-    from gidd_jax.checkpoint import write_atomically
+    from gidd_jax.checkpoints.checkpoint import write_atomically
     from gidd_jax.gidd import Gidd
     from gidd_jax.replay_page import write_files
 

@@ -54,8 +54,8 @@ DISTRIBUTED = distributed_flags()
 
 def main(argv: list[str]) -> None:
     del argv
+    from gidd_jax.checkpoints.storage import run_folder
     from gidd_jax.settings import Settings
-    from gidd_jax.storage import run_folder
     from gidd_jax.trainer import train
 
     settings = Settings.from_config(CONFIG.value)

@@ -16,13 +16,14 @@ from clu import parameter_overview, profiler
 from etils import epath
 
 from gidd_jax.build import build_objective
-from gidd_jax.checkpoint import (
+from gidd_jax.checkpoints.checkpoint import (
     Checkpointer,
     check_workdir,
     find_checkpoint,
     lock_workdir,
     open_workdir,
 )
+from gidd_jax.checkpoints.storage import is_remote, run_folder
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
@@ -38,7 +39,6 @@ from gidd_jax.state import (
     split_micro_batches,
     train_step,
 )
-from gidd_jax.storage import is_remote, run_folder
 
 PROFILED_STEPS = 5
 

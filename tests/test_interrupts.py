@@ -31,7 +31,7 @@ for number, (name, target, argv) in enumerate(json.load(sys.stdin)):
         runpy.run_module(f"gidd_jax.{name}", run_name="__main__", alter_sys=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-LOADING = "gidd_jax.checkpoint:Checkpoint.tokenizer"
+LOADING = "gidd_jax.checkpoints.checkpoint:Checkpoint.tokenizer"
 TRAINING = "gidd_jax.trainer:train"
 CASES = {  # command: (function, arguments)
     "train": (TRAINING, ["--config={folder}/config.py", "--workdir={folder}/run"]),

@@ -21,9 +21,6 @@ FLOORS = (
     {
         "sampling",
         "checkpoints",
-        "checkpoint",
-        "checksums",
-        "storage",
     },
     {"training", "state", "trainer", "optimizer", "metrics", "build"},
     {

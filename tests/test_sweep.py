@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tiny_run import tiny_config
 
 from gidd_jax import pictures, trainer
-from gidd_jax.checkpoint import open_workdir
+from gidd_jax.checkpoints.checkpoint import open_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError

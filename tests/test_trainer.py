@@ -27,7 +27,7 @@ from tiny_run import (
 
 from gidd_jax import trainer
 from gidd_jax.build import build_objective
-from gidd_jax.checkpoint import lock_workdir
+from gidd_jax.checkpoints.checkpoint import lock_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches
 from gidd_jax.errors import DivergenceError, InputError

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from tiny_run import tiny_settings
 
 from gidd_jax.build import build_objective
-from gidd_jax.checkpoint import Checkpointer
+from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.gidd import Gidd
 from gidd_jax.state import abstract_params

@@ -13,7 +13,7 @@ import tokenizers
 from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers
 
-from gidd_jax.checkpoint import find_checkpoint
+from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.cli import load_config
 from gidd_jax.settings import Settings
 

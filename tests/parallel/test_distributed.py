@@ -23,7 +23,7 @@ from tiny_run import (
 )
 
 from gidd_jax.build import build_objective
-from gidd_jax.checkpoint import Checkpointer
+from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.optimizer import make_optimizer
 from gidd_jax.parallel.sharding import activate, make_mesh

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gidd_jax.checkpoint import (
+from gidd_jax.checkpoints.checkpoint import (
     Checkpointer,
     check_workdir,
     find_checkpoint,
@@ -26,7 +26,7 @@ from gidd_jax.checkpoint import (
     open_workdir,
     write_atomically,
 )
-from gidd_jax.checksums import array_checksums
+from gidd_jax.checkpoints.checksums import array_checksums
 from gidd_jax.cli import load_config
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError
@@ -388,7 +388,7 @@ def test_damaged_context_is_one_line(tmp_path, open_in):
 
 KILLED = """
 import os, sys, threading, jax.numpy as jnp
-from gidd_jax.checkpoint import Checkpointer
+from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
 
 workdir, delay = sys.argv[1], float(sys.argv[2])

@@ -16,14 +16,19 @@ from fake_gcs import FakeGcs, fake_gcs
 from tiny_checkpoint import write_checkpoint
 from tiny_run import assert_same_arrays, figures_by_step, saved_arrays, steps_on_disk, tiny_settings
 
-from gidd_jax.checkpoint import Checkpointer, check_workdir, find_checkpoint, load_params
+from gidd_jax.checkpoints.checkpoint import (
+    Checkpointer,
+    check_workdir,
+    find_checkpoint,
+    load_params,
+)
+from gidd_jax.checkpoints.storage import run_folder
 from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.gidd import Gidd
 from gidd_jax.metrics import MetricWriter
 from gidd_jax.parallel import sharding
-from gidd_jax.storage import run_folder
 from gidd_jax.trainer import train
 
 RUN = {"model.num_layers": 1, "train.num_steps": 12, "checkpoint.max_to_keep": 2}
@@ -232,7 +237,7 @@ def test_paths_are_absolute_and_file_addresses_are_paths(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named_before_anything_is_written(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gidd_jax.storage.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gidd_jax.checkpoints.storage.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'gidd-jax\[gcs\]'"):
         train(tiny_settings(folder), "gs://bucket/run")
     assert not list(tmp_path.iterdir())

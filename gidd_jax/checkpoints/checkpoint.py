@@ -20,12 +20,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gidd_jax.checksums import array_checksums, json_checksum
+from gidd_jax.checkpoints.checksums import array_checksums, json_checksum
+from gidd_jax.checkpoints.storage import check_reachable, is_remote, named_failures, run_folder
 from gidd_jax.data.files import stays_in_folder
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, StorageError, first_line
 from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
-from gidd_jax.storage import check_reachable, is_remote, named_failures, run_folder
 
 CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
 CONFIG_FILE = "config.json"  # the settings of the run in a workdir
