@@ -1,4 +1,4 @@
-"""Suite step: the training step of gidd_jax.trainer, and how it grows and scales."""
+"""Suite step: the training step of gidd_jax.training.loop, and how it grows and scales."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -92,7 +92,7 @@ def step_flops_per_token(shape: Mapping[str, Any]) -> float:
     """FLOPs of forward and backward pass of a token; recomputation does not count.
 
     Six per weight of the matrix products, and three times the two products of attention. The same
-    as gidd_jax.metrics.flops_per_token, here without imports.
+    as gidd_jax.training.metrics.flops_per_token, here without imports.
     """
     width, layers = shape["hidden_size"], shape["num_layers"]
     weights = layers * 12 * width**2 + width * shape["vocab_size"]
@@ -107,10 +107,10 @@ def ours(case: Case) -> Subject:
     import jax.numpy as jnp
     import numpy as np
 
-    from gidd_jax.build import build_objective
-    from gidd_jax.optimizer import learning_rate, make_optimizer
     from gidd_jax.parallel import sharding
-    from gidd_jax.trainer import compile_step, put_batch, state_maker
+    from gidd_jax.training.build import build_objective
+    from gidd_jax.training.loop import compile_step, put_batch, state_maker
+    from gidd_jax.training.optimizer import learning_rate, make_optimizer
 
     shape = case.shape
     settings = _settings(shape)

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gidd_jax.build import build_objective
 from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.models.layers import MOST_SCORES
-from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.parallel import sharding
 from gidd_jax.roofline import Topology
 from gidd_jax.settings import Settings
-from gidd_jax.state import Noised, Objective, TrainState, abstract_params
-from gidd_jax.trainer import compile_step, state_maker
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.loop import compile_step, state_maker
+from gidd_jax.training.optimizer import learning_rate, make_optimizer
+from gidd_jax.training.state import Noised, Objective, TrainState, abstract_params
 
 
 class Temporaries(NamedTuple):

@@ -128,10 +128,10 @@ def _is_built_in(name: str) -> bool:
 
 def checkpoint_process(path: str) -> "InterpolatingProcess":
     """Return the process of a model; the weights of our own runs stay on disk."""
-    from gidd_jax.build import build_process
     from gidd_jax.checkpoints.checkpoint import find_checkpoint
     from gidd_jax.pretrained import load_pretrained
     from gidd_jax.settings import Settings
+    from gidd_jax.training.build import build_process
 
     try:
         checkpoint = find_checkpoint(path)
@@ -148,8 +148,8 @@ def checkpoint_process(path: str) -> "InterpolatingProcess":
 
 def default_process() -> "InterpolatingProcess":
     """Return the process of configs/base.py."""
-    from gidd_jax.build import build_process
     from gidd_jax.settings import Settings
+    from gidd_jax.training.build import build_process
 
     process = build_process(Settings.from_config(load_config("base")).process, *PAPER_IDS)
     assert process is not None

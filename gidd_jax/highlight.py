@@ -6,7 +6,7 @@ Examples:
   python -m gidd_jax.highlight --checkpoint=RUN --evaluate --corruption=0.1,0.3 --out=found.json
 
 --text: a file that holds one text of any length. A token is wrong with the probability that it is
-noise of the model's forward process at time --t (see gidd_jax.sampling.suspicion); --out writes a page.
+noise of the process at time --t (see gidd_jax.sampling.suspicion); --out writes a page.
 Models whose only noise is the mask need --method=leave_one_out, one network call for each token.
 
 --evaluate: of validation text (of the run, or --data) a share of the tokens is replaced by random

@@ -21,12 +21,12 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gidd_jax.build import build_process
 from gidd_jax.checkpoints.checkpoint import CONFIG_FILE
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import Settings
+from gidd_jax.training.build import build_process
 
 Metrics = Sequence[Mapping[str, Any]]
 

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from gidd_jax.ahead import Builder, kept_bytes, temporaries
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.hardware import find_chip
-from gidd_jax.metrics import flops_per_token, recomputed_flops_per_token
 from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
 from gidd_jax.parallel import sharding
 from gidd_jax.roofline import Roofline, Sent, Topology, parse_topology, roofline
 from gidd_jax.settings import Settings
+from gidd_jax.training.metrics import flops_per_token, recomputed_flops_per_token
 
 HERE = "here"  # the topology of `--plan` without a value
 GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set

@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gidd_jax.build import build_objective
 from gidd_jax.checkpoints.checkpoint import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -39,7 +38,8 @@ from gidd_jax.models.layers import Llama3RopeScaling, check_heads
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import Settings
-from gidd_jax.state import abstract_params
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.state import abstract_params
 from gidd_jax.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.gidd import Gidd
     from gidd_jax.samples import save_samples
     from gidd_jax.settings import Settings
-    from gidd_jax.trainer import train
+    from gidd_jax.training.loop import train
 
     settings, workdir = Settings.from_config(CONFIG.value), Path(WORKDIR.value)
     train(settings, workdir)

@@ -111,7 +111,7 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     when the folder belongs to a run with other settings, RunError when training failed.
     """
     from gidd_jax.checkpoints.checkpoint import check_workdir, find_checkpoint, write_atomically
-    from gidd_jax.trainer import train
+    from gidd_jax.training.loop import train
 
     check_workdir(folder, one.settings)
     path, num_steps = folder / RESULT_FILE, one.settings.train.num_steps

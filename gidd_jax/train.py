@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     del argv
     from gidd_jax.checkpoints.storage import run_folder
     from gidd_jax.settings import Settings
-    from gidd_jax.trainer import train
+    from gidd_jax.training.loop import train
 
     settings = Settings.from_config(CONFIG.value)
     if PLAN.value is not None:

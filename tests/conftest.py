@@ -30,12 +30,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # On several cores a file stays on one: those that take minutes come first, not last and alone.
-LONGEST = ("test_trainer", "test_train_command", "test_distributed", "test_state")
+LONGEST = (
+    "training/test_loop",
+    "test_train_command",
+    "parallel/test_distributed",
+    "training/test_state",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first; the others stay in their order."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: not str(item.path.with_suffix("")).endswith(LONGEST))
 
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

@@ -45,10 +45,10 @@ from gidd_jax.data.corpus import list_files
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.loss import gidd_loss
-from gidd_jax.metrics import flops_per_token
 from gidd_jax.models.dit import DiT
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.process import HybridProcess
+from gidd_jax.training.metrics import flops_per_token
 
 VOCAB = 256
 SUITES = {

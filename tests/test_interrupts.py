@@ -14,7 +14,7 @@ from tiny_run import environment, tiny_config
 # the function that is named beside it, MODULE:FUNCTION or MODULE:CLASS.METHOD.
 MANY = """
 import importlib, json, operator, os, runpy, signal, sys
-import gidd_jax.gidd, gidd_jax.trainer
+import gidd_jax.gidd, gidd_jax.training.loop
 for number, (name, target, argv) in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if child == 0:
@@ -32,7 +32,7 @@ for number, (name, target, argv) in enumerate(json.load(sys.stdin)):
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 LOADING = "gidd_jax.checkpoints.checkpoint:Checkpoint.tokenizer"
-TRAINING = "gidd_jax.trainer:train"
+TRAINING = "gidd_jax.training.loop:train"
 CASES = {  # command: (function, arguments)
     "train": (TRAINING, ["--config={folder}/config.py", "--workdir={folder}/run"]),
     "quickstart": (TRAINING, ["--workdir={folder}/run"]),

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from jax import export
 
-from gidd_jax.build import build_objective
 from gidd_jax.cli import load_config
 from gidd_jax.draws import row_keys
 from gidd_jax.models.dit import DiT
 from gidd_jax.ops.fused_loss import fused_loss
-from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.parallel import sharding
 from gidd_jax.process import HybridProcess
 from gidd_jax.sampling.correction import proposals, self_correct
 from gidd_jax.sampling.loop import sample_diffusion
 from gidd_jax.sampling.options import CorrectionOptions, SamplerOptions
 from gidd_jax.settings import Settings
-from gidd_jax.trainer import compile_step, state_maker
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.loop import compile_step, state_maker
+from gidd_jax.training.optimizer import learning_rate, make_optimizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BACKENDS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # jax.default_backend() on each

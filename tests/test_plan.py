@@ -15,18 +15,18 @@ from tiny_run import VOCAB_SIZE, contents, tiny_config, tiny_settings
 from benchmarks.collectives import total_bytes
 from gidd_jax import ahead
 from gidd_jax.ahead import Builder, Temporaries, kept_bytes, temporaries
-from gidd_jax.build import build_objective
 from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
 from gidd_jax.hardware import CHIPS
-from gidd_jax.metrics import flops_per_token, recomputed_flops_per_token
 from gidd_jax.models import layers
-from gidd_jax.optimizer import make_optimizer
 from gidd_jax.parallel import sharding
 from gidd_jax.plan import Memory, bytes_moved, bytes_sent, describe, make_plan
 from gidd_jax.roofline import Roofline, Sent, parse_topology, roofline
 from gidd_jax.settings import Settings
-from gidd_jax.trainer import state_maker
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.loop import state_maker
+from gidd_jax.training.metrics import flops_per_token, recomputed_flops_per_token
+from gidd_jax.training.optimizer import make_optimizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden/c05_param_counts.json").read_text())
 CHIP = {chip.name: chip for chip in CHIPS}

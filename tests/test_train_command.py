@@ -26,7 +26,7 @@ from tiny_run import (
 # everything and touched no device: the seconds of importing are spent once.
 MANY = """
 import json, os, runpy, sys
-import gidd_jax.trainer
+import gidd_jax.training.loop
 for number, argv in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if child == 0:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from tiny_run import tiny_settings
 
-from gidd_jax.build import build_objective
 from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.gidd import Gidd
-from gidd_jax.state import abstract_params
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.state import abstract_params
 
 
 def random_params(abstract, seed: int = 0):

@@ -27,9 +27,9 @@ from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.gidd import Gidd
-from gidd_jax.metrics import MetricWriter
 from gidd_jax.parallel import sharding
-from gidd_jax.trainer import train
+from gidd_jax.training.loop import train
+from gidd_jax.training.metrics import MetricWriter
 
 RUN = {"model.num_layers": 1, "train.num_steps": 12, "checkpoint.max_to_keep": 2}
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
 def one_device(monkeypatch, compile_quickly) -> None:
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(
-        "gidd_jax.trainer.sharding.make_mesh",
+        "gidd_jax.training.loop.sharding.make_mesh",
         lambda *sizes: make_mesh(*sizes, devices=jax.devices()[:1]),
     )
 

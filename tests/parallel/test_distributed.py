@@ -22,12 +22,12 @@ from tiny_run import (
     tiny_settings,
 )
 
-from gidd_jax.build import build_objective
 from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
-from gidd_jax.optimizer import make_optimizer
 from gidd_jax.parallel.sharding import activate, make_mesh
-from gidd_jax.trainer import state_maker, train
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.loop import state_maker, train
+from gidd_jax.training.optimizer import make_optimizer
 
 CHANGES = {
     "train.num_steps": 10,
@@ -42,7 +42,7 @@ CHANGES = {
 # launcher would, since JAX takes the 100 s of its heartbeat to notice.
 PAIR = """
 import faulthandler, json, os, signal, sys
-import gidd_jax.gidd, gidd_jax.trainer
+import gidd_jax.gidd, gidd_jax.training.loop
 program, argvs = json.load(sys.stdin)
 children, codes = [], [0, 0]
 for number, argv in enumerate(argvs):

@@ -25,18 +25,18 @@ from tiny_run import (
     tiny_settings,
 )
 
-from gidd_jax import trainer
-from gidd_jax.build import build_objective
 from gidd_jax.checkpoints.checkpoint import lock_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.models import dit
-from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
-from gidd_jax.state import TrainState, abstract_params
-from gidd_jax.trainer import train
+from gidd_jax.training import loop
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.loop import train
+from gidd_jax.training.optimizer import learning_rate, make_optimizer
+from gidd_jax.training.state import TrainState, abstract_params
 
 pytestmark = pytest.mark.usefixtures("compile_all_quickly")
 
@@ -79,7 +79,7 @@ def _one_device():
     with pytest.MonkeyPatch.context() as patch:
         make_mesh = sharding.make_mesh
         patch.setattr(
-            "gidd_jax.trainer.sharding.make_mesh",
+            "gidd_jax.training.loop.sharding.make_mesh",
             lambda *sizes, devices=None: make_mesh(*sizes, devices=devices or jax.devices()[:1]),
         )
         yield
@@ -150,9 +150,9 @@ def run_steps(
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     rng, losses = np.random.default_rng(0), []
     with sharding.activate(mesh):
-        make_state, abstract = trainer.state_maker(settings, objective, optimizer, mesh)
+        make_state, abstract = loop.state_maker(settings, objective, optimizer, mesh)
         rate = learning_rate(settings.optimizer, settings.train.num_steps)
-        step_fn = trainer.compile_step(settings, objective, optimizer, rate, abstract, mesh)
+        step_fn = loop.compile_step(settings, objective, optimizer, rate, abstract, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.device_put(start, shardings) if start else make_state(jax.random.key(0))
         first, batch = jax.device_get(state), None
@@ -160,7 +160,7 @@ def run_steps(
             if batch is None or new_batches:
                 mask = np.arange(16) < rng.integers(1, 17, (8, 1))
                 batch = {"tokens": rng.integers(0, 257, (8, 16)).astype(np.int32), "mask": mask}
-            state, metrics = step_fn(state, trainer.put_batch(batch, mesh), jax.random.key(1))
+            state, metrics = step_fn(state, loop.put_batch(batch, mesh), jax.random.key(1))
             losses.append(float(metrics.loss.compute()))
     return first, state, losses
 
@@ -338,13 +338,13 @@ def test_sigterm_finishes_the_step_and_saves(finished, tmp_path):
 
 def test_a_stop_asked_for_during_validation_is_saved_too(finished, tmp_path, monkeypatch):
     """At step 10, which no checkpoint is due at."""
-    evaluate = trainer.evaluate
+    evaluate = loop.evaluate
 
     def slow(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(trainer, "evaluate", slow)
+    monkeypatch.setattr(loop, "evaluate", slow)
     train(finished.settings, tmp_path / "run")
     assert steps_on_disk(tmp_path / "run")[-1] == 10
     monkeypatch.undo()
@@ -352,7 +352,7 @@ def test_a_stop_asked_for_during_validation_is_saved_too(finished, tmp_path, mon
 
 def test_a_second_signal_acts_at_once():
     def asked_twice():
-        with trainer.stop_requests(None) as stopping:  # asks no checkpointer: not distributed
+        with loop.stop_requests(None) as stopping:  # asks no checkpointer: not distributed
             assert not stopping(1)
             os.kill(os.getpid(), signal.SIGINT)
             assert stopping(1)
@@ -405,7 +405,7 @@ def test_steps_with_a_large_gradient_are_skipped(folder, tmp_path, caplog):
 
 def diverge(patch: pytest.MonkeyPatch, at_step: int, name: str) -> None:
     """Make a figure and all parameters NaN in the step."""
-    compile_step = trainer.compile_step
+    compile_step = loop.compile_step
 
     def compile_diverging(*arguments):
         step_fn = compile_step(*arguments)
@@ -421,7 +421,7 @@ def diverge(patch: pytest.MonkeyPatch, at_step: int, name: str) -> None:
 
         return step
 
-    patch.setattr(trainer, "compile_step", compile_diverging)
+    patch.setattr(loop, "compile_step", compile_diverging)
 
 
 @pytest.mark.parametrize(("name", "words"), [("loss", "loss"), ("grad_norm", "gradient norm")])
@@ -475,7 +475,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         monkeypatch.undo()
         make_mesh = sharding.make_mesh
         monkeypatch.setattr(
-            "gidd_jax.trainer.sharding.make_mesh",
+            "gidd_jax.training.loop.sharding.make_mesh",
             lambda *sizes: make_mesh(*sizes, devices=jax.devices()),
         )
     with pytest.raises(InputError) as error:
@@ -509,7 +509,7 @@ def test_bits_per_byte_by_hand():
         {"loss": 20.0, "nelbo": 30.0, "tokens": 14.0}, {"loss": 4.0, "nelbo": 4.0, "tokens": 3.0}
     )
     state = TrainState(jnp.int32(1), "parameters", None, None)
-    figures = trainer.evaluate(sums, state, validation, jax.random.key(0), mesh)
+    figures = loop.evaluate(sums, state, validation, jax.random.key(0), mesh)
     assert figures["loss"] == pytest.approx(24 / 17)
     assert figures["nelbo"] == pytest.approx(34 / 17)
     assert figures["perplexity"] == pytest.approx(math.exp(2))
@@ -518,7 +518,7 @@ def test_bits_per_byte_by_hand():
     assert sums.params == ["parameters"] * 2
 
     averaged = Sums({"nelbo": 1.0, "tokens": 14.0}, {"nelbo": 1.0, "tokens": 3.0})
-    trainer.evaluate(averaged, state.replace(ema="average"), validation, jax.random.key(0), mesh)
+    loop.evaluate(averaged, state.replace(ema="average"), validation, jax.random.key(0), mesh)
     assert averaged.params == ["average"] * 2
 
 
@@ -546,10 +546,10 @@ def test_validation_in_parts_is_validation_of_the_whole(folder):
         rows = [rng.integers(0, 257, n).astype(np.int32) for n in range(1, 17)]
         validation = ValidationBatches(rows, [len(row) for row in rows], 16, 257, 16)
         with sharding.activate(mesh):
-            make_state, abstract = trainer.state_maker(settings, objective, optimizer, mesh)
-            evaluation = trainer.compile_evaluation(settings, objective, abstract, mesh)
+            make_state, abstract = loop.state_maker(settings, objective, optimizer, mesh)
+            evaluation = loop.compile_evaluation(settings, objective, abstract, mesh)
             state = make_state(jax.random.key(0))
-            found.append(trainer.evaluate(evaluation, state, validation, jax.random.key(1), mesh))
+            found.append(loop.evaluate(evaluation, state, validation, jax.random.key(1), mesh))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gidd_jax import metrics as metrics_module
 from gidd_jax.cli import load_config
 from gidd_jax.hardware import peak_flops
-from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
 from gidd_jax.settings import ModelSettings, Settings
+from gidd_jax.training import metrics as metrics_module
+from gidd_jax.training.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
 
 
 def model_of(config: str) -> ModelSettings:
@@ -98,7 +98,7 @@ def test_flops_by_hand():
 
 def test_flops_agree_with_the_compiler():
     """XLA counts the forward pass: twice the weights and attention, plus what is not a product."""
-    from gidd_jax.build import build_model
+    from gidd_jax.training.build import build_model
 
     model = Settings.from_config(load_config("quickstart")).model
     network, vocab_size, batch = build_model(model, 500), 500, 8

@@ -11,8 +11,8 @@ import pytest
 
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
-from gidd_jax.optimizer import _clip, _muon_labels, learning_rate, make_optimizer
 from gidd_jax.settings import OptimizerSettings
+from gidd_jax.training.optimizer import _clip, _muon_labels, learning_rate, make_optimizer
 
 PAPER = OptimizerSettings(
     name="adamw",

@@ -15,7 +15,6 @@ from absl import logging
 from clu import parameter_overview, profiler
 from etils import epath
 
-from gidd_jax.build import build_objective
 from gidd_jax.checkpoints.checkpoint import (
     Checkpointer,
     check_workdir,
@@ -27,11 +26,18 @@ from gidd_jax.checkpoints.storage import is_remote, run_folder
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
-from gidd_jax.metrics import MetricWriter, Progress, StepMetrics, check_wandb, flops_per_token
-from gidd_jax.optimizer import learning_rate, make_optimizer
 from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
-from gidd_jax.state import (
+from gidd_jax.training.build import build_objective
+from gidd_jax.training.metrics import (
+    MetricWriter,
+    Progress,
+    StepMetrics,
+    check_wandb,
+    flops_per_token,
+)
+from gidd_jax.training.optimizer import learning_rate, make_optimizer
+from gidd_jax.training.state import (
     Objective,
     TrainState,
     evaluation_step,

@@ -15,10 +15,10 @@ import pytest
 from gidd_jax.hub import dit_params_from_torch, dit_params_to_torch, llama_params_from_torch
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
-from gidd_jax.optimizer import make_optimizer
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import OptimizerSettings
-from gidd_jax.state import (
+from gidd_jax.training.optimizer import make_optimizer
+from gidd_jax.training.state import (
     Noised,
     Objective,
     TrainState,
