@@ -121,7 +121,7 @@ def find_subject(description: str | None, checkpoint: str | None) -> Subject:
 
 
 def _is_built_in(name: str) -> bool:
-    from gidd_jax.pretrained import PROCESSES
+    from gidd_jax.interchange.load import PROCESSES
 
     return name in (*PROCESSES, "autoregressive")
 
@@ -129,7 +129,7 @@ def _is_built_in(name: str) -> bool:
 def checkpoint_process(path: str) -> "InterpolatingProcess":
     """Return the process of a model; the weights of our own runs stay on disk."""
     from gidd_jax.checkpoints.checkpoint import find_checkpoint
-    from gidd_jax.pretrained import load_pretrained
+    from gidd_jax.interchange.load import load_pretrained
     from gidd_jax.settings import Settings
     from gidd_jax.training.build import build_process
 
@@ -158,7 +158,7 @@ def default_process() -> "InterpolatingProcess":
 
 def built_in_process(description: str) -> "InterpolatingProcess":
     """Return the process of `name:key=value,...`; InputError for unknown names and bad values."""
-    from gidd_jax.pretrained import PROCESSES, process_fields
+    from gidd_jax.interchange.load import PROCESSES, process_fields
 
     name, _, rest = description.partition(":")
     if name == "autoregressive":

@@ -22,8 +22,8 @@ EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.export import check_new_folder, save_pretrained
-    from gidd_jax.pretrained import load_pretrained
+    from gidd_jax.interchange.load import load_pretrained
+    from gidd_jax.interchange.save import check_new_folder, save_pretrained
 
     out = check_new_folder(OUT.value)  # before the work, not after it
     save_pretrained(load_pretrained(CHECKPOINT.value, ema=EMA.value), out)

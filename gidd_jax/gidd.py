@@ -24,7 +24,8 @@ from gidd_jax.cli import nearest
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
-from gidd_jax.export import save_pretrained
+from gidd_jax.interchange.load import Pretrained, load_pretrained
+from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.parallel.sharding import (
@@ -34,7 +35,6 @@ from gidd_jax.parallel.sharding import (
     own_batches,
     replicated,
 )
-from gidd_jax.pretrained import Pretrained, load_pretrained
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.programs import Batch, SpecialIds
 from gidd_jax.prompts import (

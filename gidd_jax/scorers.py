@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
+from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.loss import at_ids
 from gidd_jax.models.llama import Llama
 from gidd_jax.parallel.sharding import batch_sharding, make_mesh, replicated
-from gidd_jax.pretrained import load_pretrained
 
 _LENGTH_STEP = 64  # padded lengths are multiples of it, so that few programs are compiled
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN
 
 from gidd_jax.errors import InputError
-from gidd_jax.hub import dit_params_from_torch, dit_params_to_torch
+from gidd_jax.interchange.tensors import dit_params_from_torch, dit_params_to_torch
 from gidd_jax.loss import gidd_loss, token_mean
 from gidd_jax.models.dit import SIZES, DiT, padded_vocab_size, time_features
 from gidd_jax.process import HybridProcess

@@ -33,12 +33,12 @@ from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.generative_ppl import load_texts
+from gidd_jax.interchange.load import load_pretrained
+from gidd_jax.interchange.weight_files import read_safetensors
 from gidd_jax.prepare_data import prepare
-from gidd_jax.pretrained import load_pretrained
 from gidd_jax.samples import load_ids
 from gidd_jax.sampling.trace import changes_between, load_trace, make_trace, save_trace
 from gidd_jax.settings import Settings
-from gidd_jax.weight_files import read_safetensors
 
 DEEP = 100_000  # nested deeper than Python's recursion goes
 HOSTILE = [

@@ -26,10 +26,6 @@ FLOORS = (
     {
         "interchange",
         "planning",
-        "hub",
-        "pretrained",
-        "export",
-        "weight_files",
         "plan",
         "ahead",
         "roofline",

@@ -10,7 +10,7 @@ import pytest
 
 from gidd_jax import likelihood
 from gidd_jax.draws import row_keys
-from gidd_jax.hub import dit_params_from_torch, llama_params_from_torch
+from gidd_jax.interchange.tensors import dit_params_from_torch, llama_params_from_torch
 from gidd_jax.loss import gidd_loss
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama

@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN
 
 from gidd_jax.errors import InputError
-from gidd_jax.hub import llama_params_from_torch, llama_params_to_torch
+from gidd_jax.interchange.tensors import llama_params_from_torch, llama_params_to_torch
 from gidd_jax.models.dit import SIZES
 from gidd_jax.models.layers import Llama3RopeScaling, rotary_frequencies
 from gidd_jax.models.llama import Llama

@@ -8,7 +8,7 @@ from denoisers import chi_square
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
-from gidd_jax.hub import llama_params_from_torch
+from gidd_jax.interchange.tensors import llama_params_from_torch
 from gidd_jax.models.llama import Llama
 from gidd_jax.sampling import autoregressive
 from gidd_jax.sampling.autoregressive import check_autoregressive, sample_autoregressive

@@ -12,7 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from gidd_jax.hub import dit_params_from_torch, dit_params_to_torch, llama_params_from_torch
+from gidd_jax.interchange.tensors import (
+    dit_params_from_torch,
+    dit_params_to_torch,
+    llama_params_from_torch,
+)
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess

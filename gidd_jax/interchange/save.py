@@ -11,12 +11,17 @@ import numpy as np
 
 from gidd_jax.checkpoints.checkpoint import CONFIG_FILE
 from gidd_jax.errors import InputError
-from gidd_jax.hub import StateDict, dit_params_to_torch, dit_rotary_buffers, llama_params_to_torch
+from gidd_jax.interchange.load import PROCESSES, Pretrained, process_fields
+from gidd_jax.interchange.tensors import (
+    StateDict,
+    dit_params_to_torch,
+    dit_rotary_buffers,
+    llama_params_to_torch,
+)
+from gidd_jax.interchange.weight_files import WEIGHTS_FILE
 from gidd_jax.models.dit import DiT, padded_vocab_size
 from gidd_jax.models.llama import Llama
-from gidd_jax.pretrained import PROCESSES, Pretrained, process_fields
 from gidd_jax.process import HybridProcess, InterpolatingProcess
-from gidd_jax.weight_files import WEIGHTS_FILE
 
 PAPERS_GAMMA = 1.0  # the only one that the published format can mean
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from gidd_jax.data.files import stays_in_folder
 from gidd_jax.errors import InputError, first_line
-from gidd_jax.hub import StateDict
+from gidd_jax.interchange.tensors import StateDict
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

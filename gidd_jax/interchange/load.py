@@ -25,13 +25,19 @@ from gidd_jax.checkpoints.checkpoint import (
 )
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer, looks_like_path
 from gidd_jax.errors import InputError, first_line
-from gidd_jax.hub import (
+from gidd_jax.interchange.tensors import (
     Shapes,
     StateDict,
     dit_params_from_torch,
     dit_tensor_shapes,
     llama_params_from_torch,
     llama_tensor_shapes,
+)
+from gidd_jax.interchange.weight_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    read_safetensors,
+    read_torch,
 )
 from gidd_jax.models.dit import DiT, padded_vocab_size
 from gidd_jax.models.layers import Llama3RopeScaling, check_heads
@@ -40,12 +46,6 @@ from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess,
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.state import abstract_params
-from gidd_jax.weight_files import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    read_safetensors,
-    read_torch,
-)
 
 PROCESSES = {"hybrid": HybridProcess, "masked": MaskedProcess, "log_snr": LogSnrProcess}
 # What a hub folder is asked for: no code, no pickles.

@@ -23,8 +23,8 @@ from tiny_checkpoint import write_checkpoint
 
 from gidd_jax.errors import InputError
 from gidd_jax.gidd import Gidd
+from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.models.layers import Llama3RopeScaling
-from gidd_jax.pretrained import load_pretrained
 from gidd_jax.process import HybridProcess, MaskedProcess
 
 

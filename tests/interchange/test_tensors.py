@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN
 
 from gidd_jax.errors import InputError
-from gidd_jax.hub import (
+from gidd_jax.interchange.tensors import (
     dit_params_from_torch,
     dit_params_to_torch,
     dit_rotary_buffers,
