@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     settings = Settings.from_config(CONFIG.value)
     if PLAN.value is not None:
-        from gidd_jax.plan import describe, make_plan, set_devices
+        from gidd_jax.planning.plan import describe, make_plan, set_devices
 
         set_devices(PLAN.value)
         print(describe(make_plan(settings, PLAN.value)))

@@ -26,9 +26,6 @@ FLOORS = (
     {
         "interchange",
         "planning",
-        "plan",
-        "ahead",
-        "roofline",
     },
     {"inference", "gidd", "programs", "prompts", "samples"},
     {"evaluation", "scorers", "detection", "text_metrics", "certify", "harness_model"},

@@ -13,29 +13,29 @@ import pytest
 from tiny_run import VOCAB_SIZE, contents, tiny_config, tiny_settings
 
 from benchmarks.collectives import total_bytes
-from gidd_jax import ahead
-from gidd_jax.ahead import Builder, Temporaries, kept_bytes, temporaries
 from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
 from gidd_jax.hardware import CHIPS
 from gidd_jax.models import layers
 from gidd_jax.parallel import sharding
-from gidd_jax.plan import Memory, bytes_moved, bytes_sent, describe, make_plan
-from gidd_jax.roofline import Roofline, Sent, parse_topology, roofline
+from gidd_jax.planning import ahead
+from gidd_jax.planning.ahead import Builder, Temporaries, kept_bytes, temporaries
+from gidd_jax.planning.plan import Memory, bytes_moved, bytes_sent, describe, make_plan
+from gidd_jax.planning.roofline import Roofline, Sent, parse_topology, roofline
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import state_maker
 from gidd_jax.training.metrics import flops_per_token, recomputed_flops_per_token
 from gidd_jax.training.optimizer import make_optimizer
 
-GOLDEN = json.loads((Path(__file__).parent / "data/golden/c05_param_counts.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "data/golden/c05_param_counts.json").read_text())
 CHIP = {chip.name: chip for chip in CHIPS}
 MASK = VOCAB_SIZE - 1
 
 # Runs the command once per line of arguments, each time in a fork that has imported everything.
 MANY = """
 import json, os, runpy, sys
-import gidd_jax.plan
+import gidd_jax.planning.plan
 for number, argv in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if child == 0:
@@ -73,7 +73,7 @@ def uncompiled(monkeypatch, plan):
     """The compiler's word on the plan stands for every plan: compiling takes seconds."""
     size = plan.memory.activations + plan.memory.gradients
     found = Temporaries(size, plan.way, plan.accepted)
-    monkeypatch.setattr("gidd_jax.plan.temporaries", lambda *_: found)
+    monkeypatch.setattr("gidd_jax.planning.plan.temporaries", lambda *_: found)
 
 
 def builder(settings):

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gidd_jax.ahead import Builder, kept_bytes, temporaries
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.hardware import find_chip
 from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
 from gidd_jax.parallel import sharding
-from gidd_jax.roofline import Roofline, Sent, Topology, parse_topology, roofline
+from gidd_jax.planning.ahead import Builder, kept_bytes, temporaries
+from gidd_jax.planning.roofline import Roofline, Sent, Topology, parse_topology, roofline
 from gidd_jax.settings import Settings
 from gidd_jax.training.metrics import flops_per_token, recomputed_flops_per_token
 
