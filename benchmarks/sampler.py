@@ -156,7 +156,7 @@ def _our_network(case: Case) -> Subject:
     import jax
     import jax.numpy as jnp
 
-    from gidd_jax.gidd import Gidd
+    from gidd_jax.inference.gidd import Gidd
     from gidd_jax.models.dit import DiT
     from gidd_jax.process import HybridProcess, MaskedProcess
 

@@ -89,8 +89,8 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax import evaluation
     from gidd_jax.checkpoints.checkpoint import write_atomically
-    from gidd_jax.gidd import Gidd
-    from gidd_jax.samples import check_output
+    from gidd_jax.inference.gidd import Gidd
+    from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     is_writer = DISTRIBUTED.start()

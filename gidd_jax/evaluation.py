@@ -28,7 +28,7 @@ from gidd_jax.data.files import open_text_file
 from gidd_jax.data.pipeline import Records, tokenise_all
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
-from gidd_jax.gidd import Gidd
+from gidd_jax.inference.gidd import Gidd
 from gidd_jax.likelihood import (
     RowBounds,
     autoregressive_row_bounds,

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     del argv
     from gidd_jax import scorers
     from gidd_jax.checkpoints.checkpoint import write_atomically
-    from gidd_jax.samples import check_output
+    from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     texts, precision = load_texts(SAMPLES.value)

@@ -23,8 +23,8 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 
 from gidd_jax.cli import nearest
 from gidd_jax.errors import InputError
-from gidd_jax.gidd import Gidd
-from gidd_jax.prompts import begin_id
+from gidd_jax.inference.gidd import Gidd
+from gidd_jax.inference.prompts import begin_id
 from gidd_jax.sampling.options import SamplerOptions
 
 TokenPair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation

@@ -84,9 +84,9 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
     from gidd_jax.checkpoints.checkpoint import write_atomically
     from gidd_jax.detection import judge_text
-    from gidd_jax.gidd import Gidd
+    from gidd_jax.inference.gidd import Gidd
+    from gidd_jax.inference.samples import check_output
     from gidd_jax.marked import marked_page, print_marked
-    from gidd_jax.samples import check_output
 
     out = check_output(OUT.value, ".html") if OUT.value else None
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
@@ -103,8 +103,8 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     from gidd_jax import evaluation
     from gidd_jax.checkpoints.checkpoint import write_atomically
     from gidd_jax.detection import detection_figures
-    from gidd_jax.gidd import Gidd
-    from gidd_jax.samples import check_output
+    from gidd_jax.inference.gidd import Gidd
+    from gidd_jax.inference.samples import check_output
     from gidd_jax.sampling.suspicion import check_suspicion, expected_share
 
     out = check_output(OUT.value, ".json") if OUT.value else None

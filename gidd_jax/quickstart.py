@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
     from gidd_jax import evaluation, pictures
     from gidd_jax.checkpoints.checkpoint import find_checkpoint, write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
-    from gidd_jax.gidd import Gidd
-    from gidd_jax.samples import save_samples
+    from gidd_jax.inference.gidd import Gidd
+    from gidd_jax.inference.samples import save_samples
     from gidd_jax.settings import Settings
     from gidd_jax.training.loop import train
 

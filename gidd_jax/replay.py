@@ -25,8 +25,8 @@ def main(argv: list[str]) -> None:
 
     from rich.console import Console
 
+    from gidd_jax.inference.samples import check_output
     from gidd_jax.replay_page import write_replay
-    from gidd_jax.samples import check_output
     from gidd_jax.sampling.trace import load_trace
     from gidd_jax.watch import check_terminal, watch
 

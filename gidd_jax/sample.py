@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     del argv
     from rich.console import Console
 
-    from gidd_jax.samples import check_output, save_samples
+    from gidd_jax.inference.samples import check_output, save_samples
     from gidd_jax.watch import check_terminal, watch
 
     out = check_output(OUT.value, ".npz") if OUT.value else None
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 
     is_writer = DISTRIBUTED.start()
 
-    from gidd_jax.gidd import Gidd
+    from gidd_jax.inference.gidd import Gidd
     from gidd_jax.replay_page import write_files
 
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)

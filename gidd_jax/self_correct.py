@@ -70,7 +70,7 @@ COLUMNS = (
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.samples import check_output, load_ids, save_samples
+    from gidd_jax.inference.samples import check_output, load_ids, save_samples
 
     out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value)
     trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--samples: no such file: {source}")
 
     from gidd_jax.checkpoints.checkpoint import write_atomically
-    from gidd_jax.gidd import Gidd
+    from gidd_jax.inference.gidd import Gidd
     from gidd_jax.replay_page import write_files
 
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}

@@ -28,9 +28,9 @@ from gidd_jax.detection import (
 )
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import CorpusRows
+from gidd_jax.inference.prompts import Rows
+from gidd_jax.inference.samples import Suspicions
 from gidd_jax.marked import marked_page, percent, print_marked, suspicious
-from gidd_jax.prompts import Rows
-from gidd_jax.samples import Suspicions
 from gidd_jax.sampling.options import SuspicionOptions
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

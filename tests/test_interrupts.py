@@ -14,7 +14,7 @@ from tiny_run import environment, tiny_config
 # the function that is named beside it, MODULE:FUNCTION or MODULE:CLASS.METHOD.
 MANY = """
 import importlib, json, operator, os, runpy, signal, sys
-import gidd_jax.gidd, gidd_jax.training.loop
+import gidd_jax.inference.gidd, gidd_jax.training.loop
 for number, (name, target, argv) in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if child == 0:

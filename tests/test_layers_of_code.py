@@ -27,7 +27,7 @@ FLOORS = (
         "interchange",
         "planning",
     },
-    {"inference", "gidd", "programs", "prompts", "samples"},
+    {"inference"},
     {"evaluation", "scorers", "detection", "text_metrics", "certify", "harness_model"},
     {"views", "pictures", "replay_page", "watch", "marked"},
 )

@@ -8,7 +8,7 @@ from tiny_run import tiny_settings
 
 from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
-from gidd_jax.gidd import Gidd
+from gidd_jax.inference.gidd import Gidd
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.state import abstract_params
 

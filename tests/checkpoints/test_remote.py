@@ -26,7 +26,7 @@ from gidd_jax.checkpoints.storage import run_folder
 from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError
-from gidd_jax.gidd import Gidd
+from gidd_jax.inference.gidd import Gidd
 from gidd_jax.parallel import sharding
 from gidd_jax.training.loop import train
 from gidd_jax.training.metrics import MetricWriter

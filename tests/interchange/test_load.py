@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import write_checkpoint
 
 from gidd_jax.errors import InputError
-from gidd_jax.gidd import Gidd
+from gidd_jax.inference.gidd import Gidd
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.models.layers import Llama3RopeScaling
 from gidd_jax.process import HybridProcess, MaskedProcess

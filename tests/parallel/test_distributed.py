@@ -42,7 +42,7 @@ CHANGES = {
 # launcher would, since JAX takes the 100 s of its heartbeat to notice.
 PAIR = """
 import faulthandler, json, os, signal, sys
-import gidd_jax.gidd, gidd_jax.training.loop
+import gidd_jax.inference.gidd, gidd_jax.training.loop
 program, argvs = json.load(sys.stdin)
 children, codes = [], [0, 0]
 for number, argv in enumerate(argvs):

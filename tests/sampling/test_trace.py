@@ -10,9 +10,9 @@ from tokenizers import decoders, models
 
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.gidd import Gidd
+from gidd_jax.inference.gidd import Gidd
+from gidd_jax.inference.samples import Samples, load_ids, save_samples
 from gidd_jax.process import HybridProcess
-from gidd_jax.samples import Samples, load_ids, save_samples
 from gidd_jax.sampling.correction import Proposals, self_correct
 from gidd_jax.sampling.options import CorrectionOptions
 from gidd_jax.sampling.trace import (

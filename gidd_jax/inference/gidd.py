@@ -19,11 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gidd_jax import programs
 from gidd_jax.cli import nearest
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
+from gidd_jax.inference import programs
+from gidd_jax.inference.programs import Batch, SpecialIds
+from gidd_jax.inference.prompts import (
+    Piece,
+    Rows,
+    Text,
+    by_width,
+    continuations,
+    empty_rows,
+    infillings,
+    scored_texts,
+    whole_texts,
+)
+from gidd_jax.inference.samples import Corrected, Likelihoods, Samples, Suspicions
 from gidd_jax.interchange.load import Pretrained, load_pretrained
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.models.dit import DiT
@@ -36,19 +49,6 @@ from gidd_jax.parallel.sharding import (
     replicated,
 )
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.programs import Batch, SpecialIds
-from gidd_jax.prompts import (
-    Piece,
-    Rows,
-    Text,
-    by_width,
-    continuations,
-    empty_rows,
-    infillings,
-    scored_texts,
-    whole_texts,
-)
-from gidd_jax.samples import Corrected, Likelihoods, Samples, Suspicions
 from gidd_jax.sampling.autoregressive import check_autoregressive
 from gidd_jax.sampling.correction import Correction
 from gidd_jax.sampling.loop import Drawn

@@ -10,7 +10,7 @@ from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax import Gidd
 from gidd_jax.errors import InputError
-from gidd_jax.samples import load_ids, save_samples
+from gidd_jax.inference.samples import load_ids, save_samples
 from gidd_jax.sampling.correction import CorrectionOptions
 from gidd_jax.sampling.options import SamplerOptions
 

@@ -13,8 +13,8 @@ from tiny_checkpoint import tiny_model
 
 from gidd_jax import Gidd
 from gidd_jax.errors import InputError
+from gidd_jax.inference.prompts import by_width, scored_texts
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.prompts import by_width, scored_texts
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
