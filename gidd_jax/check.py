@@ -44,7 +44,7 @@ from gidd_jax.cli import load_config, nearest, run
 from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from gidd_jax.certify import Check
+    from gidd_jax.evaluation.certify import Check
     from gidd_jax.process import InterpolatingProcess
 
 PROCESS = flags.DEFINE_string(
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     # Every program runs once: to compile it is what takes the time.
     jax.config.update("jax_disable_most_optimizations", True)
-    from gidd_jax import certify
+    from gidd_jax.evaluation.corpora import certify
 
     process, small = find_subject(PROCESS.value, CHECKPOINT.value)
     print(f"process: {process}", flush=True)
@@ -105,7 +105,7 @@ def report(checks: Iterable["Check"]) -> list[bool]:
 
 def find_subject(description: str | None, checkpoint: str | None) -> Subject:
     """Return what the flags name; raises InputError that says what is wrong with it."""
-    from gidd_jax.certify import reduced
+    from gidd_jax.evaluation.certify import reduced
 
     if checkpoint is not None:
         process = checkpoint_process(checkpoint)
@@ -208,7 +208,7 @@ def load_module(name: str) -> ModuleType:
 
 
 def _own_subject(description: str, module: ModuleType, name: str) -> Subject:
-    from gidd_jax.certify import TOY_MASK_ID, TOY_VOCAB_SIZE, reduced
+    from gidd_jax.evaluation.certify import TOY_MASK_ID, TOY_VOCAB_SIZE, reduced
     from gidd_jax.process import InterpolatingProcess
 
     if not hasattr(module, name):

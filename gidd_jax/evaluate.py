@@ -87,8 +87,8 @@ def main(argv: list[str]) -> None:
     del argv
     import dataclasses
 
-    from gidd_jax import evaluation
     from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.evaluation.corpora import corpora as evaluation
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
 

@@ -63,8 +63,8 @@ REFERENCES = flags.DEFINE_string("references", None, "File of texts by people, f
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax import scorers
     from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.evaluation.corpora import scorers
     from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
@@ -143,8 +143,8 @@ def figures(
     """
     import numpy as np
 
-    from gidd_jax.scorers import encode, score_sequences
-    from gidd_jax.text_metrics import (
+    from gidd_jax.evaluation.scorers import encode, score_sequences
+    from gidd_jax.evaluation.text_metrics import (
         distinct_n,
         mean_estimate,
         ratio_estimate,
@@ -196,7 +196,7 @@ def _mauve(
     """MAUVE of the scorer's hidden states, or None, and a note on it."""
     import importlib.util
 
-    from gidd_jax.scorers import sequence_features
+    from gidd_jax.evaluation.scorers import sequence_features
 
     if references is None:
         return None, "not computed: it needs --references, texts by people"

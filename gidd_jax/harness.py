@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     except ImportError as error:
         raise InputError("no lm_eval: pip install 'gidd-jax[harness]'") from error
 
-    model_registry.register("gidd_jax", target="gidd_jax.harness_model:HarnessModel")
+    model_registry.register("gidd_jax", target="gidd_jax.evaluation.harness_model:HarnessModel")
     cli_evaluate()
 
 

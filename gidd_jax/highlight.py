@@ -83,7 +83,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
     from rich.console import Console
 
     from gidd_jax.checkpoints.checkpoint import write_atomically
-    from gidd_jax.detection import judge_text
+    from gidd_jax.evaluation.detection import judge_text
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
     from gidd_jax.marked import marked_page, print_marked
@@ -100,9 +100,9 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
-    from gidd_jax import evaluation
     from gidd_jax.checkpoints.checkpoint import write_atomically
-    from gidd_jax.detection import detection_figures
+    from gidd_jax.evaluation.corpora import corpora as evaluation
+    from gidd_jax.evaluation.detection import detection_figures
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
     from gidd_jax.sampling.suspicion import check_suspicion, expected_share

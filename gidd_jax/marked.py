@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from gidd_jax.detection import JudgedText
+from gidd_jax.evaluation.detection import JudgedText
 from gidd_jax.watch import printable
 
 MOST_LISTED = 50

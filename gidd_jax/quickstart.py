@@ -26,9 +26,10 @@ def main(argv: list[str]) -> None:
     del argv
     start = time.monotonic()
 
-    from gidd_jax import evaluation, pictures
+    from gidd_jax import pictures
     from gidd_jax.checkpoints.checkpoint import find_checkpoint, write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
+    from gidd_jax.evaluation.corpora import corpora as evaluation
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import save_samples
     from gidd_jax.settings import Settings

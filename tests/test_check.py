@@ -13,7 +13,7 @@ import pytest
 from test_process import CosineProcess
 from tiny_checkpoint import write_checkpoint
 
-from gidd_jax import certify
+from gidd_jax.evaluation.corpora import certify
 from gidd_jax.process import (
     HybridProcess,
     InterpolatingProcess,

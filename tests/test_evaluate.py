@@ -13,9 +13,10 @@ import pytest
 from tiny_checkpoint import tiny_model, write_checkpoint
 from tiny_run import SENTENCE, tiny_settings, write_corpus
 
-from gidd_jax import evaluation, likelihood
+from gidd_jax import likelihood
 from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation.corpora import corpora as evaluation
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.prepare_data import prepare
 

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 from tiny_checkpoint import write_checkpoint
 from tokenizers import models, pre_tokenizers, processors
 
-from gidd_jax import generative_ppl, scorers
+from gidd_jax import generative_ppl
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation.corpora import scorers
 from gidd_jax.interchange.tensors import llama_params_from_torch
 from gidd_jax.models.llama import Llama
 

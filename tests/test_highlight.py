@@ -14,7 +14,9 @@ from scipy import stats
 from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax import Gidd
-from gidd_jax.detection import (
+from gidd_jax.errors import InputError
+from gidd_jax.evaluation.corpora import CorpusRows
+from gidd_jax.evaluation.detection import (
     JudgedText,
     auroc,
     auroc_estimate,
@@ -26,8 +28,6 @@ from gidd_jax.detection import (
     ordinary_ids,
     windows,
 )
-from gidd_jax.errors import InputError
-from gidd_jax.evaluation import CorpusRows
 from gidd_jax.inference.prompts import Rows
 from gidd_jax.inference.samples import Suspicions
 from gidd_jax.marked import marked_page, percent, print_marked, suspicious

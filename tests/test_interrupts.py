@@ -47,14 +47,14 @@ CASES = {  # command: (function, arguments)
     ),
     "evaluate": (LOADING, ["--checkpoint={folder}/model", "--out={folder}/o.json"]),
     "generative_ppl": (
-        "gidd_jax.scorers:load_scorer",
+        "gidd_jax.evaluation.scorers:load_scorer",
         ["--scorer=gpt2", "--samples={folder}/corpus.txt", "--out={folder}/o.json"],
     ),
     "highlight": (
         LOADING,
         ["--checkpoint={folder}/model", "--text={folder}/corpus.txt", "--out={folder}/o.html"],
     ),
-    "check": ("gidd_jax.certify:toy_checks", []),
+    "check": ("gidd_jax.evaluation.certify:toy_checks", []),
     "plots": (
         "gidd_jax.pictures:run_pictures",
         ["--workdir={folder}/model", "--out={folder}/o"],

@@ -28,7 +28,7 @@ FLOORS = (
         "planning",
     },
     {"inference"},
-    {"evaluation", "scorers", "detection", "text_metrics", "certify", "harness_model"},
+    {"evaluation"},
     {"views", "pictures", "replay_page", "watch", "marked"},
 )
 ROOMS = (

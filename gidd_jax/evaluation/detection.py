@@ -11,12 +11,12 @@ import numpy as np
 
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation import CorpusRows
+from gidd_jax.evaluation.corpora import CorpusRows
+from gidd_jax.evaluation.text_metrics import Estimate, bootstrap_counts, estimate_from
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.inference.prompts import Rows, scored_texts
 from gidd_jax.sampling.options import SuspicionOptions
 from gidd_jax.sampling.trace import shown, written_by
-from gidd_jax.text_metrics import Estimate, bootstrap_counts, estimate_from
 
 
 class JudgedText(NamedTuple):

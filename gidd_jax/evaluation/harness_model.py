@@ -3,7 +3,7 @@
 `gidd_jax.harness` runs it from the command line. From Python:
 
 import lm_eval
-from gidd_jax.harness_model import HarnessModel
+from gidd_jax.evaluation.harness_model import HarnessModel
 results = lm_eval.simple_evaluate(model=HarnessModel("RUN", batch_size=32), tasks=["piqa"])
 """
 

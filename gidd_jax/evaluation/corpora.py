@@ -28,6 +28,7 @@ from gidd_jax.data.files import open_text_file
 from gidd_jax.data.pipeline import Records, tokenise_all
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation.text_metrics import Estimate, ratio_estimate
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.likelihood import (
     RowBounds,
@@ -48,7 +49,6 @@ from gidd_jax.parallel.sharding import (
 )
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import DataSettings, Settings
-from gidd_jax.text_metrics import Estimate, ratio_estimate
 
 
 class CorpusRows(NamedTuple):

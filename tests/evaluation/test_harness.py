@@ -21,7 +21,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from gidd_jax.harness_model import HarnessModel
+from gidd_jax.evaluation.harness_model import HarnessModel
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
