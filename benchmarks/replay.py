@@ -24,8 +24,8 @@ from absl import flags
 
 from gidd_jax.cli import run
 from gidd_jax.errors import InputError, RunError
-from gidd_jax.replay_page import replay_page
 from gidd_jax.sampling.trace import Changes, Trace
+from gidd_jax.views.replay_page import replay_page
 
 BROWSER = flags.DEFINE_string("browser", "chromium", "Program to open the page with.")
 SAMPLES, LENGTH, CALLS = 16, 512, 256

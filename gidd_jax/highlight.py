@@ -86,7 +86,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
     from gidd_jax.evaluation.detection import judge_text
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
-    from gidd_jax.marked import marked_page, print_marked
+    from gidd_jax.views.marked import marked_page, print_marked
 
     out = check_output(OUT.value, ".html") if OUT.value else None
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)

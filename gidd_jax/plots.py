@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out={out} is a file: name a folder")
 
-    from gidd_jax import pictures
+    from gidd_jax.views import pictures
 
     figures = pictures.run_pictures(Path(WORKDIR.value)) if WORKDIR.value else {}
     if COMPARE.value:

@@ -26,7 +26,6 @@ def main(argv: list[str]) -> None:
     del argv
     start = time.monotonic()
 
-    from gidd_jax import pictures
     from gidd_jax.checkpoints.checkpoint import find_checkpoint, write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
     from gidd_jax.evaluation.corpora import corpora as evaluation
@@ -34,6 +33,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.inference.samples import save_samples
     from gidd_jax.settings import Settings
     from gidd_jax.training.loop import train
+    from gidd_jax.views import pictures
 
     settings, workdir = Settings.from_config(CONFIG.value), Path(WORKDIR.value)
     train(settings, workdir)

@@ -26,9 +26,9 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from gidd_jax.inference.samples import check_output
-    from gidd_jax.replay_page import write_replay
     from gidd_jax.sampling.trace import load_trace
-    from gidd_jax.watch import check_terminal, watch
+    from gidd_jax.views.replay_page import write_replay
+    from gidd_jax.views.watch import check_terminal, watch
 
     out, console = check_output(OUT.value, ".html") if OUT.value else None, Console()
     if WATCH.value:

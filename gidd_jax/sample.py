@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from gidd_jax.inference.samples import check_output, save_samples
-    from gidd_jax.watch import check_terminal, watch
+    from gidd_jax.views.watch import check_terminal, watch
 
     out = check_output(OUT.value, ".npz") if OUT.value else None
     trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     is_writer = DISTRIBUTED.start()
 
     from gidd_jax.inference.gidd import Gidd
-    from gidd_jax.replay_page import write_files
+    from gidd_jax.views.replay_page import write_files
 
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     samples = model.generate(

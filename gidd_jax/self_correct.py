@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax.checkpoints.checkpoint import write_atomically
     from gidd_jax.inference.gidd import Gidd
-    from gidd_jax.replay_page import write_files
+    from gidd_jax.views.replay_page import write_files
 
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = CorrectionOptions(**given)

@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax import pictures
+    from gidd_jax.views import pictures
 
     runs, workdir = plan_runs(CONFIG.value), Path(WORKDIR.value or "")
     rows = []

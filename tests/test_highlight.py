@@ -30,8 +30,8 @@ from gidd_jax.evaluation.detection import (
 )
 from gidd_jax.inference.prompts import Rows
 from gidd_jax.inference.samples import Suspicions
-from gidd_jax.marked import marked_page, percent, print_marked, suspicious
 from gidd_jax.sampling.options import SuspicionOptions
+from gidd_jax.views.marked import marked_page, percent, print_marked, suspicious
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

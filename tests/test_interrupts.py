@@ -56,7 +56,7 @@ CASES = {  # command: (function, arguments)
     ),
     "check": ("gidd_jax.evaluation.certify:toy_checks", []),
     "plots": (
-        "gidd_jax.pictures:run_pictures",
+        "gidd_jax.views.pictures:run_pictures",
         ["--workdir={folder}/model", "--out={folder}/o"],
     ),
     "replay": (

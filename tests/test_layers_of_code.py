@@ -29,7 +29,7 @@ FLOORS = (
     },
     {"inference"},
     {"evaluation"},
-    {"views", "pictures", "replay_page", "watch", "marked"},
+    {"views"},
 )
 ROOMS = (
     "models",

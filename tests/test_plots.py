@@ -12,11 +12,11 @@ from commands import import_command, only_flags
 from matplotlib import image
 from tiny_run import tiny_settings
 
-from gidd_jax import pictures
 from gidd_jax.checkpoints.checkpoint import open_workdir
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.process import HybridProcess, MaskedProcess
+from gidd_jax.views import pictures
 
 plots, PLOT_FLAGS = import_command("gidd_jax.plots")
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from benchmarks import replay as benchmark
 from gidd_jax.errors import InputError
-from gidd_jax.replay_page import page_data, replay_page, write_replay
 from gidd_jax.sampling.trace import Trace, changes_between, play, save_trace, shown
-from gidd_jax.watch import MASK, check_terminal, watch, written
+from gidd_jax.views.replay_page import page_data, replay_page, write_replay
+from gidd_jax.views.watch import MASK, check_terminal, watch, written
 
 EVIL = "</script><script>hit=1</script><img src=x onerror=hit=1><!--"
 TOKENS = [

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_checkpoint import write_checkpoint
 
-from gidd_jax.replay_page import replay_page
 from gidd_jax.sampling.trace import load_trace, play
+from gidd_jax.views.replay_page import replay_page
 
 
 @pytest.fixture(scope="module")

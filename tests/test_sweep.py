@@ -14,13 +14,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from tiny_run import tiny_config
 
-from gidd_jax import pictures
 from gidd_jax.checkpoints.checkpoint import open_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.settings import Settings
 from gidd_jax.training import loop
+from gidd_jax.views import pictures
 
 sweep, _ = import_command("gidd_jax.sweep")  # the tests put values in the place of its flags
 
