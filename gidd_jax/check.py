@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     # Every program runs once: to compile it is what takes the time.
     jax.config.update("jax_disable_most_optimizations", True)
-    from gidd_jax.evaluation.corpora import certify
+    from gidd_jax.evaluation import certify
 
     process, small = find_subject(PROCESS.value, CHECKPOINT.value)
     print(f"process: {process}", flush=True)

@@ -88,16 +88,16 @@ def main(argv: list[str]) -> None:
     import dataclasses
 
     from gidd_jax.checkpoints.checkpoint import write_atomically
-    from gidd_jax.evaluation.corpora import corpora as evaluation
+    from gidd_jax.evaluation import corpora
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     is_writer = DISTRIBUTED.start()
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
-    run_settings = evaluation.run_data_settings(CHECKPOINT.value)
+    run_settings = corpora.run_data_settings(CHECKPOINT.value)
     if DATA.value:
-        settings = [evaluation.zero_shot_settings(run_settings, path) for path in DATA.value]
+        settings = [corpora.zero_shot_settings(run_settings, path) for path in DATA.value]
     elif run_settings is not None:
         settings = [run_settings]
     else:
@@ -106,15 +106,15 @@ def main(argv: list[str]) -> None:
     changes = {name: value for name, value in changes.items() if value is not None}
     settings = [dataclasses.replace(one, **changes) for one in settings]
     # All corpora are opened first: a mistyped path shows before the first is scored.
-    corpora = [
-        evaluation.open_rows(
+    opened = [
+        corpora.open_rows(
             one, SPLIT.value, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
         )
         for one in settings
     ]
     results = []
-    for one, corpus in zip(settings, corpora, strict=True):
-        scores = evaluation.score_rows(
+    for one, corpus in zip(settings, opened, strict=True):
+        scores = corpora.score_rows(
             model,
             corpus,
             num_samples_t=NUM_SAMPLES_T.value,
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
             seed=SEED.value,
             label=f"Scoring {one.path}",
         )
-        figures = evaluation.corpus_figures(
+        figures = corpora.corpus_figures(
             model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
         )
         results.append({"data": one.path, "split": SPLIT.value, **figures})

@@ -101,7 +101,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
     from gidd_jax.checkpoints.checkpoint import write_atomically
-    from gidd_jax.evaluation.corpora import corpora as evaluation
+    from gidd_jax.evaluation import corpora
     from gidd_jax.evaluation.detection import detection_figures
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
@@ -112,11 +112,11 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     if model.process is None:
         raise InputError("suspicion needs a diffusion model: this one is autoregressive")
     check_suspicion(model.process, options)
-    own = evaluation.run_data_settings(CHECKPOINT.value)
-    settings = evaluation.zero_shot_settings(own, DATA.value) if DATA.value else own
+    own = corpora.run_data_settings(CHECKPOINT.value)
+    settings = corpora.zero_shot_settings(own, DATA.value) if DATA.value else own
     if settings is None:
         raise InputError(f"{CHECKPOINT.value} names no corpus of its own: give one with --data")
-    corpus = evaluation.open_rows(
+    corpus = corpora.open_rows(
         settings, SPLIT.value, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
     )
     expected = expected_share(model.process, options.t)

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax.checkpoints.checkpoint import find_checkpoint, write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
-    from gidd_jax.evaluation.corpora import corpora as evaluation
+    from gidd_jax.evaluation import corpora
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import save_samples
     from gidd_jax.settings import Settings
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
     for number, text in enumerate(samples.texts):
         print(f"\n--- sample {number} ---\n{text}")
 
-    corpus = evaluation.open_rows(settings.data, "validation", model, is_own=True)
-    scores = evaluation.score_rows(
+    corpus = corpora.open_rows(settings.data, "validation", model, is_own=True)
+    scores = corpora.score_rows(
         model,
         corpus,
         num_samples_t=NUM_SAMPLES_T,
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         seed=settings.seed,
         label="Evaluating",
     )
-    figures = evaluation.corpus_figures(
+    figures = corpora.corpus_figures(
         model.process, corpus, scores, num_resamples=1000, seed=settings.seed
     )
     pictures.save_figures({"loss": pictures.loss_picture(workdir)}, workdir, formats=["png"])

@@ -13,7 +13,7 @@ import pytest
 from test_process import CosineProcess
 from tiny_checkpoint import write_checkpoint
 
-from gidd_jax.evaluation.corpora import certify
+from gidd_jax.evaluation import certify
 from gidd_jax.process import (
     HybridProcess,
     InterpolatingProcess,
@@ -348,7 +348,7 @@ def test_the_command_prints_its_checks_and_exits_with_1(tmp_path):
 
 def test_right_processes_exit_with_0(tmp_path):
     few = (
-        "import runpy, sys; from gidd_jax import certify as c\n"
+        "import runpy, sys; from gidd_jax.evaluation import certify as c\n"
         "c.formula_checks, c.toy_checks = lambda p: [c.masses_sum(p)], lambda p: [c.prior(p)]\n"
         "runpy.run_module('gidd_jax.check', run_name='__main__')"
     )

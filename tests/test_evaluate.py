@@ -16,7 +16,7 @@ from tiny_run import SENTENCE, tiny_settings, write_corpus
 from gidd_jax import likelihood
 from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation.corpora import corpora as evaluation
+from gidd_jax.evaluation import corpora
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.prepare_data import prepare
 
@@ -48,14 +48,14 @@ def rows_of(corpus) -> list[list[int]]:
 
 def score(model, corpus, **changes):
     options = {"num_samples_t": 2, "batch_size": 8, "seed": 0, "label": ""} | changes
-    return evaluation.score_rows(model, corpus, **options)
+    return corpora.score_rows(model, corpus, **options)
 
 
 def test_own_rows_are_those_of_training(data, model):
     """Every mode: the same rows and bytes as the validation during training."""
     for mode in ("padded", "crop", "packed"):
         settings = tiny_settings(data, **{"data.mode": mode}).data
-        corpus = evaluation.open_rows(settings, "validation", model, is_own=True)
+        corpus = corpora.open_rows(settings, "validation", model, is_own=True)
         batches = validation_batches(settings, model.tokenizer, 16, 4)
         theirs = [
             row[keep] for b in batches for row, keep in zip(b["tokens"], b["mask"], strict=True)
@@ -68,9 +68,9 @@ def test_own_rows_are_those_of_training(data, model):
 def test_zero_shot_windows_drop_nothing(data, model):
     """All documents, whole, even for a run that trains on their beginnings alone."""
     run = tiny_settings(data).data
-    settings = evaluation.zero_shot_settings(run, str(data / "corpus.txt"))
+    settings = corpora.zero_shot_settings(run, str(data / "corpus.txt"))
     assert (run.mode, settings.mode) == ("padded", "crop")
-    corpus = evaluation.open_rows(settings, "validation", model, is_own=False)
+    corpus = corpora.open_rows(settings, "validation", model, is_own=False)
     assert corpus.num_documents == 24
     rows = rows_of(corpus)
     for number, document in enumerate(model.tokenizer.encode([SENTENCE.format(3, 21)]), start=3):
@@ -79,8 +79,8 @@ def test_zero_shot_windows_drop_nothing(data, model):
         assert [i for row in own[:-1] for i in row] == framed[: 16 * (len(own) - 1)]
         assert own[-1] == framed[-16:]
     packed = dataclasses.replace(run, mode="packed")
-    assert evaluation.zero_shot_settings(packed, "embedded").mode == "packed"
-    assert evaluation.zero_shot_settings(None, "embedded").mode == "crop"
+    assert corpora.zero_shot_settings(packed, "embedded").mode == "packed"
+    assert corpora.zero_shot_settings(None, "embedded").mode == "crop"
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +102,13 @@ def shard_folder(data, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def open_parts(data, shard_folder, model, **options) -> list[evaluation.CorpusRows]:
+def open_parts(data, shard_folder, model, **options) -> list[corpora.CorpusRows]:
     """The rows of a mixture of two texts and shards, and of the texts and the shards alone."""
     corpus = data / "corpus.txt"
     texts = f"0.5:{corpus},0.2:{write_corpus(shard_folder.parent, 'more.txt', 30)}"
     mixture = f"0.3:{shard_folder},{texts}"
     return [
-        evaluation.open_rows(
+        corpora.open_rows(
             dataclasses.replace(tiny_settings(data).data, path=str(path)),
             "validation",
             model,
@@ -135,14 +135,14 @@ def test_rows_of_a_mixture_with_shards(data, model, shard_folder):
         assert rows_of(some) == [rows_of(mixed)[i] for i in kept]
     settings = tiny_settings(data, **{"data.path": f"1:{shard_folder},1:{data / 'corpus.txt'}"})
     with pytest.raises(InputError, match=r"of the shards in .*out only the validation split"):
-        evaluation.open_rows(settings.data, "train", model, is_own=True)
+        corpora.open_rows(settings.data, "train", model, is_own=True)
 
 
 def test_figures_of_a_mixture_are_those_of_its_parts(data, baseline, shard_folder):
     """Weighted by tokens and by bytes; the baseline is exact, and draws nothing."""
     parts = open_parts(data, shard_folder, baseline)
     mixed, *alone = [
-        evaluation.corpus_figures(None, part, score(baseline, part), num_resamples=10, seed=0)
+        corpora.corpus_figures(None, part, score(baseline, part), num_resamples=10, seed=0)
         for part in parts
     ]
     for key in ("tokens", "bytes", "rows", "documents"):
@@ -157,7 +157,7 @@ def test_figures_of_a_mixture_are_those_of_its_parts(data, baseline, shard_folde
 def test_documents_of_packed_rows(data, model):
     """A row belongs to the document that its first token belongs to."""
     settings = tiny_settings(data, **{"data.mode": "packed"}).data
-    corpus = evaluation.open_rows(settings, "validation", model, is_own=True)
+    corpus = corpora.open_rows(settings, "validation", model, is_own=True)
     texts = model.tokenizer.encode([SENTENCE.format(i, 7 * i) for i in range(20, 24)])
     starts = np.cumsum([0, *(len(ids) + 1 for ids in texts)])  # one separator after each
     begins = np.minimum(np.arange(len(corpus.documents)) * 16, starts[-1] - 16)
@@ -167,12 +167,10 @@ def test_documents_of_packed_rows(data, model):
 
 
 def test_a_sample_of_documents_is_fixed(data, model):
-    settings = evaluation.zero_shot_settings(tiny_settings(data).data, str(data / "corpus.txt"))
+    settings = corpora.zero_shot_settings(tiny_settings(data).data, str(data / "corpus.txt"))
 
     def sample(count):
-        corpus = evaluation.open_rows(
-            settings, "validation", model, is_own=False, max_documents=count
-        )
+        corpus = corpora.open_rows(settings, "validation", model, is_own=False, max_documents=count)
         assert corpus.num_documents == min(count, 24)
         return {tuple(row) for row in rows_of(corpus)}
 
@@ -183,11 +181,9 @@ def test_a_sample_of_documents_is_fixed(data, model):
 def test_bytes_of_what_is_scored(data, model, baseline):
     """The first token of a row is not scored by the baseline: its bytes do not count."""
     settings = dataclasses.replace(
-        evaluation.zero_shot_settings(None, str(data / "corpus.txt")), txt_documents="line"
+        corpora.zero_shot_settings(None, str(data / "corpus.txt")), txt_documents="line"
     )
-    counts = [
-        evaluation.open_rows(settings, "validation", m, is_own=False) for m in (model, baseline)
-    ]
+    counts = [corpora.open_rows(settings, "validation", m, is_own=False) for m in (model, baseline)]
     rows = rows_of(counts[0])
     for corpus, first in zip(counts, (0, 1), strict=True):
         expected = [sum(i != 0 for i in row[first:]) for row in rows]  # id 0 begins and ends texts
@@ -195,7 +191,7 @@ def test_bytes_of_what_is_scored(data, model, baseline):
 
 
 def test_scores_do_not_depend_on_batches(data, model):
-    corpus = evaluation.open_rows(tiny_settings(data).data, "train", model, is_own=True)
+    corpus = corpora.open_rows(tiny_settings(data).data, "train", model, is_own=True)
     whole = score(model, corpus, batch_size=64)
     parts = score(model, corpus, batch_size=8)
     assert (whole.batch_size, parts.batch_size) == (24, 8)  # 20 rows on 8 devices
@@ -208,10 +204,10 @@ def test_scores_do_not_depend_on_batches(data, model):
 
 def test_figures_are_sums_over_tokens(data, model):
     """Against the bound by token from the network, at the same times; rows of unequal length."""
-    settings = evaluation.zero_shot_settings(tiny_settings(data).data, str(data / "corpus.txt"))
-    corpus = evaluation.open_rows(settings, "validation", model, is_own=False, max_documents=6)
+    settings = corpora.zero_shot_settings(tiny_settings(data).data, str(data / "corpus.txt"))
+    corpus = corpora.open_rows(settings, "validation", model, is_own=False, max_documents=6)
     scores = score(model, corpus, num_samples_t=64, batch_size=32)
-    figures = evaluation.corpus_figures(model.process, corpus, scores, num_resamples=500, seed=0)
+    figures = corpora.corpus_figures(model.process, corpus, scores, num_resamples=500, seed=0)
     rows = rows_of(corpus)
     assert figures["tokens"] == sum(map(len, rows))
     assert figures["rows"] == len(rows)
@@ -256,10 +252,10 @@ def test_figures_are_sums_over_tokens(data, model):
 def test_standard_error_covers_repetitions(data, model):
     """Over seeds the figure varies by less than the error of documents and draws together."""
     settings = tiny_settings(data).data
-    corpus = evaluation.open_rows(settings, "train", model, is_own=True)
+    corpus = corpora.open_rows(settings, "train", model, is_own=True)
     values, errors = [], []
     for seed in range(12):
-        figures = evaluation.corpus_figures(
+        figures = corpora.corpus_figures(
             model.process, corpus, score(model, corpus, seed=seed), num_resamples=200, seed=seed
         )
         values.append(figures["nelbo"])
@@ -268,9 +264,9 @@ def test_standard_error_covers_repetitions(data, model):
 
 
 def test_the_baseline_is_exact(data, baseline):
-    corpus = evaluation.open_rows(tiny_settings(data, "ar").data, "train", baseline, is_own=True)
+    corpus = corpora.open_rows(tiny_settings(data, "ar").data, "train", baseline, is_own=True)
     scores = score(baseline, corpus)
-    figures = evaluation.corpus_figures(None, corpus, scores, num_resamples=100, seed=0)
+    figures = corpora.corpus_figures(None, corpus, scores, num_resamples=100, seed=0)
     rows = rows_of(corpus)
     x = np.stack([np.pad(row, (0, 16 - len(row))) for row in rows])
     logits = jax.jit(baseline.network.apply)({"params": baseline.params}, jnp.asarray(x))
@@ -280,7 +276,7 @@ def test_the_baseline_is_exact(data, baseline):
     assert figures["tokens"] == tokens
     assert figures["nelbo"] == pytest.approx(nats / tokens, rel=1e-5)
     assert not {"middle", "original", "profile"} & set(figures)
-    again = evaluation.corpus_figures(
+    again = corpora.corpus_figures(
         None, corpus, score(baseline, corpus, seed=5, batch_size=3), num_resamples=100, seed=0
     )
     assert again["nelbo"] == pytest.approx(figures["nelbo"], rel=1e-6)
@@ -288,8 +284,8 @@ def test_the_baseline_is_exact(data, baseline):
 
 def test_one_document_has_no_error(data, model):
     settings = tiny_settings(data, **{"data.validation": "last:1"}).data
-    corpus = evaluation.open_rows(settings, "validation", model, is_own=True)
-    figures = evaluation.corpus_figures(
+    corpus = corpora.open_rows(settings, "validation", model, is_own=True)
+    figures = corpora.corpus_figures(
         model.process, corpus, score(model, corpus), num_resamples=100, seed=0
     )
     assert figures["nelbo_standard_error"] is None
@@ -298,9 +294,9 @@ def test_one_document_has_no_error(data, model):
 
 def test_damaged_parameters_are_an_error(data, model):
     broken = dataclasses.replace(model, params=jax.tree.map(lambda a: a * np.nan, model.params))
-    corpus = evaluation.open_rows(tiny_settings(data).data, "validation", model, is_own=True)
+    corpus = corpora.open_rows(tiny_settings(data).data, "validation", model, is_own=True)
     with pytest.raises(InputError, match="not a number"):
-        evaluation.corpus_figures(
+        corpora.corpus_figures(
             model.process, corpus, score(broken, corpus), num_resamples=100, seed=0
         )
 
@@ -308,17 +304,17 @@ def test_damaged_parameters_are_an_error(data, model):
 def test_unknown_corpora_and_splits(data, model):
     settings = tiny_settings(data).data
     with pytest.raises(InputError, match="has the splits train and validation"):
-        evaluation.open_rows(settings, "test", model, is_own=True)
+        corpora.open_rows(settings, "test", model, is_own=True)
     with pytest.raises(InputError, match="does not exist"):
-        evaluation.open_rows(
+        corpora.open_rows(
             dataclasses.replace(settings, path="nowhere/"), "validation", model, is_own=False
         )
     (data / "blank.txt").write_text("\n\n")
     with pytest.raises(InputError, match="holds no text"):
-        evaluation.open_rows(
+        corpora.open_rows(
             dataclasses.replace(settings, path=str(data / "blank.txt")), "", model, is_own=False
         )
-    assert evaluation.run_data_settings(data) is None
+    assert corpora.run_data_settings(data) is None
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:

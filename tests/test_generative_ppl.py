@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from gidd_jax import generative_ppl
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation.corpora import scorers
+from gidd_jax.evaluation import scorers
 from gidd_jax.interchange.tensors import llama_params_from_torch
 from gidd_jax.models.llama import Llama
 

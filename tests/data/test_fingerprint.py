@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from gidd_jax.checkpoint import Checkpointer, find_checkpoint
+from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
 from gidd_jax.data import fingerprint, shards
 from gidd_jax.data.corpus import named_files
 from gidd_jax.data.pipeline import TrainBatches

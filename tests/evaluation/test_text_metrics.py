@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gidd_jax.evaluation.corpora import text_metrics
+from gidd_jax.evaluation import text_metrics
 
 
 def test_token_entropy():

@@ -11,7 +11,7 @@ import pytest
 from gidd_jax.cli import load_config
 from gidd_jax.hardware import peak_flops
 from gidd_jax.settings import ModelSettings, Settings
-from gidd_jax.training import metrics as metrics_module
+from gidd_jax.training import metrics
 from gidd_jax.training.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
 
 
@@ -132,11 +132,9 @@ def test_peaks(kind, peak):
 def test_progress_measures_speed_use_and_time_left(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(metrics_module, "peak_flops", lambda kind: 1e6)
+    monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e6)
     lines = []
-    monkeypatch.setattr(
-        metrics_module.logging, "info", lambda text, *args: lines.append(text % args)
-    )
+    monkeypatch.setattr(metrics.logging, "info", lambda text, *args: lines.append(text % args))
     progress = Progress(1000, 10, tokens_per_step=512, flops_per_token=250.0)
     now = 160.0  # a minute of compilation
     progress.restart(11)
