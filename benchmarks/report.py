@@ -22,7 +22,7 @@ DOCUMENT = flags.DEFINE_string("document", "docs/performance.md", "Document to p
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.checkpoints.storage import write_atomically
 
     folder, document = Path(RESULTS.value), Path(DOCUMENT.value)
     if not document.is_file():

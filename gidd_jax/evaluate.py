@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     del argv
     import dataclasses
 
-    from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation import corpora
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output

@@ -63,7 +63,7 @@ REFERENCES = flags.DEFINE_string("references", None, "File of texts by people, f
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation import scorers
     from gidd_jax.inference.samples import check_output
 

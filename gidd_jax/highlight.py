@@ -82,7 +82,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
     from rich.console import Console
 
-    from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation.detection import judge_text
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
@@ -100,7 +100,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
-    from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation import corpora
     from gidd_jax.evaluation.detection import detection_figures
     from gidd_jax.inference.gidd import Gidd

@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
     del argv
     start = time.monotonic()
 
-    from gidd_jax.checkpoints.checkpoint import find_checkpoint, write_atomically
+    from gidd_jax.checkpoints.checkpoint import find_checkpoint
+    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
     from gidd_jax.evaluation import corpora
     from gidd_jax.inference.gidd import Gidd

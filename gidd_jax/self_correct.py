@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     if not source.is_file():
         raise InputError(f"--samples: no such file: {source}")
 
-    from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.views.replay_page import write_files
 

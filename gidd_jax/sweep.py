@@ -110,7 +110,9 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     What is finished is only read. None: a signal stopped the run before its end. Raises InputError
     when the folder belongs to a run with other settings, RunError when training failed.
     """
-    from gidd_jax.checkpoints.checkpoint import check_workdir, find_checkpoint, write_atomically
+    from gidd_jax.checkpoints.checkpoint import find_checkpoint
+    from gidd_jax.checkpoints.storage import write_atomically
+    from gidd_jax.checkpoints.workdir import check_workdir
     from gidd_jax.training.loop import train
 
     check_workdir(folder, one.settings)
@@ -144,7 +146,7 @@ def unigram_baseline(settings: "Settings") -> float:
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the rows as CSV, with a column for everything that one of them holds."""
-    from gidd_jax.checkpoints.checkpoint import write_atomically
+    from gidd_jax.checkpoints.storage import write_atomically
 
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)

@@ -25,8 +25,9 @@ from published_folders import LLAMA_CONFIG, ORIGINAL_AR, ORIGINAL_DIT, write_wor
 from safetensors.numpy import save_file
 from tiny_run import tiny_settings, write_tokenizer
 
-from gidd_jax.checkpoints.checkpoint import Checkpointer, check_workdir, find_checkpoint
+from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
 from gidd_jax.checkpoints.checksums import json_checksum
+from gidd_jax.checkpoints.workdir import check_workdir
 from gidd_jax.data import shards
 from gidd_jax.data.files import open_text_file
 from gidd_jax.data.pipeline import TrainBatches

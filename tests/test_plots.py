@@ -12,7 +12,7 @@ from commands import import_command, only_flags
 from matplotlib import image
 from tiny_run import tiny_settings
 
-from gidd_jax.checkpoints.checkpoint import open_workdir
+from gidd_jax.checkpoints.workdir import open_workdir
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.process import HybridProcess, MaskedProcess

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from tiny_run import tiny_config
 
-from gidd_jax.checkpoints.checkpoint import open_workdir
+from gidd_jax.checkpoints.workdir import open_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError

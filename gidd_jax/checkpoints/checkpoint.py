@@ -7,7 +7,6 @@ when all of it is written; in a bucket, it counts only then.
 
 import contextlib
 import dataclasses
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,21 +14,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import filelock
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from gidd_jax.checkpoints.checksums import array_checksums, json_checksum
-from gidd_jax.checkpoints.storage import check_reachable, is_remote, named_failures, run_folder
+from gidd_jax.checkpoints.storage import (
+    check_reachable,
+    is_remote,
+    run_folder,
+)
 from gidd_jax.data.files import stays_in_folder
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, StorageError, first_line
-from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
 
 CHECKPOINTS = "checkpoints"  # folder of the steps in a workdir
-CONFIG_FILE = "config.json"  # the settings of the run in a workdir
-LOCK_FILE = ".lock"  # held by the run that is at work in a workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Checkpointer:
     ) -> None:
         self._root = run_folder(workdir) / CHECKPOINTS
         self._every = every
-        self._context = {"config": dict(config), "tokenizer": _tokenizer_files(tokenizer)}
+        self._context = {"config": dict(config), "tokenizer": tokenizer_files(tokenizer)}
         self._manager = ocp.CheckpointManager(
             self._root,
             options=ocp.CheckpointManagerOptions(
@@ -264,95 +263,15 @@ class Checkpointer:
             # The block ended by another error, which is often this one: the first is what counts.
 
 
-def check_workdir(
-    workdir: str | epath.PathLike, settings: Settings, *, allow_config_change: bool = False
-) -> None:
-    """Raise InputError that says what differs if `workdir` belongs to a run with other settings.
-
-    Writes nothing. The run's length, logging, checkpoint cadence and mesh may differ.
-    """
-    root = run_folder(workdir)
-    check_reachable(root)
-    path, above = root / CONFIG_FILE, [] if is_remote(root) else root.parents
-    nearest = next((folder for folder in (root, *above) if folder.exists()), None)
-    if nearest is not None and not nearest.is_dir():
-        raise InputError(f"--workdir={workdir}: {nearest} is a file, name a folder")
-    if allow_config_change or not path.exists():
-        return
-    try:
-        old = Settings.from_saved(json.loads(path.read_text()))
-    except (OSError, ValueError, RecursionError) as error:  # no JSON, or of another version
-        raise InputError(
-            f"{path} cannot be read ({error}): use another workdir, or --allow_config_change"
-        ) from error
-    changes = difference(old, settings, ignore=MAY_CHANGE_ON_RESUME)
-    if changes:
-        raise InputError(
-            f"{workdir} belongs to a run with another config ({'; '.join(changes)}): use another "
-            "workdir, or --allow_config_change"
-        )
-
-
-@contextlib.contextmanager
-def lock_workdir(workdir: str | epath.PathLike) -> Iterator[None]:
-    """Keep other runs out of `workdir` (made if missing) until the block ends or the process dies.
-
-    Process 0 holds the lock. Raises InputError when another run is at work there. A bucket has no
-    lock that would end with its process: there, nothing is held.
-    """
-    folder = run_folder(workdir)
-    if jax.process_index() != 0 or is_remote(folder):
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(
-            f"another run is at work in {workdir}: wait for it, stop it, or use another workdir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def open_workdir(workdir: str | epath.PathLike, settings: Settings, tokenizer: Tokenizer) -> None:
-    """Write the settings and the tokenizer into `workdir` (made if missing), for people to read.
-
-    Only process 0 writes. Checkpoints carry their own copies. Raises StorageError when a bucket
-    takes nothing.
-    """
-    if jax.process_index() != 0:
-        return
-    folder = run_folder(workdir)
-    with named_failures(folder):
-        write_atomically(folder / CONFIG_FILE, settings.to_json())
-        for name, text in _tokenizer_files(tokenizer).items():
-            write_atomically(folder / "tokenizer" / name, text)
-
-
-def write_atomically(path: str | epath.PathLike, text: str) -> None:
-    """Write a text file so that readers see the old or the new content, never a part."""
-    path = epath.Path(path)
-    if is_remote(path):
-        path.write_text(text)  # an object appears when it is whole
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / (path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the texts of the files of a tokenizer by name."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         return {file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir())}
 
 
 def _are_files(files: Any) -> bool:
-    """Tell whether names that stay in their folder have texts, as `_tokenizer_files` gives them."""
+    """Tell whether names that stay in their folder have texts, as `tokenizer_files` gives them."""
     return isinstance(files, dict) and all(
         stays_in_folder(name) and isinstance(text, str) for name, text in files.items()
     )

@@ -72,3 +72,15 @@ def named_failures(folder: epath.Path) -> Iterator[None]:
             f"{folder} could not be written ({first_line(error)}): check the network and your "
             "rights in the bucket; the same command goes on from the last checkpoint"
         ) from error
+
+
+def write_atomically(path: str | epath.PathLike, text: str) -> None:
+    """Write a text file so that readers see the old or the new content, never a part."""
+    path = epath.Path(path)
+    if is_remote(path):
+        path.write_text(text)  # an object appears when it is whole
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / (path.name + ".part")
+    part.write_text(text)
+    part.replace(path)

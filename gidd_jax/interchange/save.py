@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gidd_jax.checkpoints.checkpoint import CONFIG_FILE
+from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.load import PROCESSES, Pretrained, process_fields
 from gidd_jax.interchange.tensors import (

@@ -15,14 +15,9 @@ from absl import logging
 from clu import parameter_overview, profiler
 from etils import epath
 
-from gidd_jax.checkpoints.checkpoint import (
-    Checkpointer,
-    check_workdir,
-    find_checkpoint,
-    lock_workdir,
-    open_workdir,
-)
+from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
 from gidd_jax.checkpoints.storage import is_remote, run_folder
+from gidd_jax.checkpoints.workdir import check_workdir, lock_workdir, open_workdir
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError

@@ -17,8 +17,7 @@ from absl import logging
 from clu import metrics
 from etils import epath
 
-from gidd_jax.checkpoints.checkpoint import write_atomically
-from gidd_jax.checkpoints.storage import is_remote, named_failures, run_folder
+from gidd_jax.checkpoints.storage import is_remote, named_failures, run_folder, write_atomically
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.hardware import peak_flops
 from gidd_jax.models.dit import padded_vocab_size

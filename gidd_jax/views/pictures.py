@@ -21,7 +21,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gidd_jax.checkpoints.checkpoint import CONFIG_FILE
+from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.process import InterpolatingProcess

@@ -18,15 +18,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gidd_jax.checkpoints.checkpoint import (
-    Checkpointer,
-    check_workdir,
-    find_checkpoint,
-    load_params,
-    open_workdir,
-    write_atomically,
-)
+from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint, load_params
 from gidd_jax.checkpoints.checksums import array_checksums
+from gidd_jax.checkpoints.storage import write_atomically
+from gidd_jax.checkpoints.workdir import check_workdir, open_workdir
 from gidd_jax.cli import load_config
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError

@@ -16,13 +16,9 @@ from fake_gcs import FakeGcs, fake_gcs
 from tiny_checkpoint import write_checkpoint
 from tiny_run import assert_same_arrays, figures_by_step, saved_arrays, steps_on_disk, tiny_settings
 
-from gidd_jax.checkpoints.checkpoint import (
-    Checkpointer,
-    check_workdir,
-    find_checkpoint,
-    load_params,
-)
+from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint, load_params
 from gidd_jax.checkpoints.storage import run_folder
+from gidd_jax.checkpoints.workdir import check_workdir
 from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError

@@ -25,7 +25,7 @@ from tiny_run import (
     tiny_settings,
 )
 
-from gidd_jax.checkpoints.checkpoint import lock_workdir
+from gidd_jax.checkpoints.workdir import lock_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches
 from gidd_jax.errors import DivergenceError, InputError
