@@ -44,7 +44,7 @@ from gidd_jax.cli import load_config, nearest, run
 from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from gidd_jax.evaluation.certify import Check
+    from gidd_jax.evaluation.definitions import Check
     from gidd_jax.process import InterpolatingProcess
 
 PROCESS = flags.DEFINE_string(
@@ -208,7 +208,8 @@ def load_module(name: str) -> ModuleType:
 
 
 def _own_subject(description: str, module: ModuleType, name: str) -> Subject:
-    from gidd_jax.evaluation.certify import TOY_MASK_ID, TOY_VOCAB_SIZE, reduced
+    from gidd_jax.evaluation.certify import reduced
+    from gidd_jax.evaluation.definitions import TOY_MASK_ID, TOY_VOCAB_SIZE
     from gidd_jax.process import InterpolatingProcess
 
     if not hasattr(module, name):

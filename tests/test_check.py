@@ -13,7 +13,7 @@ import pytest
 from test_process import CosineProcess
 from tiny_checkpoint import write_checkpoint
 
-from gidd_jax.evaluation import certify
+from gidd_jax.evaluation import certify, definitions, enumerated
 from gidd_jax.process import (
     HybridProcess,
     InterpolatingProcess,
@@ -22,7 +22,7 @@ from gidd_jax.process import (
     NoiseMass,
 )
 
-IDS, TOY = (50258, 50257), (certify.TOY_VOCAB_SIZE, certify.TOY_MASK_ID)
+IDS, TOY = (50258, 50257), (definitions.TOY_VOCAB_SIZE, definitions.TOY_MASK_ID)
 UNEVEN = tuple(np.insert(0.7 ** np.arange(7) / np.sum(0.7 ** np.arange(7)), TOY[1], 0.0))
 PROCESSES = {
     "hybrid": lambda v, m: HybridProcess(v, m, 0.1),
@@ -42,19 +42,19 @@ PROCESSES = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Less compilation and fewer draws."""
-    monkeypatch.setattr(certify, "NUM_DRAWS", 1 << 14)
+    monkeypatch.setattr(enumerated, "NUM_DRAWS", 1 << 14)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def quick_checks(process: InterpolatingProcess) -> list[certify.Check]:
+def quick_checks(process: InterpolatingProcess) -> list[definitions.Check]:
     """All checks but those of the sampler and the fused loss, which take long to compile.
 
     Operation by operation: those of one process are ready compiled for the next.
     """
     small = certify.reduced(process)
-    toys = certify.posterior, certify.noising, certify.prior, certify.bound
+    toys = enumerated.posterior, enumerated.noising, enumerated.prior, enumerated.bound
     with jax.disable_jit():
         return [*certify.formula_checks(process), *(check(small) for check in toys)]
 
@@ -77,7 +77,7 @@ def test_right_processes_pass(name):
 @pytest.mark.parametrize("name", ["hybrid", "two_functions"])
 def test_sampler_and_fused_loss_pass(name):
     small = PROCESSES[name](*TOY)
-    assert failing([certify.sampler(small), certify.fused(small)]) == set()
+    assert failing([enumerated.sampler(small), enumerated.fused(small)]) == set()
 
 
 # Wrong ones: each changes one thing of a right process.
@@ -180,33 +180,33 @@ def test_wrong_processes_fail_the_check_that_is_for_it(process, names):
 
 
 def test_a_step_that_makes_the_sampler_wrong():
-    assert failing([certify.sampler(WrongTransition(*TOY, 0.2))]) == {"sampler"}
+    assert failing([enumerated.sampler(WrongTransition(*TOY, 0.2))]) == {"sampler"}
 
 
 def test_a_fused_loss_that_is_another(monkeypatch):
-    right = certify.fused_loss
+    right = enumerated.fused_loss
 
     def without_is(*args, **options):
         loss, terms = right(*args, **options)
         return loss - 1e-3 * jnp.sum(args[7] * terms.is_div), terms
 
-    monkeypatch.setattr(certify, "fused_loss", without_is)
-    assert failing([certify.fused(HybridProcess(*TOY, 0.1))]) == {"loss"}
+    monkeypatch.setattr(enumerated, "fused_loss", without_is)
+    assert failing([enumerated.fused(HybridProcess(*TOY, 0.1))]) == {"loss"}
 
 
 def test_what_is_not_a_number_fails():
-    assert not certify.Check("", float("nan"), 1.0).ok
-    assert certify.surprise(np.array([[0, 9]]), np.full((1, 9), 1 / 9)) == np.inf
-    assert np.isnan(certify.surprise(np.array([[0, 1]]), np.array([[0.5, np.nan]])))
+    assert not definitions.Check("", float("nan"), 1.0).ok
+    assert enumerated.surprise(np.array([[0, 9]]), np.full((1, 9), 1 / 9)) == np.inf
+    assert np.isnan(enumerated.surprise(np.array([[0, 1]]), np.array([[0.5, np.nan]])))
 
 
 def test_surprise_is_the_chance_of_such_draws():
     draws = np.repeat([[0, 1]], 50, axis=1).reshape(1, -1)
-    assert certify.surprise(draws, np.array([[0.5, 0.5]])) == 0
+    assert enumerated.surprise(draws, np.array([[0.5, 0.5]])) == 0
     # 2 outcomes, both tails: all of 10 draws are alike with probability 2^-10
-    got = certify.surprise(np.zeros((1, 10), int), np.array([[0.5, 0.5]]))
+    got = enumerated.surprise(np.zeros((1, 10), int), np.array([[0.5, 0.5]]))
     np.testing.assert_allclose(got, -np.log10(4 * 2.0**-10))
-    assert certify.surprise(np.array([[0, 1]]), np.array([[1.0, 0.0]])) == np.inf
+    assert enumerated.surprise(np.array([[0, 1]]), np.array([[1.0, 0.0]])) == np.inf
 
 
 def test_reduced_keeps_the_process_and_the_shape_of_its_background():
