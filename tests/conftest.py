@@ -34,7 +34,7 @@ LONGEST = (
     "training/test_loop",
     "test_train_command",
     "parallel/test_distributed",
-    "training/test_state",
+    "training/test_step",
 )
 
 

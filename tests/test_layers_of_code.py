@@ -111,7 +111,7 @@ def test_the_modules_of_the_plan_are_there():
     } <= FILES.keys()
     assert {"gidd_jax.train", "gidd_jax.sample", "gidd_jax.quickstart"} <= set(ENTRIES)
     assert imports("gidd_jax.training.loop") >= {
-        "gidd_jax.training.state",
+        "gidd_jax.training.step",
         "gidd_jax.parallel.sharding",
     }
 

@@ -10,7 +10,7 @@ from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.training.build import build_objective
-from gidd_jax.training.state import abstract_params
+from gidd_jax.training.step import abstract_params
 
 
 def random_params(abstract, seed: int = 0):

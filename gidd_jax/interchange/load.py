@@ -40,7 +40,7 @@ from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
-from gidd_jax.training.state import abstract_params
+from gidd_jax.training.step import abstract_params
 
 PROCESSES = {"hybrid": HybridProcess, "masked": MaskedProcess, "log_snr": LogSnrProcess}
 # What a hub folder is asked for: no code, no pickles.

@@ -21,8 +21,9 @@ from gidd_jax.planning.roofline import Topology
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import compile_step, state_maker
+from gidd_jax.training.objective import Noised, Objective
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
-from gidd_jax.training.state import Noised, Objective, TrainState, abstract_params
+from gidd_jax.training.step import TrainState, abstract_params
 
 
 class Temporaries(NamedTuple):

@@ -6,7 +6,7 @@ from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import ModelSettings, ProcessSettings, Settings
-from gidd_jax.training.state import Objective
+from gidd_jax.training.objective import Objective
 
 
 def build_process(

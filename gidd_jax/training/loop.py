@@ -31,9 +31,9 @@ from gidd_jax.training.metrics import (
     check_wandb,
     flops_per_token,
 )
+from gidd_jax.training.objective import Objective
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
-from gidd_jax.training.state import (
-    Objective,
+from gidd_jax.training.step import (
     TrainState,
     evaluation_step,
     init_state,

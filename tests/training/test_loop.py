@@ -36,7 +36,7 @@ from gidd_jax.training import loop
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import train
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
-from gidd_jax.training.state import TrainState, abstract_params
+from gidd_jax.training.step import TrainState, abstract_params
 
 pytestmark = pytest.mark.usefixtures("compile_all_quickly")
 

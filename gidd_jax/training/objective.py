@@ -1,0 +1,124 @@
+"""What is optimised: the network, the process and the loss, on noisy tokens."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.loss import GiddLoss, autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weights
+from gidd_jax.models.dit import DiT
+from gidd_jax.models.llama import Llama
+from gidd_jax.ops.fused_loss import fused_loss
+from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
+from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
+
+Params = Any
+Batch = Mapping[str, jax.Array]  # tokens int32 [B, L], mask bool [B, L] (False on padding)
+
+
+class Noised(NamedTuple):
+    """Noisy tokens z_t int32 [B, L] and their times t float32 [B]."""
+
+    z_t: jax.Array
+    t: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a network is trained on: a process and a loss (process None: autoregressive)."""
+
+    model: DiT | Llama
+    process: InterpolatingProcess | None
+    weighting: str
+    min_weight: float
+    max_weight: float
+    stratified: bool
+    mask_padding: bool
+    align_mask_to_input: bool
+    keep_padding_columns: bool
+
+    def apply(self, params: Params, *inputs: jax.Array) -> jax.Array:
+        """Return the network's logits."""
+        return self.model.apply({"params": params}, *inputs)  # pyright: ignore[reportReturnType]
+
+    def noise(self, key: jax.Array, x: jax.Array) -> Noised:
+        """Draw a time per sequence and noisy tokens for the whole (global) batch."""
+        if self.process is None:
+            return Noised(z_t=x, t=jnp.zeros(x.shape[0], jnp.float32))
+        t_key, z_key = jax.random.split(key)
+        t = self.process.sample_t(t_key, x.shape[0], self.stratified)
+        return Noised(z_t=self.process.sample(z_key, x, t), t=t)
+
+    def losses(self, params: Params, x: jax.Array, noised: Noised) -> GiddLoss:
+        """Return the per-token losses, [B, L] ([B, L-1] if autoregressive)."""
+        if self.process is None:
+            nll = autoregressive_loss(self.apply(params, x), x)
+            return GiddLoss(loss=nll, elbo=nll, kl=nll, is_div=jnp.zeros_like(nll))
+        logits = self.apply(params, noised.z_t, noised.t)
+        arguments = (self.process, logits, x, noised.z_t, noised.t)
+        if isinstance(self.process, MaskedProcess):
+            return mdlm_loss(*arguments, keep_padding_columns=self.keep_padding_columns)
+        return gidd_loss(
+            *arguments,
+            weighting=self.weighting,
+            min_weight=self.min_weight,
+            max_weight=self.max_weight,
+            keep_padding_columns=self.keep_padding_columns,
+        )
+
+    def summed_loss(
+        self, params: Params, x: jax.Array, noised: Noised, coefficient: jax.Array
+    ) -> tuple[jax.Array, GiddLoss]:
+        """Return sum(coefficient * loss) and the per-token losses, without a tensor of logits.
+
+        The same numbers as `losses`, by the fused projection; only the sum can be differentiated.
+        """
+        z_t, t = noised
+        inputs = (x,) if self.process is None else (z_t, t)
+        h: Any = self.model.apply({"params": params}, *inputs, method="features")
+        weights = elbo_weights = jnp.ones((), jnp.float32)
+        scale = jnp.ones((), jnp.float32)  # of the cross-entropy in the KL
+        if self.process is None:
+            h, x, z_t = h[:, :-1], x[:, 1:], x[:, 1:]
+        elif isinstance(self.process, MaskedProcess):
+            alpha = self.process.alpha(expand_time(t, x))
+            weights = elbo_weights = mdlm_weights(self.process, z_t, t)
+            scale = jnp.where(z_t == self.process.mask_id, alpha, 0.0)
+        else:
+            weights = self.process.loss_weights(
+                x,
+                z_t,
+                t,
+                weighting=self.weighting,
+                min_weight=self.min_weight,
+                max_weight=self.max_weight,
+            )
+            elbo_weights = self.process.elbo_weights(x, z_t, t)
+        loss, (kl, is_div) = fused_loss(
+            self.process,
+            h,
+            *self.model.output_weights(params),
+            x,
+            z_t,
+            t,
+            coefficient * weights,
+            cross_entropy=self.process is None or isinstance(self.process, MaskedProcess),
+            vocab_size=self.model.vocab_size,
+            keep_padding_columns=self.keep_padding_columns,
+            batch_axes=BATCH_AXES,
+            vocab_axis=VOCAB_AXIS,
+        )
+        both = kl + is_div
+        return loss, GiddLoss(weights * both, elbo_weights * both, scale * kl, is_div)
+
+    def loss_mask(self, mask: jax.Array) -> jax.Array:
+        """Return which positions the training loss averages over, bool, shaped as the losses."""
+        if self.process is None:
+            return mask[:, :-1] if self.align_mask_to_input else mask[:, 1:]
+        return mask if self.mask_padding else jnp.ones_like(mask)
+
+    def metric_mask(self, mask: jax.Array) -> jax.Array:
+        """Return which positions the reported divergences average over: the real tokens."""
+        return mask if self.process is not None else mask[:, 1:]
