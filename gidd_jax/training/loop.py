@@ -144,7 +144,7 @@ def train(
                 reporter.flush()
                 figures = evaluate(eval_fn, state, validation, eval_key, mesh)
                 writer.write_scalars(step, {f"eval/{name}": v for name, v in figures.items()})
-                progress.restart(step)
+                progress.validated(step, figures)
             # Asked once: a signal after this line is heard after the next step.
             stop = stopping(step)
             if stop and step < profiled_until:
@@ -319,7 +319,7 @@ class Reporter:
         self._average = metrics if self._average is None else self._average.merge(metrics)
         if step % self._every == 0:
             values = {name: float(value) for name, value in self._average.compute().items()}
-            values |= self._progress.update(step, values["loss"])
+            values |= self._progress.update(step, values)
             if self._skip_above:
                 values["skipped_steps"] = self._skipped  # since this start
             self._writer.write_scalars(step, {f"train/{name}": v for name, v in values.items()})

@@ -70,7 +70,7 @@ def _layer_products(model: ModelSettings) -> tuple[int, int]:
 
 
 class MetricWriter:
-    """Writes to TensorBoard event files, `metrics.jsonl`, the log and, if asked, to W&B.
+    """Writes to TensorBoard event files, `metrics.jsonl` and, if asked, to W&B.
 
     Every process makes one; only process 0 writes. A run that resumes at `resume_step` first
     drops what an earlier start wrote after that step, so that each step is there once. A bucket's
@@ -120,7 +120,6 @@ class MetricWriter:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        logging.info("step %d: %s", step, ", ".join(f"{k} {v:.5g}" for k, v in values.items()))
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -182,7 +181,7 @@ class MetricWriter:
 
 
 class Progress:
-    """Shows loss, speed, use of the hardware and time left: a bar on a terminal, else log lines."""
+    """Shows figures, speed and time left: a bar on a terminal, else one log line a report."""
 
     def __init__(
         self,
@@ -209,10 +208,11 @@ class Progress:
         """Start the clock at `step`: what came before (compilation, validation) does not count."""
         self._step, self._time = step, time.perf_counter()
 
-    def update(self, step: int, loss: float) -> dict[str, float]:
-        """Show the state after `step` steps; return tokens_per_second and, if known, mfu.
+    def update(self, step: int, figures: Mapping[str, float]) -> dict[str, float]:
+        """Show the figures after `step` steps; return tokens_per_second and, if known, mfu.
 
-        Both are of the steps since the last call (or restart); mfu is a fraction of 1.
+        Both are of the steps since the last call (or restart); mfu is a fraction of 1. A bar has
+        room for figures["loss"] alone.
         """
         now = time.perf_counter()
         seconds = max(now - self._time, 1e-9) / max(step - self._step, 1)
@@ -221,13 +221,21 @@ class Progress:
         if self._peak:
             rates["mfu"] = rates["tokens_per_second"] * self._flops_per_token / self._peak
         left = (self._num_steps - step) * seconds
-        words = _words(loss, rates, left)
+        speed = _speed(rates, left)
         if self._bar is not None:
-            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.set_postfix_str(
+                f"{_words({'loss': figures['loss']})} | {speed}", refresh=False
+            )
             self._bar.update(step - self._bar.n)
         elif self._visible:
-            logging.info("step %d/%d | %s", step, self._num_steps, words)
+            logging.info("step %d/%d | %s | %s", step, self._num_steps, _words(figures), speed)
         return rates
+
+    def validated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of a validation after `step` steps, and restart the clock."""
+        if self._visible:
+            logging.info("step %d/%d | validation: %s", step, self._num_steps, _words(figures))
+        self.restart(step)
 
     def close(self) -> None:
         """Leave the bar as it is and free the line."""
@@ -235,10 +243,14 @@ class Progress:
             self._bar.close()
 
 
-def _words(loss: float, rates: Mapping[str, float], seconds_left: float) -> str:
+def _words(figures: Mapping[str, float]) -> str:
+    return " | ".join(f"{name} {float(value):.5g}" for name, value in figures.items())
+
+
+def _speed(rates: Mapping[str, float], seconds_left: float) -> str:
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
-    parts = [f"loss {loss:.4f}", f"{rates['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"{rates['tokens_per_second']:,.0f} tokens/s"]
     if "mfu" in rates:
         parts.append(f"MFU {100 * rates['mfu']:.1f} %")
     return " | ".join([*parts, f"{hours}:{minutes:02}:{seconds:02} left"])

@@ -139,14 +139,19 @@ def test_progress_measures_speed_use_and_time_left(monkeypatch):
     now = 160.0  # a minute of compilation
     progress.restart(11)
     now = 165.0
-    rates = progress.update(21, 3.25)
+    rates = progress.update(21, {"loss": 3.25, "kl": 0.0123456})
     assert rates["tokens_per_second"] == pytest.approx(10 * 512 / 5)
     assert rates["mfu"] == pytest.approx(1024 * 250 / (1e6 * jax.device_count()))
     assert lines == [
-        "step 21/1000 | loss 3.2500 | 1,024 tokens/s | MFU 3.2 % | 0:08:10 left",
+        "step 21/1000 | loss 3.25 | kl 0.012346 | 1,024 tokens/s | MFU 3.2 % | 0:08:10 left",
     ]
     now = 265.0
-    assert progress.update(31, 3.0)["tokens_per_second"] == pytest.approx(51.2)
+    assert progress.update(31, {"loss": 3.0})["tokens_per_second"] == pytest.approx(51.2)
+    now = 965.0
+    progress.validated(31, {"nelbo": 4.0, "tokens": 7})
+    assert lines[-1] == "step 31/1000 | validation: nelbo 4 | tokens 7"
+    now = 1065.0  # the validation's time does not count
+    assert progress.update(41, {"loss": 3.0})["tokens_per_second"] == pytest.approx(51.2)
     progress.close()
 
 
@@ -161,8 +166,9 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stderr", screen)
     progress = Progress(20, 10, tokens_per_step=512, flops_per_token=1.0)
     time.sleep(0.15)
-    rates = progress.update(15, 1.5)
+    rates = progress.update(15, {"loss": 1.5, "kl": 2.0})
     progress.close()
     assert "mfu" not in rates  # the CPU's peak is unknown
     assert "15/20" in screen.getvalue()
-    assert "loss 1.5000" in screen.getvalue()
+    assert "loss 1.5 |" in screen.getvalue()
+    assert "kl" not in screen.getvalue()
