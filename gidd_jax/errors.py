@@ -17,6 +17,6 @@ class StorageError(RunError):
     """Something that could not be written: the message names it and the last good checkpoint."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what a library's error says, short enough for a line, or else its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -107,7 +107,7 @@ def prepare(
         "shard_size": shard_size,
         "documents": {split: [len(d), d.num_bytes] for split, d in splits.items()},
     }
-    _start(out, plan)
+    _start(out, plan, tokenizer)
     tokenizer.save(out / shards.TOKENIZER_FOLDER)
     tasks = list(_tasks(splits, shard_size))
     _write_shards(_Job(out, tokenizer, mode, seq_len), splits, tasks, num_workers)
@@ -127,7 +127,7 @@ def prepare(
     return manifest
 
 
-def _start(out: Path, plan: dict[str, Any]) -> None:
+def _start(out: Path, plan: dict[str, Any], tokenizer: "Tokenizer") -> None:
     """Make the folder or check that it belongs to the same plan; drop what a killed run left."""
     from gidd_jax.data.shards import MANIFEST, PLAN
 
@@ -140,7 +140,9 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
             old = dict(json.loads(file.read_text()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{file} is damaged ({error}): delete {out}") from error
-        changed = [k for k in plan if old.get(k) != plan[k]]
+        changed = [k for k in plan if k != "fingerprint" and old.get(k) != plan[k]]
+        if not tokenizer.has_fingerprint(str(old.get("fingerprint"))):
+            changed.append("the tokenizer")
         if changed:
             raise InputError(
                 f"{out} holds shards made with other settings ({', '.join(changed)}): "

@@ -44,9 +44,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the run that wrote it."""
-        files = self._json("tokenizer")
-        if not _are_files(files):
-            raise _damaged(self, ValueError("its tokenizer is no set of files"))
+        files = self.tokenizer_files()
         with tempfile.TemporaryDirectory() as folder:
             try:
                 for name, text in files.items():
@@ -54,6 +52,13 @@ class Checkpoint:
             except ValueError as error:  # no name of a file, or half of a surrogate pair
                 raise _damaged(self, error) from error
             return dataclasses.replace(load_tokenizer(folder), name=str(self.folder))
+
+    def tokenizer_files(self) -> dict[str, str]:
+        """Return the texts of the tokenizer's files by their names."""
+        files = self._json("tokenizer")
+        if not _are_files(files):
+            raise _damaged(self, ValueError("its tokenizer is no set of files"))
+        return files
 
     def data_position(self) -> dict[str, Any]:
         """Return the state of the data iterator."""

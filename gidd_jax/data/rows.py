@@ -119,12 +119,18 @@ def cut(documents: TokenisedDocuments, mode: str, seq_len: int) -> Windows:
 
 
 def tokenise(texts: list[str], tokenizer: Tokenizer, mode: str) -> TokenisedDocuments:
-    """Encode and frame documents, in parallel threads."""
+    """Encode and frame documents, in parallel threads.
+
+    The bytes of a document sum to its length: where the tokenizer keeps nothing of it, they count
+    with its EOS, which then is all that says them.
+    """
     framed, num_bytes = [], []
-    for ids, token_bytes in tokenizer.encode_with_bytes(texts):
+    for text, (ids, token_bytes) in zip(texts, tokenizer.encode_with_bytes(texts), strict=True):
         document, num_front = frame(ids, tokenizer, mode)
         framed.append(document)
         num_bytes.append(np.pad(token_bytes, (num_front, 1)))
+        if len(ids) == 0:
+            num_bytes[-1][-1] = len(text.encode())
     offsets = np.cumsum([0, *(len(f) for f in framed)])
     return TokenisedDocuments(np.concatenate(framed), offsets, np.concatenate(num_bytes))
 

@@ -166,14 +166,18 @@ def open_shards(
         ("mode", manifest.mode, mode),
         ("seq_len", manifest.seq_len, seq_len),
         ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
-        ("tokenizer", manifest.fingerprint[:12], tokenizer.fingerprint[:12]),
     ):
         if made != wanted:
-            fix = f"use {folder / TOKENIZER_FOLDER}" if name == "tokenizer" else f"set it to {made}"
             raise InputError(
                 f"the shards in {folder} were made with {name} {made}, this run has {wanted}: "
-                f"{fix} or prepare the data again"
+                f"set it to {made} or prepare the data again"
             )
+    if not tokenizer.has_fingerprint(manifest.fingerprint):
+        raise InputError(
+            f"the shards in {folder} were made with tokenizer {manifest.tokenizer!r} as it was "
+            f"then, this run's {tokenizer.name!r} gives other ids: use "
+            f"{folder / TOKENIZER_FOLDER} or prepare the data again"
+        )
     for shard in (s for split in SPLITS for s in manifest.splits[split]):
         check_size(folder, shard)
     train, validation = (

@@ -1,37 +1,42 @@
-"""Tokenizers: any fast transformers tokenizer behind one small picklable wrapper."""
+"""Tokenizers: any tokenizer.json behind one small picklable wrapper."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Sequence
-from importlib import resources
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from gidd_jax.errors import InputError
-
-EMBEDDED = "embedded"
-# Names that mark the ends of a text in a folder that holds nothing but tokenizer.json.
-_BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "<|endoftext|>")
-_VOCABULARY_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+from gidd_jax.data.tokenizer_files import (
+    CONFIG_FILE,
+    ROLES,
+    SPEC_FILE,
+    TokenizerFiles,
+    is_of_library,
+    one_line,
+    read_tokenizer_files,
 )
-_END_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
+from gidd_jax.errors import InputError, first_line
+
+# What a fingerprint begins with: those without it are of the definition before this one.
+_FINGERPRINT_VERSION = "2:"
+_FINGERPRINT_KEY = "gidd_jax_fingerprint"  # in the saved config
+# Neither ids nor texts depend on these; transformers adds and drops them as it reads and writes.
+_NOT_OF_TEXTS = ("version", "truncation", "padding", "post_processor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and the ids of its special tokens; `bos_id` is None where there is no BOS."""
+    """A tokenizer and the ids of its special tokens; `bos_id` is None where there is no BOS.
+
+    Raises InputError where the mask has another role, too.
+    """
 
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
     bos_id: int | None
@@ -45,10 +50,25 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
+        for role, token_id in self._ids_by_role.items():
+            if role != "mask" and token_id == self.mask_id:
+                raise InputError(
+                    f"tokenizer {self.name!r}: mask and {role} are one token, "
+                    f"{self.backend.id_to_token(token_id)!r} (id {token_id}): give each its own "
+                    f"in {CONFIG_FILE}"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()  # pickling loses encode_special_tokens
+
+    @property
+    def _ids_by_role(self) -> dict[str, int]:
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "mask": self.mask_id}
+        return {role: token_id for role, token_id in ids.items() if token_id is not None}
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -56,38 +76,71 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
+    def _spec(self) -> dict[str, Any]:
+        return json.loads(self.backend.to_str())
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides which ids a text gets and what they mean."""
-        spec = json.loads(self.backend.to_str())
-        merges = [
-            m.split(" ", 1) if isinstance(m, str) else m for m in spec["model"].get("merges", [])
-        ]
+        """Version and SHA-256 of everything that decides which ids a text gets, what they mean and
+        how they are written."""
+        spec = {key: value for key, value in self._spec.items() if key not in _NOT_OF_TEXTS}
+        model = spec["model"] | {"merges": _pairs(spec["model"].get("merges", []))}
+        content = [_canonical(spec | {"model": model}), self._ids_by_role]
+        return _FINGERPRINT_VERSION + _digest(content)
+
+    @functools.cached_property
+    def _earlier_fingerprint(self) -> str:
+        """The fingerprint that is found in what was written before there were versions."""
+        spec = self._spec
         content = {
             "vocab": self.backend.get_vocab(with_added_tokens=True),
             "model": spec["model"]["type"],
-            "merges": merges,
+            "merges": _pairs(spec["model"].get("merges", [])),
             "normalizer": spec["normalizer"],
             "pre_tokenizer": spec["pre_tokenizer"],
             "special": [self.bos_id, self.eos_id, self.pad_id, self.mask_id],
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _digest(content)
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [num_tokens], without BOS and EOS, in parallel threads."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, np.int32) for e in encodings]
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Tell whether a fingerprint that was written with some ids, now or by an earlier version
+        of this package, is that of this tokenizer."""
+        is_versioned = recorded.startswith(_FINGERPRINT_VERSION)
+        return recorded == (self.fingerprint if is_versioned else self._earlier_fingerprint)
+
+    def gives_ids_of(self, other: "Tokenizer") -> bool:
+        """Tell whether both have the same vocabulary, roles, merges and ways to divide a text."""
+        return self._earlier_fingerprint == other._earlier_fingerprint
+
+    def encode(self, texts: Sequence[str], *, with_ends: bool = False) -> list[np.ndarray]:
+        """Token ids of each text, int32 [num_tokens], without BOS and EOS, in parallel threads.
+
+        with_ends: with what tokenizer.json puts around a text. What spells a special token is text
+        like any other. Raises InputError for a text that the tokenizer cannot encode.
+        """
+        return [ids for ids, _ in self._encode(texts, with_offsets=False, with_ends=with_ends)]
 
     def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Like `encode`, plus the number of UTF-8 bytes each token stands for, int32 [num_tokens].
 
         The bytes of a text's tokens sum to its length in bytes: what a tokenizer drops (such as
         blanks) counts with the next token, a character of several tokens with the first of them.
+        Of a text without tokens nothing counts here (see `rows.tokenise`).
         """
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        encoded = self._encode(texts, with_offsets=True)
         return [
-            (np.array(e.ids, np.int32), _token_bytes(text, e.offsets))
-            for text, e in zip(texts, encodings, strict=True)
+            (ids, _token_bytes(text, _ends(text, encoding)))
+            for text, (ids, encoding) in zip(texts, encoded, strict=True)
         ]
+
+    def pieces(self, text: str) -> list[str]:
+        """What each token of a text stands for: slices that together are the text.
+
+        They are divided as the bytes of `encode_with_bytes`; a text without tokens has none.
+        """
+        ((_, encoding),) = self._encode([text], with_offsets=True)
+        ends = _ends(text, encoding).tolist()
+        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Text of one sequence of ids [num_tokens]."""
@@ -95,96 +148,242 @@ class Tokenizer:
             np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens
         )
 
+    def decode_within(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text that ids [num_tokens] write after others: alone, many would lose the blank before
+        them."""
+        anchor = self._anchor
+        return self.decode([*anchor, *np.asarray(ids).tolist()])[len(self.decode(anchor)) :]
+
+    def revise(self, text: str, before: np.ndarray, after: np.ndarray) -> str:
+        """Text with the ids `after` in place of its own, `before`, both [num_tokens].
+
+        What was not changed stays as it is written in `text`, even where the tokenizer drops or
+        replaces some of it.
+        """
+        if np.array_equal(before, after):
+            return text
+        if self.decode(before, skip_special_tokens=True) == text:
+            return self.decode(after, skip_special_tokens=True)
+        pieces = self.pieces(text)
+        # Tokens that share a character change together: all but the first stand for nothing.
+        starts = np.array([i == 0 or piece != "" for i, piece in enumerate(pieces)])
+        group = np.cumsum(starts) - 1
+        changed = np.bincount(group, before != after)[group] > 0
+        parts, start = [], 0
+        for end in range(1, len(pieces) + 1):
+            if end < len(pieces) and changed[end] == changed[start]:
+                continue
+            if changed[start]:
+                ids = [i for i in after[start:end].tolist() if not self._is_control[i]]
+                parts.append(self.decode_within(ids) if start else self.decode(ids))
+            else:
+                parts.extend(pieces[start:end])
+            start = end
+        return "".join(parts)
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, readable by transformers and by us."""
-        from transformers import PreTrainedTokenizerFast
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            f"{role}_token": self.backend.id_to_token(i) for role, i in self._ids_by_role.items()
+        }
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            _FINGERPRINT_KEY: self.fingerprint,
+        }
+        (folder / SPEC_FILE).write_text(self.backend.to_str(pretty=True), "utf-8")
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / CONFIG_FILE).write_text(text + "\n", "utf-8")
 
-        roles = {"eos": self.eos_id, "pad": self.pad_id, "mask": self.mask_id}
-        if self.bos_id is not None:
-            roles["bos"] = self.bos_id
-        tokens = {f"{role}_token": self.backend.id_to_token(i) for role, i in roles.items()}
-        PreTrainedTokenizerFast(tokenizer_object=self.backend, **tokens).save_pretrained(
-            str(folder)
-        )
+    @functools.cached_property
+    def _is_control(self) -> np.ndarray:
+        """Whether an id stands for something that is no text, bool [vocab_size]."""
+        added = self.backend.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} - {_unknown_id(self._spec)}
+        found = np.zeros(self.vocab_size, bool)
+        found[[*special, *self._ids_by_role.values()]] = True
+        return found
+
+    @functools.cached_property
+    def _apart(self) -> tokenizers.Tokenizer:
+        """The backend for texts that spell special tokens which the model's vocabulary holds: it
+        sees their first character apart from the rest."""
+        spec = self._spec
+        splits = [
+            {
+                "type": "Split",
+                "pattern": {"Regex": f"{re.escape(name[0])}(?={re.escape(name[1:])})"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+            for token_id in np.flatnonzero(self._is_control).tolist()
+            if len(name := self.backend.id_to_token(token_id) or "") > 1
+        ]
+        first = [] if spec["pre_tokenizer"] is None else [spec["pre_tokenizer"]]
+        together = {"type": "Sequence", "pretokenizers": [*first, *splits]}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(spec | {"pre_tokenizer": together}))
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        """A token to write others after, if there is one that writes text by itself."""
+        usual = [i for i in [self.backend.token_to_id("a")] if i is not None]
+        for token_id in [*usual, *np.flatnonzero(~self._is_control).tolist()]:
+            text = self.decode([token_id])
+            if text.strip() and "\N{REPLACEMENT CHARACTER}" not in text:
+                return [token_id]
+        return []
+
+    def _encode(
+        self, texts: Sequence[str], *, with_offsets: bool, with_ends: bool = False
+    ) -> list[tuple[np.ndarray, tokenizers.Encoding]]:
+        texts = list(texts)
+
+        def run(backend: tokenizers.Tokenizer, some: list[str]) -> list[Any]:
+            encode: Callable[..., Any] = (
+                backend.encode_batch if with_offsets else backend.encode_batch_fast
+            )
+            try:
+                encodings = encode(some, add_special_tokens=with_ends)
+            except BaseException as error:
+                if not is_of_library(error):
+                    raise
+                raise InputError(
+                    f"tokenizer {self.name!r} cannot encode a text: {first_line(error)}"
+                ) from None
+            return [(np.array(e.ids, np.int32), e) for e in encodings]
+
+        found = run(self.backend, texts)
+        spelled = [n for n, (ids, e) in enumerate(found) if len(self._spelled(ids, e))]
+        if spelled:
+            again = run(self._apart, [texts[n] for n in spelled])
+            for n, encoded in zip(spelled, again, strict=True):
+                left = self._spelled(*encoded)
+                if len(left):
+                    token = self.backend.id_to_token(int(left[0]))
+                    raise InputError(
+                        f"tokenizer {self.name!r} turns a part of text {n + 1} of {len(texts)} "
+                        f"into its special token {token!r} (id {left[0]}): take it out of the "
+                        "texts, or use a tokenizer that can write it as text"
+                    )
+                found[n] = encoded
+        return found
+
+    def _spelled(self, ids: np.ndarray, encoding: tokenizers.Encoding) -> np.ndarray:
+        """Ids of special tokens among those that a text itself gave."""
+        is_control = self._is_control[ids]
+        if not is_control.any():
+            return ids[:0]
+        return ids[is_control & (np.array(encoding.special_tokens_mask) == 0)]
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Load 'embedded', a local folder (tokenizer.json is enough) or a name on the Hugging Face hub.
 
-    [PAD] and [MASK] are added where they are missing. Raises InputError when there is no such
-    tokenizer, or it has no fast version, or no token that ends a text.
+    Its ids are those of tokenizer.json. [PAD] and [MASK] are added where they are missing. Raises
+    InputError when there is no such tokenizer, it is damaged, has no fast version, no token that
+    ends a text, or a mask that is something else, too.
     """
-    # Read at the first import: without it transformers warns that there is no PyTorch.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoTokenizer
-
     name = str(name_or_path)
-    folder = Path(name).expanduser()
-    if name == EMBEDDED:
-        folder = Path(str(resources.files("gidd_jax") / "assets/tokenizer"))
-    is_local = name != "" and folder.is_dir()
-    if not is_local and looks_like_path(name):
-        raise InputError(
-            f"no tokenizer folder {name!r}: give 'embedded', a folder with tokenizer.json, "
-            "or a name on the Hugging Face hub"
-        )
-    if is_local and not any((folder / n).is_file() for n in _VOCABULARY_FILES):
-        raise InputError(f"tokenizer folder {name!r} holds no tokenizer.json")
+    files = read_tokenizer_files(name)
+    with one_line(f"tokenizer {name!r} is damaged or of an unknown kind"):
+        backend, ids = _built(files, name)
+        bos_id, eos_id = ids.get("bos", ids.get("cls")), ids.get("eos", ids.get("sep"))
+        if eos_id is None:
+            raise InputError(
+                f"tokenizer {name!r} has neither an EOS nor a SEP token: "
+                f"set eos_token in its {CONFIG_FILE}"
+            )
+        if ids["mask"] == _unknown_id(files.spec):
+            raise InputError(
+                f"tokenizer {name!r}: mask and unk are one token (id {ids['mask']}): "
+                f"give each its own in {CONFIG_FILE}"
+            )
+        tokenizer = Tokenizer(backend, bos_id, eos_id, ids["pad"], ids["mask"], name)
+        _try(tokenizer)
+    return tokenizer
+
+
+def recorded_fingerprint(config: str | None) -> str | None:
+    """Fingerprint in a saved tokenizer_config.json; None where an earlier version wrote it."""
     try:
-        hf = AutoTokenizer.from_pretrained(
-            str(folder) if is_local else name, local_files_only=is_local, trust_remote_code=False
-        )
-    except Exception as error:  # whatever the hub client or the parser raises
-        where = (
-            "is damaged or of an unknown kind" if is_local else "is no folder and not on the hub"
-        )
-        raise InputError(f"tokenizer {name!r} {where}: {_first_line(error)}") from error
-    if not hasattr(hf, "backend_tokenizer"):
-        raise InputError(f"tokenizer {name!r} has no fast version (tokenizer.json)")
-    return _wrap(hf, name)
+        found = json.loads(config or "{}").get(_FINGERPRINT_KEY)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
-def _wrap(hf: Any, name: str) -> Tokenizer:
-    """Complete the special tokens of a transformers tokenizer and wrap its backend."""
-    if hf.pad_token_id is None:
-        hf.add_special_tokens({"pad_token": "[PAD]"})
-    if hf.mask_token_id is None:
-        hf.add_special_tokens({"mask_token": "[MASK]"})
-    # `is None` and not `or`: 0 is a legal id.
-    bos_id = hf.cls_token_id if hf.bos_token_id is None else hf.bos_token_id
-    eos_id = hf.sep_token_id if hf.eos_token_id is None else hf.eos_token_id
-    if bos_id is None and eos_id is None:
-        special = {t.content: i for i, t in hf.added_tokens_decoder.items() if t.special}
-        bos_id = next((special[n] for n in _BEGIN_NAMES if n in special), None)
-        eos_id = next((special[n] for n in _END_NAMES if n in special), None)
-    if eos_id is None:
-        raise InputError(
-            f"tokenizer {name!r} has neither an EOS nor a SEP token: "
-            "set eos_token in its tokenizer_config.json"
-        )
-    pad_id: Any = hf.pad_token_id
-    mask_id: Any = hf.mask_token_id
-    return Tokenizer(hf.backend_tokenizer, bos_id, eos_id, pad_id, mask_id, name)
+def _built(files: TokenizerFiles, name: str) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+    """The backend with all the tokens that the files name, and the id of each role."""
+    roles = {"pad": "[PAD]", "mask": "[MASK]"} | files.roles
+    for token in files.spec["added_tokens"]:
+        if token["content"] in roles.values():
+            token["special"] = True
+    backend = tokenizers.Tokenizer.from_str(json.dumps(files.spec))
+    backend.add_tokens(list(files.further.values()))
+    declared = {token["content"]: token["id"] for token in files.spec["added_tokens"]}
+    declared |= {token.content: token_id for token_id, token in files.further.items()}
+    for content, token_id in declared.items():
+        found = backend.token_to_id(content)
+        if found != token_id:
+            raise InputError(
+                f"tokenizer {name!r} gives {content!r} the id {token_id}, where its vocabulary "
+                f"has room for it at {found}: give it that id, or fetch the files again"
+            )
+    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    named = [files.roles.get(role) for role in ROLES]
+    for content in [*filter(None, named), roles["pad"], roles["mask"]]:
+        if content not in special:
+            backend.add_special_tokens([tokenizers.AddedToken(content, special=True)])
+            special.add(content)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return backend, {role: vocabulary[content] for role, content in roles.items()}
 
 
-def looks_like_path(name: str) -> bool:
-    """Tell a mistyped folder from a hub name, which costs a minute of retries without a network."""
-    is_hub_name = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and name != ""
-    parent = Path(name).parent
-    return not is_hub_name or (parent != Path(".") and parent.is_dir())
+def _try(tokenizer: Tokenizer) -> None:
+    """Encode and decode something, so that a tokenizer that cannot is refused where it is named."""
+    tokenizer.decode(np.arange(min(tokenizer.vocab_size, 16)))
+    with contextlib.suppress(Exception):  # a text that it does not know; a panic is none
+        tokenizer.backend.encode("a 1\n", add_special_tokens=False)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _unknown_id(spec: dict[str, Any]) -> int | None:
+    """The id of what the model of a tokenizer.json does not know, if there is one."""
+    model = spec["model"]
+    if "unk_id" in model:
+        return model["unk_id"]
+    token = model.get("unk_token")
+    return None if token is None else model["vocab"].get(token)
 
 
-def _token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """UTF-8 bytes per token from the character offsets of the tokens in the text."""
-    if not offsets:
-        return np.zeros(0, np.int32)
-    ends = np.maximum.accumulate(np.array([end for _, end in offsets]))
-    ends[-1] = len(text)
+def _canonical(value: Any) -> Any:
+    """A spec without what is null or false, which other versions of the library may leave out."""
+    if isinstance(value, dict):
+        return {k: _canonical(v) for k, v in value.items() if v is not None and v is not False}
+    return [_canonical(v) for v in value] if isinstance(value, list) else value
+
+
+def _pairs(merges: list[Any]) -> list[Any]:
+    return [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _ends(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
+    """Where in a text the share of each token ends, in characters, int64 [num_tokens]."""
+    ends = np.array([end for _, end in encoding.offsets], np.int64)
+    if len(ends):
+        ends = np.maximum.accumulate(ends)
+        ends[-1] = len(text)
+    return ends
+
+
+def _token_bytes(text: str, ends: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes per token from the ends of their shares of the text."""
     if not text.isascii():
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         lengths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)

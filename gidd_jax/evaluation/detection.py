@@ -20,8 +20,9 @@ from gidd_jax.sampling.trace import shown, written_by
 
 
 class JudgedText(NamedTuple):
-    """The tokens of one text: what each writes, the probability that it is wrong float32 [L], and
-    what the best other token writes, with the probability that it belongs there float32 [L]."""
+    """The tokens of one text: what each stands for, which together is the text, the probability
+    that it is wrong float32 [L], and what the best other token writes, with the probability that
+    it belongs there float32 [L]."""
 
     tokens: list[str]
     wrong: np.ndarray
@@ -58,10 +59,10 @@ def judge_text(model: Gidd, text: str, options: SuspicionOptions, batch_size: in
     free[owner, 1 + position - starts[owner]] = True
     found = model.suspicion(rows._replace(free=free), batch_size=batch_size, options=options)
     proposals = found.proposals[free]  # windows follow each other: in order of the text
-    known = np.unique([*ids, *proposals])
+    known = np.unique(proposals)
     written = dict(zip(known.tolist(), written_by(model.tokenizer, known), strict=True))
     return JudgedText(
-        shown([written[i] for i in ids.tolist()]),
+        model.tokenizer.pieces(text),
         found.wrong[free],
         ["".join(shown([written[i]])) for i in proposals.tolist()],
         found.proposal_probs[free],

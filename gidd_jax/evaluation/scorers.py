@@ -198,8 +198,7 @@ def encode(scorer: Scorer, texts: Sequence[str], max_length: int) -> list[np.nda
 
     With the tokens that its tokenizer puts around a text, such as Llama's BOS.
     """
-    encodings = scorer.tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=True)
-    return [np.array(e.ids[:max_length], np.int32) for e in encodings]
+    return [ids[:max_length] for ids in scorer.tokenizer.encode(texts, with_ends=True)]
 
 
 def score_sequences(

@@ -193,7 +193,7 @@ class Gidd:
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
         if np.isnan([result.initial_accuracy, result.final_accuracy]).any():
             raise InputError(_NOT_A_NUMBER)
-        texts_out = self._decode_rows(result.ids, rows)
+        texts_out = self._revised(texts, rows, result.ids)
         fields = result._asdict() | {"texts": texts_out, "network_calls": calls}
         del fields["frames"]
         if trace:
@@ -238,6 +238,9 @@ class Gidd:
         if not np.isfinite(found[0]).all():
             raise InputError(_NOT_A_NUMBER)
         texts_out = self._decode_rows(rows.ids, rows)
+        if not given:
+            pairs = zip(texts, texts_out, strict=True)
+            texts_out = [text if isinstance(text, str) else decoded for text, decoded in pairs]
         return Suspicions(rows.ids, texts_out, rows.free, *found, network_calls=calls)
 
     def log_likelihood(
@@ -312,6 +315,16 @@ class Gidd:
 
     def _decode_rows(self, ids: np.ndarray, rows: Rows) -> list[str]:
         return [self.decode(row[:length]) for row, length in zip(ids, rows.lengths, strict=True)]
+
+    def _revised(self, texts: Sequence[str] | np.ndarray, rows: Rows, ids: np.ndarray) -> list[str]:
+        """Return the texts with ids [N, L] in place of those of the rows; the rest stays."""
+        if isinstance(texts, np.ndarray):
+            return self._decode_rows(ids, rows)
+        of_text = zip(texts, rows.free, strict=True)
+        return [
+            self.tokenizer.revise(text, rows.ids[number, free], ids[number, free])
+            for number, (text, free) in enumerate(of_text)
+        ]
 
     def _draw(
         self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool

@@ -127,7 +127,7 @@ def load_ids(path: str | Path, tokenizer: Tokenizer) -> np.ndarray:
         raise InputError(f"{path} holds no token ids [N, L]: write it with gidd_jax.sample --out")
     known = str(data.get("tokenizer", tokenizer.fingerprint))
     outside = not ids.size or ids.min() < 0 or ids.max() >= tokenizer.vocab_size
-    if known != tokenizer.fingerprint or outside:
+    if not tokenizer.has_fingerprint(known) or outside:
         raise InputError(
             f"{path} was made with another tokenizer than that of the checkpoint: "
             "sample with this checkpoint, or give the texts"

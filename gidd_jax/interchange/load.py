@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from gidd_jax.checkpoints.checkpoint import CHECKPOINTS, Checkpoint, find_checkpoint, load_params
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
-from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer, looks_like_path
+from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.tensors import (
     Shapes,

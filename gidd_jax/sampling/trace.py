@@ -190,15 +190,12 @@ def written_by(tokenizer: Tokenizer, token_ids: np.ndarray) -> list[str]:
 
     Tokens of incomplete UTF-8 have lone surrogates for the bytes, as in PEP 383.
     """
-    # Alone, many a token would lose the blank before it.
-    anchor = int(tokenizer.encode(["a"])[0][-1])
-    skipped = len(tokenizer.decode([anchor]))
     alphabet = sorted(map(ord, pre_tokenizers.ByteLevel.alphabet()))
     others = [byte for byte in range(256) if byte not in alphabet]  # written by characters from 256
     bytes_of = {chr(n): n if n < 256 else others[n - 256] for n in alphabet}
 
     def write(token_id: int) -> str:
-        text = tokenizer.decode([anchor, token_id])[skipped:]
+        text = tokenizer.decode_within([token_id])
         token = tokenizer.backend.id_to_token(token_id) or ""
         if "\N{REPLACEMENT CHARACTER}" not in text:
             return text

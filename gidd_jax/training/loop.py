@@ -16,6 +16,7 @@ from clu import parameter_overview, profiler
 from etils import epath
 
 from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
+from gidd_jax.checkpoints.same_tokenizer import check_same_tokenizer
 from gidd_jax.checkpoints.storage import is_remote, run_folder
 from gidd_jax.checkpoints.workdir import check_workdir, lock_workdir, open_workdir
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
@@ -94,6 +95,7 @@ def train(
             state = make_state(init_key)
         else:
             state, position = checkpointer.restore(abstract_state)
+            check_same_tokenizer(find_checkpoint(workdir), tokenizer, settings)
             batches.set_state(position)
             logging.info("Going on from step %d of %s", state.step, workdir)
         open_workdir(workdir, settings, tokenizer)

@@ -150,17 +150,67 @@ def test_folder_with_only_tokenizer_json(tmp_path):
 def test_fingerprint(tmp_path, embedded):
     embedded.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").fingerprint == embedded.fingerprint
+    assert pickle.loads(pickle.dumps(embedded)).fingerprint == embedded.fingerprint
     special = ("<s>", "</s>")
     first = load_tokenizer(byte_level(tmp_path / "a", special, eos_token="</s>"))
     role = load_tokenizer(byte_level(tmp_path / "b", special, eos_token="<s>"))
     vocab = load_tokenizer(byte_level(tmp_path / "c", ("<t>", "</s>"), eos_token="</s>"))
-    file = byte_level(tmp_path / "d", special, eos_token="</s>") / "tokenizer.json"
-    spec = json.loads(file.read_text())
-    spec["model"]["merges"] = []
-    file.write_text(json.dumps(spec))
-    merges = load_tokenizer(tmp_path / "d")
-    prints = {t.fingerprint for t in (embedded, first, role, vocab, merges)}
-    assert len(prints) == 5
+    prints = {t.fingerprint for t in (embedded, first, role, vocab)}
+    assert len(prints) == 4
+
+
+BPE = {"type": "BPE", "vocab": {"<e>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]]}
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<e>", 0.0], ["a", -1.0], ["aa", -2.5]]}
+PIECES = {"type": "WordPiece", "unk_token": "[U]", "vocab": {"<e>": 0, "a": 1, "[U]": 2}}
+PIECES |= {"max_input_chars_per_word": 100, "continuing_subword_prefix": "##"}
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "change"),
+    [
+        (UNIGRAM, "model", {"vocab": [["<e>", 0.0], ["a", -1.5], ["aa", -2.5]]}),
+        (UNIGRAM, "model", {"byte_fallback": True}),
+        (UNIGRAM, "model", {"unk_id": 1}),
+        (BPE, "model", {"ignore_merges": True}),
+        (BPE, "model", {"merges": []}),
+        (BPE, "model", {"fuse_unk": True}),
+        (BPE, "model", {"unk_token": "b"}),
+        (PIECES, "model", {"max_input_chars_per_word": 7}),
+        (PIECES, "model", {"continuing_subword_prefix": "@@"}),
+        (BPE, "added", {"lstrip": True}),
+        (BPE, "added", {"normalized": True}),
+        (BPE, "added", {"special": True}),
+        (BPE, "decoder", {"type": "Fuse"}),
+        (BPE, "normalizer", {"type": "Lowercase"}),
+        (BPE, "pre_tokenizer", {"type": "WhitespaceSplit"}),
+    ],
+)
+def test_fingerprint_of_what_changes_ids_or_texts(tmp_path, model, part, change):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    added = flags | {"id": 1, "content": "a"}
+    spec: dict = {"version": "1.0", "model": model, "added_tokens": [added]}
+    found = []
+    for changed in (False, True):
+        if changed and part == "added":
+            spec["added_tokens"] = [added | change]
+        elif changed:
+            spec[part] = spec.get(part, {}) | change
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')
+        found.append(load_tokenizer(tmp_path))
+    before, after = found
+    assert before.fingerprint != after.fingerprint
+    assert not before.has_fingerprint(after.fingerprint)
+    assert after.has_fingerprint(after.fingerprint)
+
+
+def test_fingerprints_of_earlier_versions_are_compared_as_they_were_made(embedded, tmp_path):
+    written_then = "03d4840ea10fe48ee1ae7328cb6883849657bb94381809fd151177716d846239"
+    assert embedded.fingerprint.startswith("2:")
+    assert embedded.has_fingerprint(written_then)
+    assert embedded.has_fingerprint(embedded.fingerprint)
+    assert not embedded.has_fingerprint(written_then[::-1])
+    assert not load_tokenizer(byte_level(tmp_path, ("</s>",))).has_fingerprint(written_then)
 
 
 @pytest.mark.parametrize("name", ["/does/not/exist", "./nothing", "a/b/c", ""])

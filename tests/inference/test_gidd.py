@@ -1,6 +1,7 @@
 """The Python API: devices, batches, prompts and gaps of mixed lengths, results and bad input."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import pytest
 from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax import Gidd
+from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation.detection import judge_text
 from gidd_jax.inference.samples import load_ids, save_samples
 from gidd_jax.sampling.correction import CorrectionOptions
-from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.options import SamplerOptions, SuspicionOptions
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -117,6 +120,29 @@ def test_corrections_of_texts_and_of_ids(model):
     whole = model.correct(got.ids, options=options, temperature=0.0)
     assert whole.ids.shape == got.ids.shape
     assert np.all(whole.final_accuracy >= whole.initial_accuracy)
+
+
+def test_what_a_tokenizer_replaces_stays_as_it_was_given(model, folder, tmp_path):
+    """A tokenizer that writes small letters only; where nothing is changed the text is the same."""
+    spec = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Lowercase"}
+    config = (folder / "tokenizer" / "tokenizer_config.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    tokenizer = load_tokenizer(tmp_path)
+    lower = dataclasses.replace(model, tokenizer=tokenizer)
+    text = "It IS a Truth"
+    (before,) = tokenizer.encode([text])
+    assert tokenizer.decode(before) != text
+    got = lower.correct([text], num_steps=1, tokens_per_step=1, temperature=5.0)
+    after = got.ids[0, 1 : 1 + len(text)]
+    (changed,) = np.flatnonzero(after != before)
+    new = tokenizer.decode(after[[changed]], skip_special_tokens=True)
+    assert got.texts == [text[:changed] + new + text[changed + 1 :]]
+    found = lower.suspicion([text, before, "A"], method="leave_one_out")
+    assert found.texts == [text, text.lower(), "A"]
+    judged = judge_text(lower, text, SuspicionOptions(method="leave_one_out"), 4)
+    assert judged.tokens == list(text)
 
 
 def test_samples_file_is_read_back_without_pickle(model, tmp_path):

@@ -241,7 +241,7 @@ def test_tokens_write_what_they_add_to_a_text():
 def test_blanks_of_other_kinds_of_tokenizers(decoder, vocabulary, want):
     backend = Backend(models.WordPiece({token: i for i, token in enumerate(vocabulary)}))
     backend.decoder = decoder
-    tokenizer = Tokenizer(backend, None, 0, 0, 0, "test")
+    tokenizer = Tokenizer(backend, None, 1, 1, 2, "test")
     assert written_by(tokenizer, np.arange(4)) == want
 
 
