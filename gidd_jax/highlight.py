@@ -21,7 +21,6 @@ among the tokens at time --t: probabilities are meant for that share) and `figur
   restored   share of the wrong tokens for which the model proposes the original
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -79,6 +78,8 @@ def main(argv: list[str]) -> None:
 def mark(file: str, options: SuspicionOptions) -> None:
     """Print the text of a file with its marks, and write the page where asked for."""
     text = read_text(file)
+    if not text:
+        raise InputError(f"--text: {file} holds no text")
 
     from rich.console import Console
 
@@ -100,9 +101,9 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
-    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation import corpora
     from gidd_jax.evaluation.detection import detection_figures
+    from gidd_jax.evaluation.reports import write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
     from gidd_jax.sampling.suspicion import check_suspicion, expected_share
@@ -151,7 +152,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
             "rows": len(corpus.ids),
             "figures": figures,
         }
-        write_atomically(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_report(out, report)
         print(f"wrote {out}")
 
 

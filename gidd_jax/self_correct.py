@@ -90,6 +90,8 @@ def main(argv: list[str]) -> None:
     options = CorrectionOptions(**given)
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     texts = load_ids(source, model.tokenizer) if source.suffix == ".npz" else read_lines(source)
+    if not len(texts):
+        raise InputError(f"--samples: {source} holds no text")
     result = model.correct(
         texts,
         batch_size=BATCH_SIZE.value,

@@ -55,6 +55,7 @@ DISTRIBUTED = distributed_flags()
 def main(argv: list[str]) -> None:
     del argv
     from gidd_jax.checkpoints.storage import run_folder
+    from gidd_jax.evaluation.reports import written
     from gidd_jax.settings import Settings
     from gidd_jax.training.loop import train
 
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     run_folder(workdir)  # what is wrong with it is said before the processes find each other
     DISTRIBUTED.start()
     figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value)
-    words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())
     print(f"validation: {words or 'none'}\nworkdir: {workdir}")
 
 
