@@ -73,7 +73,7 @@ def token_entropy(ids: np.ndarray) -> float:
     """Return the entropy, in nats, of the frequencies of the tokens in one sequence [L]."""
     counts = np.unique(ids, return_counts=True)[1]
     probs = counts / counts.sum()
-    return float(-np.sum(probs * np.log(probs)))
+    return float(np.sum(probs * -np.log(probs)))  # of one token 0.0, not -0.0
 
 
 def distinct_n(sequences: Sequence[np.ndarray], n: int) -> float | None:
