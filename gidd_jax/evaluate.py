@@ -26,12 +26,11 @@ Prints a table, one line a corpus. --out is JSON: `checkpoint`, `ema`, `process`
 
 from typing import Any
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -64,7 +63,7 @@ TXT_DOCUMENTS = flags.DEFINE_enum(
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .json.")
-DISTRIBUTED = distributed_flags()
+DISTRIBUTED = distributed_flags(flags)
 
 HEADERS = (
     "data",
@@ -176,4 +175,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

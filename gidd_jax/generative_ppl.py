@@ -27,11 +27,10 @@ Prints the figures. --out is JSON with
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
+flags = CommandFlags()
 SAMPLES = flags.DEFINE_string("samples", None, "File of samples or texts.", required=True)
 SCORER = flags.DEFINE_string(
     "scorer",
@@ -228,4 +227,4 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

@@ -23,12 +23,11 @@ among the tokens at time --t: probabilities are meant for that share) and `figur
 
 from pathlib import Path
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import SUSPICION_METHODS, SuspicionOptions
 
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -195,4 +194,4 @@ def read_text(path: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

@@ -11,11 +11,10 @@ samples.npz, loss.png, plots/, TensorBoard files and checkpoints.
 import time
 from pathlib import Path
 
-from absl import flags
+from gidd_jax.cli import CommandFlags, config_flag, run
 
-from gidd_jax.cli import config_flag, run
-
-CONFIG = config_flag("quickstart")
+flags = CommandFlags()
+CONFIG = config_flag(flags, "quickstart")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/quickstart", "Folder of the run.")
 NUM_SAMPLES = 4
 NUM_SAMPLES_T = 4  # times drawn per validation row
@@ -83,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, resumes=True)
+    run(main, flags, resumes=True)

@@ -16,12 +16,11 @@ that plays the corrections, --trace the file behind it (see gidd_jax.replay).
 
 from pathlib import Path
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import CorrectionOptions
 
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -126,4 +125,4 @@ def read_lines(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from absl import flags, logging
+from absl import logging
 
-from gidd_jax.cli import config_flag, nearest, run
+from gidd_jax.cli import CommandFlags, config_flag, nearest, run
 from gidd_jax.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from gidd_jax.settings import Settings
 
-CONFIG = config_flag()
+flags = CommandFlags()
+CONFIG = config_flag(flags)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
 RESULT_FILE = "result.json"  # in the folder of a finished run
 JUDGED_BY = "bits_per_byte"
@@ -177,4 +178,4 @@ def summary(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    run(main, resumes=True)
+    run(main, flags, resumes=True)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from absl import flags
 
+from gidd_jax.cli import settle_absl_flags
 from gidd_jax.data import fingerprint, rows, shards
 from gidd_jax.data.corpus import Chain, CorpusSplits, Documents, iterate, open_parts
 from gidd_jax.data.tokenizer import Tokenizer
@@ -137,8 +137,7 @@ class TrainBatches:
         dataset = dataset[process_index::process_count]
         iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
         if self._num_workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain's workers inherit them, and ask for that
+            settle_absl_flags()  # grain hands them to its workers
             iterator = iterator.mp_prefetch(
                 grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2)
             )
