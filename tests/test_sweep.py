@@ -243,3 +243,11 @@ def test_the_summary_is_over_seeds():
     assert len(lines) == 5
     alone = sweep.summary(ROWS[:1], ["seed"]).splitlines()[1].split()
     assert alone == ["1", "0.0000", "-", "2.00"]
+
+
+def test_figures_that_are_missing_are_dashes():
+    rows = [
+        {"seed": seed, "bits_per_byte": bits, "perplexity": 1e200}
+        for seed, bits in enumerate((2.0, float("nan")))
+    ]
+    assert sweep.summary(rows, ["seed"]).splitlines()[1].split() == ["2", "-", "-", "1e+200"]
