@@ -20,13 +20,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError, RunError
 from gidd_jax.sampling.trace import Changes, Trace
 from gidd_jax.views.replay_page import replay_page
 
+flags = CommandFlags()
 BROWSER = flags.DEFINE_string("browser", "chromium", "Program to open the page with.")
 SAMPLES, LENGTH, CALLS = 16, 512, 256
 STUTTER_MS = 50.0
@@ -133,4 +133,4 @@ def play(browser: str) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

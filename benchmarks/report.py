@@ -9,13 +9,12 @@ it stays as it is.
 
 from pathlib import Path
 
-from absl import flags
-
 from benchmarks.plots import plot
 from benchmarks.tables import markdown, newest_lines, replace_marked
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
+flags = CommandFlags()
 RESULTS = flags.DEFINE_string("results", "benchmarks/results", "Folder of the results.")
 DOCUMENT = flags.DEFINE_string("document", "docs/performance.md", "Document to put tables into.")
 
@@ -35,4 +34,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

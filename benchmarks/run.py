@@ -18,12 +18,11 @@ import json
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from benchmarks.plan import OURS, Check
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
+flags = CommandFlags()
 SUITES = ("loss", "noising", "step", "sampler", "data")
 
 SUITE = flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to measure.")
@@ -73,4 +72,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

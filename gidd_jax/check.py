@@ -38,15 +38,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from absl import flags
-
-from gidd_jax.cli import load_config, nearest, run
+from gidd_jax.cli import CommandFlags, load_config, nearest, run
 from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
     from gidd_jax.evaluation.definitions import Check
     from gidd_jax.process import InterpolatingProcess
 
+flags = CommandFlags()
 PROCESS = flags.DEFINE_string(
     "process",
     None,
@@ -262,4 +261,4 @@ def _check_functions(description: str, process: "InterpolatingProcess") -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

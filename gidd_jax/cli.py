@@ -4,6 +4,7 @@ Imports neither jax nor anything heavy, so that `--help` answers at once.
 """
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import logging as log
@@ -14,18 +15,53 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gidd_jax.errors import InputError, RunError
 
-flags.disclaim_key_flags()  # `--config` belongs to the command that asks for it
-
 COMPILED_BYTES = 2 << 30  # of the programs that JAX keeps; those unused the longest go first
 _CONFIG_FLAG = "config"
-_default_config: str | None = None
+
+
+class CommandFlags:
+    """The flags of one command, apart from those of others: several can be imported together.
+
+    `DEFINE_string` and so on are absl's functions of these names, for this command alone. `values`
+    holds its flags; `default_config` is the config of a command that names none.
+    """
+
+    def __init__(self) -> None:
+        self.values = flags.FlagValues()
+        self.default_config: str | None = None
+        if TYPE_CHECKING:  # their overloads
+            self.DEFINE_bool = flags.DEFINE_bool
+            self.DEFINE_enum = flags.DEFINE_enum
+            self.DEFINE_flag = flags.DEFINE_flag
+            self.DEFINE_float = flags.DEFINE_float
+            self.DEFINE_integer = flags.DEFINE_integer
+            self.DEFINE_list = flags.DEFINE_list
+            self.DEFINE_multi_string = flags.DEFINE_multi_string
+            self.DEFINE_string = flags.DEFINE_string
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if not name.startswith("DEFINE_"):
+                raise AttributeError(name)
+            return functools.partial(getattr(flags, name), flag_values=self.values)
+
+    def parse(self, argv: Sequence[str]) -> list[str]:
+        """Take the values from argv, those of absl's own flags too; return the other arguments."""
+        for name in flags.FLAGS:
+            flag = flags.FLAGS[name]
+            if name == flag.name and name not in self.values:
+                self.values[name] = flag
+        rest = self.values(argv)
+        settle_absl_flags()  # which share their values with these
+        return rest
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:
@@ -88,36 +124,42 @@ def load_config(name: str) -> ConfigDict:
     return module.get_config(*argument)
 
 
-def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
+def settle_absl_flags() -> None:
+    """Let libraries read absl's own flags, also in an interpreter that runs no command."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def config_flag(command: CommandFlags, default: str | None = None) -> flags.FlagHolder[Any]:
     """Define `--config` (a file or a shipped name) with `--config.section.key=value` overrides."""
-    global _default_config
-    _default_config = default
+    command.default_config = default
     names = ", ".join(shipped_configs())
     return config_flags.DEFINE_config_file(
         _CONFIG_FLAG,
         help_string=f"Config file, or a shipped config by name ({names}), with NAME:ARGUMENT for "
         "those that take one. Override a key with --config.section.key=value."
         + (f" Default: {default}." if default else ""),
+        flag_values=command.values,
     )
 
 
 def run(
     main: Callable[[list[str]], None],
+    command: CommandFlags | None = None,
     *,
     examples: str = "",
-    own_flags: bool = True,
     resumes: bool = False,
 ) -> NoReturn:
     """Parse the flags and call `main(argv)`; bad input ends in one line on stderr and exit code 2.
 
-    `--help` shows the docstring of main's module, `examples` and the flags of that module. Without
-    own_flags all other arguments are left to main. Ctrl-C ends in one line and exit code 130;
+    `--help` shows the docstring of main's module, `examples` and the command's flags. Without flags
+    of its own all other arguments are left to main. Ctrl-C ends in one line and exit code 130;
     `resumes`: the same command goes on where it was.
     """
 
     def guarded(argv: list[str]) -> None:
         _quieten_libraries()
-        _keep_compiled_programs()
+        _keep_compiled_programs(command)
         try:
             main(argv)
         except InputError as error:
@@ -134,7 +176,7 @@ def run(
             again = "goes on from what is done" if resumes else "starts again"
             _fail(f"interrupted; no file is half-written: the same command {again}", code=130)
 
-    app.run(guarded, flags_parser=lambda argv: _parse(argv, main, examples, own_flags))
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, main, command, examples))
     raise AssertionError("absl's run always exits")
 
 
@@ -152,7 +194,7 @@ def _quieten_libraries() -> None:
     handler.setFormatter(log.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
 
 
-def _keep_compiled_programs() -> None:
+def _keep_compiled_programs(command: CommandFlags | None) -> None:
     """Let JAX keep what it compiles on disk, unless the user's environment says where.
 
     JAX reads these variables when it is imported, which is after this. Several processes keep
@@ -161,7 +203,7 @@ def _keep_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return  # its size is the user's, too: a limit makes JAX refuse a folder without one
-    if "distributed" in flags.FLAGS and flags.FLAGS["distributed"].value:
+    if command and "distributed" in command.values and command.values["distributed"].value:
         return
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -193,20 +235,20 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _parse(
-    argv: Sequence[str], main: Callable[..., None], examples: str, own_flags: bool
+    argv: Sequence[str], main: Callable[..., None], command: CommandFlags | None, examples: str
 ) -> list[str]:
     argv = list(argv)
     if {"--help", "-help", "-h", "--helpshort"} & set(argv):
-        print(_help_text(main, examples))
+        print(_help_text(main, command, examples))
         sys.exit(0)
-    if not own_flags:
+    if command is None:
         flags.FLAGS(argv[:1])
         return argv
     try:
-        if _CONFIG_FLAG in flags.FLAGS:
-            argv = _resolve_config(argv)
+        if _CONFIG_FLAG in command.values:
+            argv = _resolve_config(argv, command.default_config)
             sys.argv = argv  # ml_collections reads the overrides from there
-        rest = flags.FLAGS(argv)
+        rest = command.parse(argv)
     except InputError as error:
         _fail(str(error))
     except flags.Error as error:
@@ -218,11 +260,11 @@ def _parse(
     return rest
 
 
-def _resolve_config(argv: list[str]) -> list[str]:
+def _resolve_config(argv: list[str], default: str | None) -> list[str]:
     """Put the config's file in place of its name, and refuse overrides of keys it lacks."""
     value, argv = _pop_config(argv)
     if value is None:
-        value = _default_config
+        value = default
     if not value:
         raise InputError("--config is required: a config file or a shipped name, see --help")
     try:
@@ -277,10 +319,9 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Iterable[str]:
             yield prefix + key
 
 
-def _help_text(main: Callable[..., None], examples: str) -> str:
-    module = main.__module__
-    text = (sys.modules[module].__doc__ or "").strip()
-    own = flags.FLAGS.get_flags_for_module(sys.argv[0] if module == "__main__" else module)
+def _help_text(main: Callable[..., None], command: CommandFlags | None, examples: str) -> str:
+    text = (sys.modules[main.__module__].__doc__ or "").strip()
+    own = [command.values[name] for name in command.values] if command else []
     listing = ["Flags:"] if own else []
     for flag in sorted(own, key=lambda flag: flag.name):
         default = "" if flag.default is None else f" (default: {flag.default})"

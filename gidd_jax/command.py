@@ -39,7 +39,7 @@ def console() -> None:
     """Run the command that the first argument names; `--help` lists them all."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
-        run(main, examples=listing(), own_flags=False)
+        run(main, examples=listing())
     del sys.argv[1]
     # As `python -m` does it: the module is __main__, and its flags are found under its file.
     runpy.run_module(f"gidd_jax.{name}", run_name="__main__", alter_sys=True)

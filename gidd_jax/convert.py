@@ -9,10 +9,9 @@ Examples:
   python -m gidd_jax.convert --checkpoint=original/checkpoint --out=gidd-small
 """
 
-from absl import flags
+from gidd_jax.cli import CommandFlags, run
 
-from gidd_jax.cli import run
-
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, one of its checkpoints, or a model.", required=True
 )
@@ -31,4 +30,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

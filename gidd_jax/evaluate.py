@@ -24,15 +24,13 @@ Prints a table, one line a corpus. --out is JSON: `checkpoint`, `ema`, `process`
   seconds   of scoring, with compilation
 """
 
-import json
 from typing import Any
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -65,7 +63,7 @@ TXT_DOCUMENTS = flags.DEFINE_enum(
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .json.")
-DISTRIBUTED = distributed_flags()
+DISTRIBUTED = distributed_flags(flags)
 
 HEADERS = (
     "data",
@@ -87,8 +85,8 @@ def main(argv: list[str]) -> None:
     del argv
     import dataclasses
 
-    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation import corpora
+    from gidd_jax.evaluation.reports import NOTES, finite, write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
 
@@ -125,10 +123,13 @@ def main(argv: list[str]) -> None:
         figures = corpora.corpus_figures(
             model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
         )
-        results.append({"data": one.path, "split": SPLIT.value, **figures})
+        results.append(finite({"data": one.path, "split": SPLIT.value, **figures}))
     if not is_writer:
         return
     print(table(results))
+    for result in results:
+        for name, note in result.get(NOTES, {}).items():
+            print(f"{result['data']}: {name}: {note}")
     if out is not None:
         report = {
             "checkpoint": CHECKPOINT.value,
@@ -140,15 +141,14 @@ def main(argv: list[str]) -> None:
             "max_seq_len": model.max_seq_len,
             "corpora": results,
         }
-        write_atomically(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_report(out, report)
         print(f"wrote {out}")
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the figures as text, one line a corpus under a line of headers."""
 
-    def number(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
+    from gidd_jax.evaluation.reports import written
 
     lines: list[list[str]] = [list(HEADERS)]
     for result in results:
@@ -158,13 +158,13 @@ def table(results: list[dict[str, Any]]) -> str:
                 result["data"],
                 str(result["documents"]),
                 str(result["tokens"]),
-                number(result["nelbo"], 4),
-                number(result["nelbo_standard_error"], 4),
-                number(result["perplexity"], 2),
-                number(result["bits_per_byte"], 4),
-                *(number(result.get(k), 4) for k in ("reconstruction", "middle", "prior")),
-                number(original.get("perplexity"), 2),
-                number(result["seconds"], 1),
+                written(result["nelbo"], 4),
+                written(result["nelbo_standard_error"], 4),
+                written(result["perplexity"], 2),
+                written(result["bits_per_byte"], 4),
+                *(written(result.get(k), 4) for k in ("reconstruction", "middle", "prior")),
+                written(original.get("perplexity"), 2),
+                written(result["seconds"], 1),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -175,4 +175,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

@@ -24,15 +24,13 @@ Prints the figures. --out is JSON with
       otherwise null, and why
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
+flags = CommandFlags()
 SAMPLES = flags.DEFINE_string("samples", None, "File of samples or texts.", required=True)
 SCORER = flags.DEFINE_string(
     "scorer",
@@ -63,8 +61,8 @@ REFERENCES = flags.DEFINE_string("references", None, "File of texts by people, f
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation import scorers
+    from gidd_jax.evaluation.reports import finite, write_report
     from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
@@ -95,9 +93,10 @@ def main(argv: list[str]) -> None:
             seed=SEED.value,
         ),
     }
+    report = finite(report)
     print("\n".join(f"{name:30} {_shown(value)}" for name, value in report.items()))
     if out is not None:
-        write_atomically(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_report(out, report)
         print(f"wrote {out}")
 
 
@@ -150,6 +149,7 @@ def figures(
         ratio_estimate,
         token_entropy,
     )
+    from gidd_jax.likelihood import perplexity
 
     resampling = {"num_resamples": num_resamples, "seed": seed}
     whole = encode(scorer, texts, 1 << 62)
@@ -167,8 +167,8 @@ def figures(
         "num_samples": len(texts),
         "num_truncated": sum(len(ids) > max_length for ids in whole),
         "tokens": int(scores.tokens.sum()),
-        "gen_ppl": float(np.exp(nll.value)),
-        "gen_ppl_interval": nll.interval and [float(np.exp(v)) for v in nll.interval],
+        "gen_ppl": perplexity(nll.value),
+        "gen_ppl_interval": nll.interval and [perplexity(v) for v in nll.interval],
         "nll": nll.value,
         "nll_standard_error": nll.standard_error,
         "median_nll": float(np.median(scores.token_nats)),
@@ -204,6 +204,8 @@ def _mauve(
         return None, "not computed: it needs the library mauve-text"
     import mauve  # pyright: ignore[reportMissingImports]
 
+    if min(sum(len(ids) > 0 for ids in part) for part in (references, sequences)) < 2:
+        return None, "not computed: it needs two samples and two references that are not empty"
     p, q = (
         sequence_features(scorer, [ids for ids in part if len(ids)], batch_size=batch_size)
         for part in (references, sequences)
@@ -213,12 +215,16 @@ def _mauve(
 
 
 def _shown(value: Any) -> str:
+    from gidd_jax.evaluation.reports import written
+
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return written(value, 4)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_shown(part)}" for name, part in value.items())
     return "-" if value is None else str(value)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

@@ -21,15 +21,13 @@ among the tokens at time --t: probabilities are meant for that share) and `figur
   restored   share of the wrong tokens for which the model proposes the original
 """
 
-import json
 from pathlib import Path
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import SUSPICION_METHODS, SuspicionOptions
 
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -79,6 +77,8 @@ def main(argv: list[str]) -> None:
 def mark(file: str, options: SuspicionOptions) -> None:
     """Print the text of a file with its marks, and write the page where asked for."""
     text = read_text(file)
+    if not text:
+        raise InputError(f"--text: {file} holds no text")
 
     from rich.console import Console
 
@@ -100,9 +100,9 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
-    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation import corpora
     from gidd_jax.evaluation.detection import detection_figures
+    from gidd_jax.evaluation.reports import write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
     from gidd_jax.sampling.suspicion import check_suspicion, expected_share
@@ -151,7 +151,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
             "rows": len(corpus.ids),
             "figures": figures,
         }
-        write_atomically(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_report(out, report)
         print(f"wrote {out}")
 
 
@@ -194,4 +194,4 @@ def read_text(path: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

@@ -258,6 +258,14 @@ def autoregressive_nelbo(predict: Callable[[jax.Array], jax.Array], x: jax.Array
     return Nelbo(jnp.zeros_like(nll), nll, jnp.zeros_like(nll))
 
 
+def perplexity(nats: float) -> float:
+    """Return exp(nats per token); infinite where no float is as large."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
 def row_bounds(
     process: InterpolatingProcess,
     denoise: Denoiser,

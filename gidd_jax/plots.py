@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
+flags = CommandFlags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 COMPARE = flags.DEFINE_list("compare", [], "Folders of runs, separated by commas.")
 EVALUATION = flags.DEFINE_string("evaluation", None, "File that gidd_jax.evaluate --out wrote.")
@@ -136,4 +135,4 @@ def _load_json(path: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

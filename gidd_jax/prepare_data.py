@@ -16,9 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +24,21 @@ if TYPE_CHECKING:
     from gidd_jax.data.shards import Manifest, Shard
     from gidd_jax.data.tokenizer import Tokenizer
 
-FLAGS = flags.FLAGS
+flags = CommandFlags()
+FLAGS = flags.values
+flags.DEFINE_string(
+    "path", None, "Corpus, as data.path: files, folders, globs, tfds:NAME, hf:OWNER/NAME."
+)
+flags.DEFINE_string("tokenizer", None, "embedded, a local folder or a Hugging Face hub name.")
+flags.DEFINE_string("out", None, "Folder for the shards; an unfinished one is continued.")
+flags.DEFINE_integer("seq_len", 512, "Tokens per row.", lower_bound=2)
+flags.DEFINE_string("mode", "packed", "crop | packed | padded, as data.mode.")
+flags.DEFINE_string("validation", "hash:0.005", "Rule of the validation split, as in configs.")
+flags.DEFINE_string("text_key", "text", "Field of the text in jsonl, parquet, tfds and hf.")
+flags.DEFINE_string("txt_documents", "blank_line", "Document of a .txt: file|line|blank_line.")
+flags.DEFINE_integer("num_workers", 2, "Processes that tokenise.", lower_bound=1)
+flags.DEFINE_integer("shard_size", 10_000, "Documents per shard.", lower_bound=1)
+flags.DEFINE_bool("verify", False, "Only hash the shards in --out against the manifest.")
 EXAMPLES = """Examples:
   python -m gidd_jax.prepare_data --path=corpus/ --tokenizer=gpt2 --out=shards --seq_len=512
   python -m gidd_jax.prepare_data --path=embedded --tokenizer=embedded --out=shards --shard_size=50
@@ -316,23 +328,6 @@ def _lots(documents: "Documents", start: int, stop: int) -> Iterator[list[str]]:
             texts, size = [], 0
 
 
-def define_flags() -> None:
-    """The command's flags; not at import, where they would clash with those of other commands."""
-    flags.DEFINE_string(
-        "path", None, "Corpus, as data.path: files, folders, globs, tfds:NAME, hf:OWNER/NAME."
-    )
-    flags.DEFINE_string("tokenizer", None, "embedded, a local folder or a Hugging Face hub name.")
-    flags.DEFINE_string("out", None, "Folder for the shards; an unfinished one is continued.")
-    flags.DEFINE_integer("seq_len", 512, "Tokens per row.", lower_bound=2)
-    flags.DEFINE_string("mode", "packed", "crop | packed | padded, as data.mode.")
-    flags.DEFINE_string("validation", "hash:0.005", "Rule of the validation split, as in configs.")
-    flags.DEFINE_string("text_key", "text", "Field of the text in jsonl, parquet, tfds and hf.")
-    flags.DEFINE_string("txt_documents", "blank_line", "Document of a .txt: file|line|blank_line.")
-    flags.DEFINE_integer("num_workers", 2, "Processes that tokenise.", lower_bound=1)
-    flags.DEFINE_integer("shard_size", 10_000, "Documents per shard.", lower_bound=1)
-    flags.DEFINE_bool("verify", False, "Only hash the shards in --out against the manifest.")
-
-
 def main(_: list[str]) -> None:
     # Read at the first import: without it transformers warns that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -368,5 +363,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    run(main, examples=EXAMPLES, resumes=True)
+    run(main, flags, examples=EXAMPLES, resumes=True)

@@ -8,15 +8,13 @@ The workdir then holds summary.json (its `seconds` are those of this start, inst
 samples.npz, loss.png, plots/, TensorBoard files and checkpoints.
 """
 
-import json
 import time
 from pathlib import Path
 
-from absl import flags
+from gidd_jax.cli import CommandFlags, config_flag, run
 
-from gidd_jax.cli import config_flag, run
-
-CONFIG = config_flag("quickstart")
+flags = CommandFlags()
+CONFIG = config_flag(flags, "quickstart")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/quickstart", "Folder of the run.")
 NUM_SAMPLES = 4
 NUM_SAMPLES_T = 4  # times drawn per validation row
@@ -27,9 +25,9 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
 
     from gidd_jax.checkpoints.checkpoint import find_checkpoint
-    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
     from gidd_jax.evaluation import corpora
+    from gidd_jax.evaluation.reports import write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import save_samples
     from gidd_jax.settings import Settings
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> None:
         "seconds": round(time.monotonic() - start, 1),
         "steps": settings.train.num_steps,
     }
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_report(workdir / "summary.json", summary)
     print(
         f"\nvalidation: {summary['bits_per_byte']:.3f} bits per byte (an upper bound), "
         f"{1 - summary['bits_per_byte'] / unigram:.1%} below the unigram baseline {unigram:.3f}; "
@@ -84,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, resumes=True)
+    run(main, flags, resumes=True)

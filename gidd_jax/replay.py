@@ -8,11 +8,10 @@ Examples:
 replaced, corrections are struck through and rewritten, each token shaded by its probability.
 """
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
+flags = CommandFlags()
 TRACE = flags.DEFINE_string("trace", None, "File of a trace (.npz).", required=True)
 OUT = flags.DEFINE_string("out", None, "Page to write, ending in .html.")
 WATCH = flags.DEFINE_bool("watch", False, "Play in the terminal.")
@@ -42,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

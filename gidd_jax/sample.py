@@ -12,13 +12,12 @@ token: its log-probability in the network call that put it there, and the number
 texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 from gidd_jax.sampling.options import GRIDS, METHODS, SamplerOptions
 
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -34,7 +33,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.",
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
-DISTRIBUTED = distributed_flags()
+DISTRIBUTED = distributed_flags(flags)
 
 # The rest are fields of SamplerOptions; what is not given keeps the default there.
 OPTIONS = {
@@ -118,4 +117,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

@@ -16,12 +16,11 @@ that plays the corrections, --trace the file behind it (see gidd_jax.replay).
 
 from pathlib import Path
 
-from absl import flags
-
-from gidd_jax.cli import run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import CorrectionOptions
 
+flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
@@ -90,6 +89,8 @@ def main(argv: list[str]) -> None:
     options = CorrectionOptions(**given)
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
     texts = load_ids(source, model.tokenizer) if source.suffix == ".npz" else read_lines(source)
+    if not len(texts):
+        raise InputError(f"--samples: {source} holds no text")
     result = model.correct(
         texts,
         batch_size=BATCH_SIZE.value,
@@ -124,4 +125,4 @@ def read_lines(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, flags)

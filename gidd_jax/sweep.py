@@ -23,21 +23,23 @@ import csv
 import io
 import itertools
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from absl import flags, logging
+from absl import logging
 
-from gidd_jax.cli import config_flag, nearest, run
+from gidd_jax.cli import CommandFlags, config_flag, nearest, run
 from gidd_jax.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from gidd_jax.settings import Settings
 
-CONFIG = config_flag()
+flags = CommandFlags()
+CONFIG = config_flag(flags)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
 RESULT_FILE = "result.json"  # in the folder of a finished run
 JUDGED_BY = "bits_per_byte"
@@ -111,8 +113,8 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     when the folder belongs to a run with other settings, RunError when training failed.
     """
     from gidd_jax.checkpoints.checkpoint import find_checkpoint
-    from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.checkpoints.workdir import check_workdir
+    from gidd_jax.evaluation.reports import NOTES, write_report
     from gidd_jax.training.loop import train
 
     check_workdir(folder, one.settings)
@@ -120,7 +122,8 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     if path.is_file():
         result = json.loads(path.read_text("utf-8"))
         if result["step"] == num_steps:
-            return result
+            result.pop(NOTES, None)
+            return {name: math.nan if v is None else v for name, v in result.items()}
     start = time.monotonic()
     try:
         figures = train(one.settings, folder)
@@ -129,7 +132,7 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     if find_checkpoint(folder).step < num_steps:
         return None
     result = {"step": num_steps, "seconds": round(time.monotonic() - start, 1), **figures}
-    write_atomically(path, json.dumps(result, indent=2) + "\n")
+    write_report(path, result)
     return result
 
 
@@ -160,6 +163,8 @@ def summary(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Return a line for each combination but for the seed: runs, mean, deviation, perplexity."""
     import numpy as np
 
+    from gidd_jax.evaluation.reports import written
+
     shown = [key for key in keys if key != "seed"]
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -167,14 +172,20 @@ def summary(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     lines = [[*shown, "runs", "bits/byte", "+-", "perplexity"]]
     for values, members in groups.items():
         bits = np.array([row[JUDGED_BY] for row in members])
-        deviation = f"{bits.std(ddof=1):.4f}" if len(bits) > 1 else "-"
+        deviation = written(bits.std(ddof=1), 4) if len(bits) > 1 else "-"
         perplexity = np.mean([row["perplexity"] for row in members])
         lines.append(
-            [*values, str(len(bits)), f"{bits.mean():.4f}", deviation, f"{perplexity:.2f}"]
+            [
+                *values,
+                str(len(bits)),
+                written(bits.mean(), 4),
+                deviation,
+                written(float(perplexity), 2),
+            ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 if __name__ == "__main__":
-    run(main, resumes=True)
+    run(main, flags, resumes=True)

@@ -10,22 +10,24 @@ Examples:
 
 import datetime
 
-from absl import flags
+from absl.flags import ArgumentParser, Flag, FlagHolder
 
-from gidd_jax.cli import config_flag, run
+from gidd_jax.cli import CommandFlags, config_flag, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 
+flags = CommandFlags()
 
-def _plan_flag() -> flags.FlagHolder[str | None]:
+
+def _plan_flag() -> FlagHolder[str | None]:
     """Define `--plan[=TOPOLOGY]`: `--plan` alone plans for the devices of this machine."""
 
-    class PlanFlag(flags.Flag):
+    class PlanFlag(Flag):
         def parse(self, argument: str) -> None:
             super().parse("here" if argument == "true" else argument)
 
     flag = PlanFlag(
-        flags.ArgumentParser(),
+        ArgumentParser(),
         None,
         "plan",
         None,
@@ -36,7 +38,7 @@ def _plan_flag() -> flags.FlagHolder[str | None]:
     return flags.DEFINE_flag(flag)
 
 
-CONFIG = config_flag("gidd")
+CONFIG = config_flag(flags, "gidd")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER. Default: outputs/DATE/TIME."
 )
@@ -49,12 +51,13 @@ PROFILE = flags.DEFINE_bool(
     "Write a trace of five steps, from the second of this start on, to WORKDIR/tensorboard.",
 )
 PLAN = _plan_flag()
-DISTRIBUTED = distributed_flags()
+DISTRIBUTED = distributed_flags(flags)
 
 
 def main(argv: list[str]) -> None:
     del argv
     from gidd_jax.checkpoints.storage import run_folder
+    from gidd_jax.evaluation.reports import written
     from gidd_jax.settings import Settings
     from gidd_jax.training.loop import train
 
@@ -71,9 +74,9 @@ def main(argv: list[str]) -> None:
     run_folder(workdir)  # what is wrong with it is said before the processes find each other
     DISTRIBUTED.start()
     figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value)
-    words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())
     print(f"validation: {words or 'none'}\nworkdir: {workdir}")
 
 
 if __name__ == "__main__":
-    run(main, resumes=True)
+    run(main, flags, resumes=True)

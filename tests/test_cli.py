@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
 from gidd_jax import cli
@@ -21,10 +20,10 @@ COMMAND = '''
 Examples:
   python -m command --config=tiny
 """
-from absl import flags
 from gidd_jax import cli
 from gidd_jax.errors import InputError
-CONFIG = cli.config_flag({default!r})
+flags = cli.CommandFlags()
+CONFIG = cli.config_flag(flags, {default!r})
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(argv):
     import sys
@@ -47,7 +46,7 @@ def main(argv):
     if WORKDIR.value == "bug":
         raise RuntimeError("a bug")
 if __name__ == "__main__":
-    cli.run(main, resumes={resumes})
+    cli.run(main, flags, resumes={resumes})
 '''
 
 
@@ -255,14 +254,40 @@ def test_compiled_programs_are_kept_in_the_users_cache(command, tmp_path, monkey
     assert list((tmp_path / "mine").glob("jit__lambda*"))
 
 
+def test_all_commands_in_one_interpreter():
+    """Each has its own flags, of which several names are the same; absl's have none of them."""
+    script = """
+import importlib
+from absl import flags
+from gidd_jax.command import COMMANDS
+before = set(flags.FLAGS)
+modules = [importlib.import_module(f"gidd_jax.{name}") for name in COMMANDS]
+importlib.import_module("gidd_jax.data.build_assets")
+assert set(flags.FLAGS) == before, set(flags.FLAGS) - before
+own = {m.__name__.split(".")[1]: m.flags for m in modules if hasattr(m, "flags")}
+print(len(modules) - len(own), sum("out" in command.values for command in own.values()))
+own["sample"].parse(["sample", "--checkpoint=a", "--seed=3", "--verbosity=-1"])
+own["highlight"].parse(["highlight", "--checkpoint=b"])
+print(own["sample"].values.checkpoint, own["highlight"].values.checkpoint)
+print(own["sample"].values.seed, own["highlight"].values.seed, flags.FLAGS.verbosity)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    harness_alone, with_out, *rest = done.stdout.split()
+    assert harness_alone == "1"
+    assert int(with_out) >= 8
+    assert rest == ["a", "b", "3", "0", "-1"]
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_several_processes_keep_no_programs(monkeypatch, several):
-    values = flags.FlagValues()
-    flags.DEFINE_bool("distributed", several, "One of several.", flag_values=values)
-    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    command = cli.CommandFlags()
+    command.DEFINE_bool("distributed", several, "One of several.")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "restored afterwards")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "restored afterwards")
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
         del os.environ[name]
-    cli._keep_compiled_programs()
+    cli._keep_compiled_programs(command)
     assert ("JAX_COMPILATION_CACHE_DIR" in os.environ) is not several

@@ -17,6 +17,7 @@ from gidd_jax import likelihood
 from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import corpora
+from gidd_jax.evaluation.reports import finite
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.prepare_data import prepare
 
@@ -299,6 +300,62 @@ def test_damaged_parameters_are_an_error(data, model):
         corpora.corpus_figures(
             model.process, corpus, score(broken, corpus), num_resamples=100, seed=0
         )
+
+
+def empty_texts(folder: Path, count: int = 3) -> Path:
+    file = folder / "empty.jsonl"
+    file.write_text('{"text": ""}\n' * count)
+    return file
+
+
+@pytest.mark.filterwarnings("error")
+def test_texts_of_no_byte_have_no_bits_per_byte(tmp_path, data, model):
+    settings = corpora.zero_shot_settings(tiny_settings(data).data, str(empty_texts(tmp_path)))
+    corpus = corpora.open_rows(settings, "validation", model, is_own=False)
+    assert rows_of(corpus) == [[0, 0]] * 3
+    figures = finite(
+        corpora.corpus_figures(
+            model.process, corpus, score(model, corpus), num_resamples=20, seed=0
+        )
+    )
+    assert (figures["tokens"], figures["bytes"]) == (6, 0)
+    assert figures["bits_per_byte"] is None
+    assert figures["bits_per_byte_standard_error"] is None
+    assert figures["nelbo"] > 0
+    assert figures["notes"] == {"bits_per_byte": "the scored tokens stand for no byte of text"}
+
+
+def test_no_token_to_score_is_found_before_scoring(tmp_path, data, baseline):
+    """An autoregressive model does not score the first token of a row, here the only one."""
+    settings = corpora.zero_shot_settings(tiny_settings(data).data, str(empty_texts(tmp_path, 1)))
+    packed = dataclasses.replace(settings, mode="packed")
+    with pytest.raises(InputError, match=r"empty\.jsonl' has no token to score"):
+        corpora.open_rows(packed, "validation", baseline, is_own=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bound_that_the_data_makes_infinite_blames_no_parameters(data, model):
+    corpus = corpora.open_rows(tiny_settings(data).data, "validation", model, is_own=True)
+    scores = score(model, corpus)
+    worst = scores.bounds.reconstruction.copy()
+
+    def figures(nats: float) -> dict:
+        worst[0] = nats
+        bounds = scores.bounds._replace(reconstruction=worst)
+        found = corpora.corpus_figures(
+            model.process, corpus, scores._replace(bounds=bounds), num_resamples=20, seed=0
+        )
+        return finite(found)
+
+    infinite = figures(np.inf)
+    for name in ("nelbo", "perplexity", "bits_per_byte", "reconstruction"):
+        assert infinite[name] is None
+    assert "tokens to which the model gives no probability" in infinite["notes"]["nelbo"]
+    huge = figures(1e30)
+    assert huge["nelbo"] == pytest.approx(1e30 / huge["tokens"])
+    assert huge["perplexity"] is None
+    assert huge["notes"]["perplexity"].endswith("is too large for a number")
+    json.dumps([infinite, huge], allow_nan=False)
 
 
 def test_unknown_corpora_and_splits(data, model):

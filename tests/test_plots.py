@@ -8,17 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import import_command, only_flags
 from matplotlib import image
 from tiny_run import tiny_settings
 
+from gidd_jax import plots
 from gidd_jax.checkpoints.workdir import open_workdir
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.process import HybridProcess, MaskedProcess
 from gidd_jax.views import pictures
-
-plots, PLOT_FLAGS = import_command("gidd_jax.plots")
 
 TRAIN = ("loss", "kl", "is_div", "elbo", "learning_rate", "grad_norm", "tokens_per_second")
 
@@ -232,9 +230,12 @@ def entry(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(**values: object) -> None:
-        with only_flags(PLOT_FLAGS), flagsaver.flagsaver():
-            plots.flags.FLAGS(["plots", *(f"--{name}={value}" for name, value in values.items())])
+        saved = flagsaver.save_flag_values(plots.flags.values)
+        try:
+            plots.flags.parse(["plots", *(f"--{name}={value}" for name, value in values.items())])
             plots.main(["plots"])
+        finally:
+            flagsaver.restore_flag_values(saved, plots.flags.values)
 
     return call
 

@@ -128,6 +128,17 @@ def test_prompts_and_texts(run_folder, tmp_path):
             ["--checkpoint={run}", "--samples={file}.npz", "--out=o.npz"],
             "is no file of samples",
         ),
+        (
+            "self_correct",
+            ["--checkpoint={run}", "--samples={blank}", "--out=o.npz"],
+            "blank.txt holds no text",
+        ),
+        (
+            "self_correct",
+            ["--checkpoint={run}", "--samples={none}", "--out=o.npz"],
+            "none.npz holds no token",
+        ),
+        ("highlight", ["--checkpoint={run}", "--text={blank}"], "blank.txt holds no text"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run_folder, tmp_path, module, flags, message):
@@ -135,7 +146,11 @@ def test_bad_input_is_one_line_and_exit_code_2(run_folder, tmp_path, module, fla
     file.write_text("text")
     (tmp_path / "file.npz").write_text("text")
     (tmp_path / "empty").mkdir()
-    values = {"run": run_folder, "empty": tmp_path / "empty", "file": file}
+    blank, none = tmp_path / "blank.txt", tmp_path / "none.npz"
+    blank.touch()
+    np.savez(none, ids=np.zeros((0, 16), np.int32))
+    files = {"file": file, "blank": blank, "none": none}
+    values = files | {"run": run_folder, "empty": tmp_path / "empty"}
     result = command(module, *(flag.format(**values) for flag in flags))
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")

@@ -9,24 +9,22 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from absl import flags
+from gidd_jax.cli import CommandFlags, run
 
-from gidd_jax.cli import run
-
-FLAGS = flags.FLAGS
+flags = CommandFlags()
+FLAGS = flags.values
+flags.DEFINE_string(
+    "corpus", None, "Text file of the novels; chapters start 'Chapter N'.", required=True
+)
+flags.DEFINE_string("out", None, "Folder to write austen.jsonl and tokenizer/ to.", required=True)
+flags.DEFINE_integer("vocab_size", 4096, "Tokens, special ones included.", lower_bound=300)
+flags.DEFINE_string("validation", "hash:0.05", "Documents that the tokenizer must not see.")
 NOVELS = (
     "persuasion",
     "pride-and-prejudice",
     "sense-and-sensibility",
 )  # as they follow in the file
 END_OF_TEXT, PAD, MASK = "<|endoftext|>", "[PAD]", "[MASK]"
-
-
-def define_flags() -> None:
-    flags.DEFINE_string("corpus", None, "Text file of the novels; chapters start 'Chapter N'.")
-    flags.DEFINE_string("out", None, "Folder to write austen.jsonl and tokenizer/ to.")
-    flags.DEFINE_integer("vocab_size", 4096, "Tokens, special ones included.", lower_bound=300)
-    flags.DEFINE_string("validation", "hash:0.05", "Documents that the tokenizer must not see.")
 
 
 def split_chapters(text: str) -> list[dict[str, str]]:
@@ -84,6 +82,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    flags.mark_flags_as_required(["corpus", "out"])
-    run(main)
+    run(main, flags)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from gidd_jax.cli import settle_absl_flags
 from gidd_jax.data import fingerprint, rows, shards
 from gidd_jax.data.corpus import Chain, CorpusSplits, Documents, iterate, open_parts
 from gidd_jax.data.tokenizer import Tokenizer
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MAX_TEXT_BYTES = 256 << 20
 # The unigram baseline counts at most this many training tokens.
 MAX_UNIGRAM_TOKENS = 20_000_000
+# The share of padding is that of at most this many rows of a part.
+MAX_MEASURED_ROWS = 256
 _ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time
 _NUM_ROWS = 1 << 48
 _STATE_KEY, _CORPUS_KEY = "global_next_index", "corpus"
@@ -73,6 +76,15 @@ class TrainBatches:
     def num_records(self) -> int:
         """Number of rows in an epoch of all parts: documents, or windows in mode 'packed'."""
         return sum(len(source.records) for source in self._sources)
+
+    def padding_share(self) -> float:
+        """Share of the positions of training rows that hold padding; of large parts estimated."""
+        share, total = 0.0, sum(source.weight for source in self._sources)
+        for weight, records in self._sources:
+            order = np.random.default_rng(0).permutation(len(records))[:MAX_MEASURED_ROWS]
+            lengths = [min(len(records[int(i)]), self._seq_len) for i in order]
+            share += weight / total * (1 - np.mean(lengths) / self._seq_len)
+        return float(share)
 
     def __iter__(self) -> "TrainBatches":
         return self
@@ -125,6 +137,7 @@ class TrainBatches:
         dataset = dataset[process_index::process_count]
         iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
         if self._num_workers:
+            settle_absl_flags()  # grain hands them to its workers
             iterator = iterator.mp_prefetch(
                 grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2)
             )
@@ -218,7 +231,7 @@ def validation_batches(
 def unigram_bits_per_byte(
     settings: "DataSettings", tokenizer: Tokenizer, seq_len: int, validation: ValidationBatches
 ) -> float:
-    """Bits per byte of the unigram model on the tokens and bytes of `validation`.
+    """Bits per byte of the unigram model on the tokens and bytes of `validation`; NaN for no byte.
 
     Its probabilities are the frequencies in the training rows plus one, over the vocabulary; the
     rows of a mixture count alike.
@@ -228,6 +241,8 @@ def unigram_bits_per_byte(
         counts += _count_tokens(source.records, tokenizer.vocab_size, MAX_UNIGRAM_TOKENS)
     bits = -np.log2(counts / counts.sum())
     scored = validation.token_counts(tokenizer.vocab_size)
+    if not validation.num_bytes:
+        return math.nan
     return float((bits * scored).sum() / validation.num_bytes)
 
 

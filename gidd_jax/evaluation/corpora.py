@@ -35,6 +35,7 @@ from gidd_jax.likelihood import (
     autoregressive_row_bounds,
     integrand_profile,
     original_estimate,
+    perplexity,
     row_bounds,
     sample_times,
 )
@@ -103,7 +104,7 @@ def open_rows(
     otherwise every document of files, or the tfds split of that name. Of shards the rows of the
     validation split count, each as a document of its own; rows of a mixture follow each other,
     those of texts first. `max_documents` takes a fixed random sample. Raises InputError when there
-    is no such corpus or split.
+    is no such corpus or split, or no token to score.
     """
     paths = [part.path for part in split_mixture(settings.path)]
     folders = [path for path in paths if shards.is_shard_folder(path)]
@@ -125,7 +126,11 @@ def open_rows(
     for records, own, start in zip(held_out, chosen[1:], starts[1:-1], strict=True):
         if len(own):
             parts.append(_shard_rows(records, own - start))
-    return _joined(parts)
+    joined = _joined(parts)
+    unscored = 1 if model.process is None else 0  # of an autoregressive row
+    if all(len(joined.ids[i]) <= unscored for i in range(len(joined.ids))):
+        raise InputError(f"data path {settings.path!r} has no token to score: give longer texts")
+    return joined
 
 
 def _text_rows(settings: DataSettings, documents: Documents, split: str, model: Gidd) -> CorpusRows:
@@ -295,17 +300,16 @@ def corpus_figures(
 ) -> dict[str, Any]:
     """Return the figures of a scored corpus, ready for JSON; `evaluate` says what they mean.
 
+    A figure that the corpus does not determine is not finite, with a line in `notes` that says why.
     Raises InputError when the model's output is not a number.
     """
     bounds = scores.bounds
-    if not np.isfinite(bounds.total).all():
+    if np.isnan(bounds.total).any():
         raise InputError(
             "the network's output is not a number: its parameters are damaged, "
             "use an older checkpoint"
         )
     nats, tokens = bounds.total.astype(np.float64), int(bounds.tokens.sum())
-    if tokens == 0:
-        raise InputError("the corpus has no token to score: give longer texts")
     numbers = np.unique(corpus.documents, return_inverse=True)[1]
     by_document = [np.bincount(numbers, v) for v in (nats, bounds.tokens, corpus.num_bytes)]
     nelbo = ratio_estimate(by_document[0], by_document[1], num_resamples, seed)
@@ -321,12 +325,27 @@ def corpus_figures(
         "bytes": int(corpus.num_bytes.sum()),
         **_named("nelbo", nelbo),
         **(terms if process is not None else {}),
-        "perplexity": _exp(nelbo.value),
-        "perplexity_interval": nelbo.interval and [_exp(v) for v in nelbo.interval],
+        "perplexity": perplexity(nelbo.value),
+        "perplexity_interval": nelbo.interval and [perplexity(v) for v in nelbo.interval],
         **_named("bits_per_byte", bits),
         **(_sampled_figures(process, scores) if process is not None else {}),
         "seconds": round(scores.seconds, 3),
-    }
+    } | _notes(nelbo.value, corpus)
+
+
+def _notes(nelbo: float, corpus: CorpusRows) -> dict[str, Any]:
+    """Why figures of a corpus are not finite, by their names; nothing where all are."""
+    notes = {}
+    if not np.isfinite(nelbo):
+        notes["nelbo"] = (
+            "infinite: the texts hold tokens to which the model gives no probability, such as "
+            "special ones of its tokenizer"
+        )
+    elif not np.isfinite(perplexity(nelbo)):
+        notes["perplexity"] = f"exp({nelbo:.4g}) is too large for a number"
+    if not corpus.num_bytes.sum():
+        notes["bits_per_byte"] = "the scored tokens stand for no byte of text"
+    return {"notes": notes} if notes else {}
 
 
 def _sampled_figures(process: InterpolatingProcess, scores: Scores) -> dict[str, Any]:
@@ -340,7 +359,7 @@ def _sampled_figures(process: InterpolatingProcess, scores: Scores) -> dict[str,
     profile = integrand_profile(process, scores.times, integrand, tokens)
     mean = [None if np.isnan(v) else float(v) for v in profile.mean]
     return {
-        "original": {"elbo": elbo, "perplexity": _exp(elbo)},
+        "original": {"elbo": elbo, "perplexity": perplexity(elbo)},
         "profile": {
             "edges": profile.edges.tolist(),
             "integrand": mean,
@@ -351,7 +370,3 @@ def _sampled_figures(process: InterpolatingProcess, scores: Scores) -> dict[str,
 
 def _named(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_standard_error": estimate.standard_error}
-
-
-def _exp(value: float) -> float:
-    return float(np.exp(min(value, 700.0)))

@@ -40,7 +40,12 @@ def bootstrap_ratios(
 
 
 def estimate_from(value: float, resampled: np.ndarray) -> Estimate:
-    """Return a figure with the error and interval of its resampled values, NaN ones left out."""
+    """Return a figure with the error and interval of its resampled values, NaN ones left out.
+
+    A figure that is not finite has neither.
+    """
+    if not np.isfinite(value) or np.sum(np.isfinite(resampled)) < 2:
+        return Estimate(value, None, None)
     low, high = np.nanquantile(resampled, [0.025, 0.975])
     return Estimate(value, float(np.nanstd(resampled, ddof=1)), (float(low), float(high)))
 
@@ -48,9 +53,13 @@ def estimate_from(value: float, resampled: np.ndarray) -> Estimate:
 def ratio_estimate(
     numerators: np.ndarray, denominators: np.ndarray, num_resamples: int, seed: int
 ) -> Estimate:
-    """Return sum(numerators) / sum(denominators) with the bootstrap's error over the items [N]."""
-    value = float(np.sum(numerators, dtype=np.float64) / np.sum(denominators, dtype=np.float64))
-    if len(numerators) < 2 or num_resamples < 2:
+    """Return sum(numerators) / sum(denominators) with the bootstrap's error over the items [N].
+
+    NaN where the denominators sum to 0.
+    """
+    top, bottom = (float(np.sum(a, dtype=np.float64)) for a in (numerators, denominators))
+    value = top / bottom if bottom else float("nan")
+    if len(numerators) < 2 or num_resamples < 2 or not np.isfinite(value):
         return Estimate(value, None, None)
     return estimate_from(value, bootstrap_ratios(numerators, denominators, num_resamples, seed))
 
@@ -64,7 +73,7 @@ def token_entropy(ids: np.ndarray) -> float:
     """Return the entropy, in nats, of the frequencies of the tokens in one sequence [L]."""
     counts = np.unique(ids, return_counts=True)[1]
     probs = counts / counts.sum()
-    return float(-np.sum(probs * np.log(probs)))
+    return float(np.sum(probs * -np.log(probs)))  # of one token 0.0, not -0.0
 
 
 def distinct_n(sequences: Sequence[np.ndarray], n: int) -> float | None:

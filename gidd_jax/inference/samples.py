@@ -125,8 +125,10 @@ def load_ids(path: str | Path, tokenizer: Tokenizer) -> np.ndarray:
     ids = data.get("ids")
     if ids is None or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"{path} holds no token ids [N, L]: write it with gidd_jax.sample --out")
+    if not ids.size:
+        raise InputError(f"{path} holds no token: draw samples with gidd_jax.sample --out")
     known = str(data.get("tokenizer", tokenizer.fingerprint))
-    outside = not ids.size or ids.min() < 0 or ids.max() >= tokenizer.vocab_size
+    outside = ids.min() < 0 or ids.max() >= tokenizer.vocab_size
     if not tokenizer.has_fingerprint(known) or outside:
         raise InputError(
             f"{path} was made with another tokenizer than that of the checkpoint: "

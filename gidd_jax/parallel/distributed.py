@@ -5,20 +5,19 @@ Imports jax only when it is started, so that `--help` answers at once.
 
 from typing import NamedTuple
 
-from absl import flags
+from absl.flags import FlagHolder
 
+from gidd_jax.cli import CommandFlags
 from gidd_jax.errors import InputError, first_line
-
-flags.disclaim_key_flags()  # the flags belong to the command that asks for them
 
 
 class DistributedFlags(NamedTuple):
     """The flags of a command that may be one of several processes."""
 
-    distributed: flags.FlagHolder[bool]
-    coordinator_address: flags.FlagHolder[str | None]
-    num_processes: flags.FlagHolder[int | None]
-    process_id: flags.FlagHolder[int | None]
+    distributed: FlagHolder[bool]
+    coordinator_address: FlagHolder[str | None]
+    num_processes: FlagHolder[int | None]
+    process_id: FlagHolder[int | None]
 
     def start(self) -> bool:
         """Join the other processes, if the flags say so; before anything touches a device.
@@ -42,8 +41,8 @@ class DistributedFlags(NamedTuple):
         return _initialize(address) == 0
 
 
-def distributed_flags() -> DistributedFlags:
-    """Define `--distributed` and the flags that go with it."""
+def distributed_flags(flags: CommandFlags) -> DistributedFlags:
+    """Define `--distributed` and what goes with it among the flags of a command."""
     return DistributedFlags(
         flags.DEFINE_bool(
             "distributed",

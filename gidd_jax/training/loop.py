@@ -22,6 +22,7 @@ from gidd_jax.checkpoints.workdir import check_workdir, lock_workdir, open_workd
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
+from gidd_jax.likelihood import perplexity
 from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
@@ -43,6 +44,7 @@ from gidd_jax.training.step import (
 )
 
 PROFILED_STEPS = 5
+MOST_PADDING = 0.5  # share of the rows from which a run is told how to have less
 
 
 def train(
@@ -99,6 +101,7 @@ def train(
             batches.set_state(position)
             logging.info("Going on from step %d of %s", state.step, workdir)
         open_workdir(workdir, settings, tokenizer)
+        describe_data(batches, validation)
         logging.info("\n%s", parameter_overview.get_parameter_overview(state.params))
 
         first = int(state.step)
@@ -162,6 +165,24 @@ def train(
         if first >= num_steps:
             figures = evaluate(eval_fn, state, validation, eval_key, mesh)
         return figures
+
+
+def describe_data(batches: TrainBatches, validation: ValidationBatches) -> None:
+    """Log what the rows are like, and warn where they leave little to learn from or to measure."""
+    share = batches.padding_share()
+    if share > MOST_PADDING:
+        logging.warning(
+            "%.0f %% of the training rows is padding: lower model.max_seq_len, or set "
+            "data.mode=packed, which joins documents",
+            100 * share,
+        )
+    else:
+        logging.info("%.0f %% of the training rows is padding", 100 * share)
+    if not validation.num_bytes:
+        logging.warning(
+            "the validation rows stand for no byte of text: there will be no eval/bits_per_byte; "
+            "look for empty documents, or choose others with data.validation"
+        )
 
 
 def state_maker(
@@ -262,7 +283,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return loss and bound in nats per token, perplexity and bits per byte of the validation set.
 
-    Uses the moving average of the parameters where there is one.
+    Uses the moving average of the parameters where there is one. A figure per token is NaN where no
+    token is scored, one per byte where the scored tokens stand for no byte.
     """
     params = state.params if state.ema is None else state.ema
     sums: Any = None
@@ -271,11 +293,14 @@ def evaluate(
         sums = part if sums is None else jax.tree.map(lambda a, b: a + b, sums, part)
     sums = {name: float(value) for name, value in sums.items()}
     tokens = sums.pop("tokens")
+    if not tokens:
+        return dict.fromkeys([*sums, "perplexity", "bits_per_byte"], math.nan)
     figures = {name: value / tokens for name, value in sums.items()}
     # An autoregressive model does not score the first token of a row: nor do its bytes count.
     num_bytes = validation.num_bytes * tokens / validation.num_tokens
-    figures["perplexity"] = math.exp(min(figures["nelbo"], 700.0))
-    figures["bits_per_byte"] = sums["nelbo"] / (num_bytes * math.log(2))
+    figures["perplexity"] = perplexity(figures["nelbo"])
+    bits = sums["nelbo"] / math.log(2)
+    figures["bits_per_byte"] = bits / num_bytes if num_bytes else math.nan
     return figures
 
 

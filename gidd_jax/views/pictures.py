@@ -236,7 +236,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 def _error(report: Mapping[str, Any], name: str) -> list[list[float]] | None:
     """The two lengths of an error bar, as matplotlib takes them."""
     value, interval = report[name], report[f"{name}_interval"]
-    if interval is None:  # a single sample has none
+    if interval is None or None in interval:  # a single sample has none
         return None
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]]
 

@@ -406,12 +406,25 @@ def test_resumes_on_the_fly_and_with_workers(tmp_path, tokenizer, monkeypatch):
     train = TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1)
     train.set_state({"global_next_index": 12})
     assert_same(first_batches(train, 6), expected[3:])
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's workers ask for it
+    flags.FLAGS.unparse_flags()  # as in an interpreter that runs no command
     config = settings(config.path, num_workers=2)
     train = TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1)
     train.set_state({"global_next_index": 12})
     assert_same(first_batches(train, 6), expected[3:])
+
+
+def test_share_of_padding(tmp_path, tokenizer, monkeypatch):
+    lengths = [len(ids) + 2 for ids in tokenizer.encode(TEXTS)]
+    config = settings(write_jsonl(tmp_path / "a.jsonl"), mode="padded")
+    train = TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1)
+    kept = [min(length, SEQ_LEN) for length in lengths]
+    share = train.padding_share()
+    order = [len(row) for row in train._sources[0].records]
+    assert set(order) <= set(kept)
+    assert share == pytest.approx(1 - np.mean(order) / SEQ_LEN)
+    assert 0 < share < 1
+    monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 1000)  # tokenised when it is read
+    assert TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1).padding_share() == share
 
 
 def test_seed_changes_the_order(tmp_path, tokenizer):

@@ -8,6 +8,7 @@ from gidd_jax.evaluation import text_metrics
 
 def test_token_entropy():
     assert text_metrics.token_entropy(np.array([3, 3, 3])) == 0.0
+    assert str(text_metrics.token_entropy(np.array([3]))) == "0.0"
     assert text_metrics.token_entropy(np.array([5, 1, 5, 1])) == pytest.approx(np.log(2))
     expected = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     assert text_metrics.token_entropy(np.array([7, 7, 2, 7])) == pytest.approx(expected)

@@ -522,6 +522,47 @@ def test_bits_per_byte_by_hand():
     assert averaged.params == ["average"] * 2
 
 
+def test_validation_rows_without_a_byte_or_a_token():
+    records = [np.zeros(2, np.int32)] * 2
+    validation = ValidationBatches(records, [0, 0], 8, 0, 2)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    state = TrainState(jnp.int32(1), "parameters", None, None)
+    sums = Sums({"loss": 2.0, "nelbo": 3.0, "tokens": 4.0})
+    figures = loop.evaluate(sums, state, validation, jax.random.key(0), mesh)
+    assert math.isnan(figures.pop("bits_per_byte"))
+    assert figures == {"loss": 0.5, "nelbo": 0.75, "perplexity": math.exp(0.75)}
+    nothing = Sums({"loss": 0.0, "nelbo": 0.0, "tokens": 0.0})
+    figures = loop.evaluate(nothing, state, validation, jax.random.key(0), mesh)
+    assert figures.keys() == {"loss", "nelbo", "perplexity", "bits_per_byte"}
+    assert all(math.isnan(value) for value in figures.values())
+
+
+def test_a_run_whose_validation_has_no_byte_ends_with_a_note(tmp_path, caplog):
+    """The four texts of the validation split are empty."""
+    changes = {"train.num_steps": 2, "data.mode": "crop", "data.path": str(tmp_path / "a.jsonl")}
+    settings = tiny_settings(tmp_path, **changes)
+    texts = ["A text that is longer than a row."] * 20 + [""] * 4
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    with caplog.at_level("INFO"):
+        figures = train(settings, tmp_path / "run")
+    assert math.isnan(figures["bits_per_byte"])
+    assert steps_on_disk(tmp_path / "run") == [2]
+    last = figures_by_step(tmp_path / "run")[2]
+    assert last["eval/bits_per_byte"] is None
+    assert last["eval/nelbo"] == figures["nelbo"]
+    assert "the validation rows stand for no byte of text" in caplog.text
+    assert "0 % of the training rows is padding" in caplog.text  # crops of long texts
+
+
+def test_mostly_padding_is_said(tmp_path, caplog):
+    """Rows of [END] two bytes [END] in a context of 16: three quarters are padding."""
+    settings = tiny_settings(tmp_path, **{"train.num_steps": 1, "data.mode": "crop"})
+    (tmp_path / "corpus.txt").write_text("ab\n" * 24)
+    with caplog.at_level("INFO"):
+        train(settings, tmp_path / "run")
+    assert "75 % of the training rows is padding: lower model.max_seq_len" in caplog.text
+
+
 def test_a_run_reports_its_last_validation(finished):
     steps = figures_by_step(finished.workdir)
     assert [step for step, values in steps.items() if "eval/nelbo" in values] == [10, 20]
