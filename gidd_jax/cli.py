@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -98,6 +98,34 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[Any]:
         help_string=f"Config file, or a shipped config by name ({names}), with NAME:ARGUMENT for "
         "those that take one. Override a key with --config.section.key=value."
         + (f" Default: {default}." if default else ""),
+    )
+
+
+class CodeFlags(NamedTuple):
+    """The flags of a command that reads models, whose process may be code of its own."""
+
+    allow_code: flags.FlagHolder[bool]
+    process: flags.FlagHolder[str | None]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The keywords of `Gidd.from_pretrained` and of all that reads models."""
+        return {"allow_code": self.allow_code.value, "process": self.process.value}
+
+
+def code_flags(process_help: str = "") -> CodeFlags:
+    """Define `--allow_code` and `--process`; `process_help` says what else the latter means."""
+    return CodeFlags(
+        flags.DEFINE_bool(
+            "allow_code",
+            False,
+            "Run the code that is recorded in a checkpoint whose process is of somebody's own.",
+        ),
+        flags.DEFINE_string(
+            "process",
+            None,
+            process_help or "FILE.py:CLASS to run in place of the code recorded in the checkpoint.",
+        ),
     )
 
 

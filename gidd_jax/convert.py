@@ -11,13 +11,14 @@ Examples:
 
 from absl import flags
 
-from gidd_jax.cli import run
+from gidd_jax.cli import code_flags, run
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, one of its checkpoints, or a model.", required=True
 )
 OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist.", required=True)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+CODE = code_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.interchange.save import check_new_folder, save_pretrained
 
     out = check_new_folder(OUT.value)  # before the work, not after it
-    save_pretrained(load_pretrained(CHECKPOINT.value, ema=EMA.value), out)
+    save_pretrained(load_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values), out)
     print(f"wrote {out}")
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from absl import flags
 
-from gidd_jax.cli import run
+from gidd_jax.cli import code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 
@@ -64,6 +64,7 @@ TXT_DOCUMENTS = flags.DEFINE_enum(
     "What a document of a .txt file is. Default: the run's.",
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+CODE = code_flags()
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .json.")
 DISTRIBUTED = distributed_flags()
 
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     is_writer = DISTRIBUTED.start()
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     run_settings = corpora.run_data_settings(CHECKPOINT.value)
     if DATA.value:
         settings = [corpora.zero_shot_settings(run_settings, path) for path in DATA.value]

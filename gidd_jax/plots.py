@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from gidd_jax.cli import run
+from gidd_jax.cli import code_flags, run
 from gidd_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
@@ -34,6 +34,7 @@ FRONTIER = flags.DEFINE_list(
 CALIBRATION = flags.DEFINE_string(
     "calibration", None, "File that gidd_jax.highlight --evaluate --out wrote."
 )
+CODE = code_flags()
 OUT = flags.DEFINE_string("out", None, "Folder to write to. Default: WORKDIR/plots.")
 
 
@@ -54,7 +55,9 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax.views import pictures
 
-    figures = pictures.run_pictures(Path(WORKDIR.value)) if WORKDIR.value else {}
+    figures = {}
+    if WORKDIR.value:
+        figures = pictures.run_pictures(Path(WORKDIR.value), **CODE.values)
     if COMPARE.value:
         runs = zip(labels(COMPARE.value), COMPARE.value, strict=True)
         figures["compare"] = pictures.training_curves(

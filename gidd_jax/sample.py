@@ -14,7 +14,7 @@ texts came about, call by call; --trace the file behind it (see gidd_jax.replay)
 
 from absl import flags
 
-from gidd_jax.cli import run
+from gidd_jax.cli import code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 from gidd_jax.sampling.options import GRIDS, METHODS, SamplerOptions
@@ -34,6 +34,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.",
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+CODE = code_flags()
 DISTRIBUTED = distributed_flags()
 
 # The rest are fields of SamplerOptions; what is not given keeps the default there.
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.views.replay_page import write_files
 
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     samples = model.generate(
         num_samples,
         prompts=PROMPT.value or None,
