@@ -160,12 +160,11 @@ def config_subject(settings: "ProcessSettings") -> Subject:
     from gidd_jax.training.build import build_process
 
     own = read_source(settings.name)
-    made = [
-        build_process(settings, *ids, own) for ids in (PAPER_IDS, (TOY_VOCAB_SIZE, TOY_MASK_ID))
-    ]
-    if made[0] is None or made[1] is None:
+    process = build_process(settings, *PAPER_IDS, own)
+    small = build_process(settings, TOY_VOCAB_SIZE, TOY_MASK_ID, own)
+    if process is None or small is None:
         raise InputError("process.name = autoregressive: only diffusion has a process to check")
-    return Subject(*made)
+    return Subject(process, small)
 
 
 def built_in_process(description: str) -> "InterpolatingProcess":

@@ -107,10 +107,10 @@ def open_workdir(
     tokenizer: Tokenizer,
     own: Source | None = None,
 ) -> None:
-    """Write settings, tokenizer and the text of the user's own process into `workdir` (made if missing), for people to read.
+    """Write settings, tokenizer and the user's own process into `workdir`, for people to read.
 
-    Only process 0 writes. Checkpoints carry their own copies. Raises StorageError when a bucket
-    takes nothing.
+    The folder is made if missing. Only process 0 writes. Checkpoints carry their own copies.
+    Raises StorageError when a bucket takes nothing.
     """
     if jax.process_index() != 0:
         return

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.models.layers import MOST_SCORES
+from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
 from gidd_jax.planning.roofline import Topology
 from gidd_jax.settings import Settings
-from gidd_jax.own_process import read_source
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import compile_step, state_maker
 from gidd_jax.training.objective import Noised, Objective
