@@ -260,10 +260,10 @@ def test_plan_and_sweep_take_it(here):
     assert "run: 2 steps" in describe(make_plan(settings, "here"))
     config = tiny_config(here, **RUN)
     both = type(config)({"base": config, "grid": {}})
-    both.grid["process.options"] = ("mask_share=0.5", "mask_share=0.9")
+    both.grid = {"process": {"options": ("mask_share=0.5", "mask_share=0.9")}}
     names = [one.settings.process.options for one in sweep.plan_runs(both)]
     assert names == ["mask_share=0.5", "mask_share=0.9"]
-    both.grid["process.options"] = ("mask_shape=0.5",)
+    both.grid.process.options = ("mask_shape=0.5",)
     assert "did you mean mask_share?" in refused(sweep.plan_runs, both)
 
 
