@@ -28,7 +28,9 @@ def get_config() -> ConfigDict:
     # a multiple of 128, as the original implementation does
 
     config.process = process = ConfigDict()
-    process.name = "hybrid"  # hybrid | masked | log_snr | autoregressive
+    process.name = "hybrid"  # hybrid | masked | log_snr | autoregressive | FILE.py:CLASS, your own
+    process.options = ""  # FILE.py:CLASS: KEY=VALUE,... of its fields (t_eps among them); the keys
+    # below are for the other processes
     process.p_uniform = 0.1  # hybrid: largest share of uniform noise, in [0, 1); 0 is mask-only
     process.gamma = 1.0  # hybrid: exponent of the uniform noise's schedule, in (0, 2]
     process.t_eps = 1e-4  # times are drawn in [t_eps, 1 - t_eps], in (0, 0.5)

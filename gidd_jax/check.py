@@ -6,6 +6,8 @@ Examples:
   python -m gidd_jax.check --process=masked
   python -m gidd_jax.check --process=log_snr:scale=1,shift=0
   python -m gidd_jax.check --process=cosine.py:CosineProcess
+  python -m gidd_jax.check --config.process.name=cosine.py:CosineProcess \\
+      --config.process.options='mask_share=0.8'
   python -m gidd_jax.check --checkpoint=outputs/quickstart
 
 Your own process is two functions of t, made of jax.numpy, here in cosine.py; all else (weights,
@@ -30,35 +32,34 @@ CPU. A log_snr process with scale > 1 fails: some of its rates are negative.
 
 import dataclasses
 import importlib
-import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gidd_jax.cli import CommandFlags, load_config, nearest, run
+from gidd_jax.cli import CommandFlags, code_flags, config_flag, load_config, nearest, run
 from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
     from gidd_jax.evaluation.definitions import Check
+    from gidd_jax.own_process import Consent
     from gidd_jax.process import InterpolatingProcess
+    from gidd_jax.settings import ProcessSettings
 
 flags = CommandFlags()
-PROCESS = flags.DEFINE_string(
-    "process",
-    None,
+CONFIG = config_flag(flags, "base")
+CODE = code_flags(
+    flags,
     "NAME:KEY=VALUE,... of hybrid, masked or log_snr; or FILE.py:NAME or MODULE:NAME of your own, "
     "whose code is run: a process, or a class or function of (vocab_size, mask_id) that makes one. "
-    "Default: the process of configs/base.py.",
+    "With --checkpoint, FILE.py:CLASS to run in place of the code recorded there. Default: the "
+    "process of --config.",
 )
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Check the process of this model: a run, a checkpoint or a folder."
 )
-
-# vocab_size and mask_id where nothing names them: the tokens of GPT-2, and a mask.
-PAPER_IDS = (50258, 50257)
 
 
 class Subject(NamedTuple):
@@ -70,8 +71,6 @@ class Subject(NamedTuple):
 
 def main(argv: list[str]) -> None:
     del argv
-    if PROCESS.value is not None and CHECKPOINT.value is not None:
-        raise InputError("give either --process or --checkpoint, not both")
     import jax
 
     # The references are float64; and no accelerator is taken from a run that uses it.
@@ -80,7 +79,12 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     from gidd_jax.evaluation import certify
 
-    process, small = find_subject(PROCESS.value, CHECKPOINT.value)
+    process, small = find_subject(
+        CODE.process.value,
+        CHECKPOINT.value,
+        allow_code=CODE.allow_code.value,
+        config=CONFIG.value,
+    )
     print(f"process: {process}", flush=True)
     passed = report(certify.formula_checks(process))
     if small.vocab_size != process.vocab_size:
@@ -102,19 +106,27 @@ def report(checks: Iterable["Check"]) -> list[bool]:
     return passed
 
 
-def find_subject(description: str | None, checkpoint: str | None) -> Subject:
+def find_subject(
+    description: str | None,
+    checkpoint: str | None,
+    *,
+    allow_code: bool = False,
+    config: Any = None,
+) -> Subject:
     """Return what the flags name; raises InputError that says what is wrong with it."""
     from gidd_jax.evaluation.certify import reduced
+    from gidd_jax.own_process import Consent
+    from gidd_jax.settings import Settings
 
     if checkpoint is not None:
-        process = checkpoint_process(checkpoint)
+        process = checkpoint_process(checkpoint, Consent(allow_code, description))
         return Subject(process, reduced(process))
     if description is None:
-        process = default_process()
-        return Subject(process, reduced(process))
+        config = load_config("base") if config is None else config
+        return config_subject(Settings.from_config(config).process)
     name, colon, rest = description.rpartition(":")
     if re.fullmatch(r"[A-Za-z_]\w*", rest) and colon and not _is_built_in(name):
-        return _own_subject(description, load_module(name), rest)
+        return own_subject(description)
     process = built_in_process(description)
     return Subject(process, reduced(process))
 
@@ -125,39 +137,40 @@ def _is_built_in(name: str) -> bool:
     return name in (*PROCESSES, "autoregressive")
 
 
-def checkpoint_process(path: str) -> "InterpolatingProcess":
+def checkpoint_process(path: str, consent: "Consent") -> "InterpolatingProcess":
     """Return the process of a model; the weights of our own runs stay on disk."""
     from gidd_jax.checkpoints.checkpoint import find_checkpoint
-    from gidd_jax.interchange.load import load_pretrained
-    from gidd_jax.settings import Settings
-    from gidd_jax.training.build import build_process
+    from gidd_jax.interchange import load
 
     try:
         checkpoint = find_checkpoint(path)
     except InputError:  # another kind of folder, or none
-        process = load_pretrained(path).process
+        process = load.load_pretrained(path, **consent._asdict()).process
     else:
-        tokenizer = checkpoint.tokenizer()
-        settings = Settings.from_saved(checkpoint.config()).process
-        process = build_process(settings, tokenizer.vocab_size, tokenizer.mask_id)
+        process = load.checkpoint_process(checkpoint, consent)
     if process is None:
         raise InputError(f"{path} is autoregressive: only diffusion has a process to check")
     return process
 
 
-def default_process() -> "InterpolatingProcess":
-    """Return the process of configs/base.py."""
-    from gidd_jax.settings import Settings
+def config_subject(settings: "ProcessSettings") -> Subject:
+    """Return the process of a config, the user's own at both sizes."""
+    from gidd_jax.evaluation.definitions import TOY_MASK_ID, TOY_VOCAB_SIZE
+    from gidd_jax.own_process import PAPER_IDS, read_source
     from gidd_jax.training.build import build_process
 
-    process = build_process(Settings.from_config(load_config("base")).process, *PAPER_IDS)
-    assert process is not None
-    return process
+    own = read_source(settings.name)
+    process = build_process(settings, *PAPER_IDS, own)
+    small = build_process(settings, TOY_VOCAB_SIZE, TOY_MASK_ID, own)
+    if process is None or small is None:
+        raise InputError("process.name = autoregressive: only diffusion has a process to check")
+    return Subject(process, small)
 
 
 def built_in_process(description: str) -> "InterpolatingProcess":
     """Return the process of `name:key=value,...`; InputError for unknown names and bad values."""
     from gidd_jax.interchange.load import PROCESSES, process_fields
+    from gidd_jax.own_process import PAPER_IDS
 
     name, _, rest = description.partition(":")
     if name == "autoregressive":
@@ -185,79 +198,36 @@ def built_in_process(description: str) -> "InterpolatingProcess":
     return kind(*PAPER_IDS, **values)
 
 
-def load_module(name: str) -> ModuleType:
-    """Run and return a .py file, or a module that can be imported; InputError if it fails."""
-    try:
-        if not name.endswith(".py"):
-            sys.path.insert(0, str(Path.cwd()))
-            return importlib.import_module(name)
-        if not Path(name).is_file():
-            raise InputError(f"--process: no such file: {name}")
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses look up annotations
-        spec.loader.exec_module(module)
-        return module
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"--process: {name}: {type(error).__name__}: {error}") from error
-
-
-def _own_subject(description: str, module: ModuleType, name: str) -> Subject:
+def own_subject(description: str) -> Subject:
+    """Return the process of `FILE.py:NAME` or `MODULE:NAME`, whose code is run."""
+    from gidd_jax import own_process
     from gidd_jax.evaluation.certify import reduced
     from gidd_jax.evaluation.definitions import TOY_MASK_ID, TOY_VOCAB_SIZE
     from gidd_jax.process import InterpolatingProcess
 
-    if not hasattr(module, name):
-        public = [word for word in vars(module) if not word.startswith("_")]
-        raise InputError(f"--process={description}: no {name} there: {nearest(name, public)}")
-    found = getattr(module, name)
-    if not isinstance(found, InterpolatingProcess) and not callable(found):
-        raise InputError(
-            f"--process={description}: {name} is no InterpolatingProcess, and nothing that makes "
-            "one from (vocab_size, mask_id)"
-        )
-
-    def make(what: str, function: Callable[[], object]) -> InterpolatingProcess:
-        try:
-            process = function()
-        except Exception as error:
-            raise InputError(
-                f"--process={description}: {what} raises {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(process, InterpolatingProcess):
-            raise InputError(f"--process={description}: {what} is no InterpolatingProcess")
-        _check_functions(description, process)
-        return process
-
+    name = f"--process={description}"
+    source = own_process.read_source(description)
+    if source is not None:
+        found = own_process.load(source)
+    else:
+        module, _, word = description.partition(":")
+        found = own_process.attribute(import_module(module), word, name)
     if isinstance(found, InterpolatingProcess):
-        _check_functions(description, found)
-        return Subject(found, make("dataclasses.replace", lambda: reduced(found)))
-    sizes = PAPER_IDS, (TOY_VOCAB_SIZE, TOY_MASK_ID)
-    return Subject(*(make(f"{name}{ids}", lambda ids=ids: found(*ids)) for ids in sizes))
-
-
-def _check_functions(description: str, process: "InterpolatingProcess") -> None:
-    """Raise InputError unless alpha and beta_pi are jax functions that keep the shape of t."""
-    import jax
-    import jax.numpy as jnp
-
-    try:
-        shapes = jax.eval_shape(lambda t: (process.alpha(t), *process.beta_pi(t)), jnp.ones(3))
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"--process={description}: alpha and beta_pi must be functions made of jax.numpy: "
-            f"{type(error).__name__}: {first_line}"
-        ) from error
-    if [shape.shape for shape in shapes] != [(3,)] * 3:
-        raise InputError(
-            f"--process={description}: alpha(t) and both entries of beta_pi(t) must have the shape "
-            "of t"
+        own_process.check_functions(name, found)
+        return Subject(
+            found, own_process.checked(name, "dataclasses.replace", lambda: reduced(found))
         )
+    sizes = own_process.PAPER_IDS, (TOY_VOCAB_SIZE, TOY_MASK_ID)
+    return Subject(*(own_process.make_from(found, name, ids) for ids in sizes))
+
+
+def import_module(name: str) -> ModuleType:
+    """Import a module from where the command runs, too; InputError if it fails."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise InputError(f"--process: {name}: {type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ Prints a table, one line a corpus. --out is JSON: `checkpoint`, `ema`, `process`
 
 from typing import Any
 
-from gidd_jax.cli import CommandFlags, run
+from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 
@@ -62,6 +62,7 @@ TXT_DOCUMENTS = flags.DEFINE_enum(
     "What a document of a .txt file is. Default: the run's.",
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+CODE = code_flags(flags)
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .json.")
 DISTRIBUTED = distributed_flags(flags)
 
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> None:
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     is_writer = DISTRIBUTED.start()
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     run_settings = corpora.run_data_settings(CHECKPOINT.value)
     if DATA.value:
         settings = [corpora.zero_shot_settings(run_settings, path) for path in DATA.value]

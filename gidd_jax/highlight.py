@@ -23,7 +23,7 @@ among the tokens at time --t: probabilities are meant for that share) and `figur
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, run
+from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import SUSPICION_METHODS, SuspicionOptions
 
@@ -45,6 +45,7 @@ THRESHOLD = flags.DEFINE_float(
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows judged together.", lower_bound=1)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+CODE = code_flags(flags)
 CORRUPTION = flags.DEFINE_list(
     "corruption", ["0.02", "0.1", "0.3"], "Shares of tokens to replace, separated by commas."
 )
@@ -89,7 +90,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
     from gidd_jax.views.marked import marked_page, print_marked
 
     out = check_output(OUT.value, ".html") if OUT.value else None
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     judged = judge_text(model, text, options, BATCH_SIZE.value)
     print_marked(judged, THRESHOLD.value, Console())
     if out is not None:
@@ -108,7 +109,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     from gidd_jax.sampling.suspicion import check_suspicion, expected_share
 
     out = check_output(OUT.value, ".json") if OUT.value else None
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     if model.process is None:
         raise InputError("suspicion needs a diffusion model: this one is autoregressive")
     check_suspicion(model.process, options)

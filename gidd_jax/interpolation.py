@@ -219,10 +219,20 @@ class InterpolatingProcess:
         return jnp.where(prob > 0, rate / jnp.where(prob > 0, prob, 1.0), 0.0)
 
     def dynamic_weights(self, x: jax.Array, z_t: jax.Array, t: ArrayLike, v1_1: bool) -> jax.Array:
-        """Return the family's dynamic training weights, [B, L]; v1_1: as in the released code."""
-        raise InputError(
-            f"weighting 'dynamic' is not defined for {type(self).__name__}: use 'elbo' or 'clip'"
-        )
+        """Return dynamic training weights, [B, L]: the ELBO weight per unit of log-SNR.
+
+        Families override it with what their papers use. v1_1 (as in the released code) is defined
+        only there: else it raises InputError.
+        """
+        if v1_1:
+            raise InputError(
+                f"weighting 'dynamic_v1_1' is not defined for {type(self).__name__}: use 'elbo', "
+                "'clip' or 'dynamic'"
+            )
+        t = expand_time(t, x)
+        speed = -jax.jvp(self.log_snr, (t,), (jnp.ones_like(t),))[1]
+        moves = speed > 0
+        return jnp.where(moves, self.elbo_weights(x, z_t, t) / jnp.where(moves, speed, 1.0), 0.0)
 
     def loss_weights(
         self,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gidd_jax.cli import CommandFlags, run
+from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
 
 flags = CommandFlags()
@@ -33,6 +33,7 @@ FRONTIER = flags.DEFINE_list(
 CALIBRATION = flags.DEFINE_string(
     "calibration", None, "File that gidd_jax.highlight --evaluate --out wrote."
 )
+CODE = code_flags(flags)
 OUT = flags.DEFINE_string("out", None, "Folder to write to. Default: WORKDIR/plots.")
 
 
@@ -53,7 +54,9 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax.views import pictures
 
-    figures = pictures.run_pictures(Path(WORKDIR.value)) if WORKDIR.value else {}
+    figures = {}
+    if WORKDIR.value:
+        figures = pictures.run_pictures(Path(WORKDIR.value), **CODE.values)
     if COMPARE.value:
         runs = zip(labels(COMPARE.value), COMPARE.value, strict=True)
         figures["compare"] = pictures.training_curves(

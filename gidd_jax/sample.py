@@ -12,7 +12,7 @@ token: its log-probability in the network call that put it there, and the number
 texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
 
-from gidd_jax.cli import CommandFlags, run
+from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 from gidd_jax.sampling.options import GRIDS, METHODS, SamplerOptions
@@ -33,6 +33,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.",
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+CODE = code_flags(flags)
 DISTRIBUTED = distributed_flags(flags)
 
 # The rest are fields of SamplerOptions; what is not given keeps the default there.
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.views.replay_page import write_files
 
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     samples = model.generate(
         num_samples,
         prompts=PROMPT.value or None,

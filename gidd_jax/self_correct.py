@@ -16,7 +16,7 @@ that plays the corrections, --trace the file behind it (see gidd_jax.replay).
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, run
+from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import CorrectionOptions
 
@@ -33,6 +33,7 @@ REPLAY = flags.DEFINE_string("replay", None, "Page that plays the changes, endin
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Texts corrected together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the proposals.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+CODE = code_flags(flags)
 
 # The rest are fields of CorrectionOptions; what is not given keeps the default there.
 OPTIONS = {
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
 
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = CorrectionOptions(**given)
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     texts = load_ids(source, model.tokenizer) if source.suffix == ".npz" else read_lines(source)
     if not len(texts):
         raise InputError(f"--samples: {source} holds no text")

@@ -114,9 +114,24 @@ class ModelSettings(_Section):
     keep_padding_columns: bool
 
 
+def split_own_process(name: str) -> tuple[str, str] | None:
+    """Return FILE.py and CLASS of 'FILE.py:CLASS'; None for what is no such name."""
+    match = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", name)
+    return (match[1], match[2]) if match and name.isprintable() else None
+
+
+def _is_process(name: str) -> bool:
+    return name in _WEIGHTINGS or split_own_process(name) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessSettings(_Section):
-    name: str = _one_of("hybrid", "masked", "log_snr", "autoregressive")
+    name: str = _legal(
+        _is_process, "hybrid | masked | log_snr | autoregressive | FILE.py:CLASS of your own"
+    )
+    options: str = _matches(
+        r"(\w+=[^,=]+(,\w+=[^,=]+)*)?", "KEY=VALUE,... for a process of your own, or ''"
+    )
     p_uniform: float = _fraction()
     gamma: float = _legal(lambda value: 0 < value <= 2, "in (0, 2]")
     t_eps: float = _legal(lambda value: 0 < value < 0.5, "in (0, 0.5)")
@@ -309,7 +324,13 @@ def _check_together(settings: Settings) -> None:
     if (model.name == "llama") != (process.name == "autoregressive"):
         raise InputError(
             f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
-            "autoregressive, and dit with hybrid, masked or log_snr"
+            "autoregressive, and dit with every other process"
+        )
+    own = split_own_process(process.name) is not None
+    if process.options and not own:
+        raise InputError(
+            f"process.options = {process.options}: belong to a process of your own, FILE.py:CLASS; "
+            f"process.name = {process.name} has keys of the section process"
         )
     if process.min_log_snr >= process.max_log_snr:
         raise InputError(
@@ -326,7 +347,7 @@ def _check_together(settings: Settings) -> None:
             f"train.min_weight = {train.min_weight}: must be at most train.max_weight = "
             f"{train.max_weight}"
         )
-    weightings = _WEIGHTINGS[process.name]
+    weightings = _OWN_WEIGHTINGS if own else _WEIGHTINGS[process.name]
     if train.weighting not in weightings:
         raise InputError(
             f"train.weighting = {train.weighting}: process.name = {process.name} has "
@@ -342,3 +363,4 @@ _WEIGHTINGS = {
     "masked": ("elbo",),  # the MDLM loss is its bound
     "autoregressive": ("elbo",),  # the exact likelihood
 }
+_OWN_WEIGHTINGS = ("elbo", "clip", "dynamic")

@@ -78,7 +78,9 @@ def plan_runs(config: Any) -> list[Run]:
 
     Raises InputError before anything is trained when one of them is not legal.
     """
+    from gidd_jax.own_process import PAPER_IDS, read_source
     from gidd_jax.settings import Settings, flatten
+    from gidd_jax.training.build import build_process
 
     if set(config) != {"base", "grid"}:
         raise InputError(
@@ -100,7 +102,11 @@ def plan_runs(config: Any) -> list[Run]:
         changed = config.base.copy_and_resolve_references()
         try:
             changed.update_from_flattened_dict(values)
-            runs.append(Run(name, values, Settings.from_config(changed)))
+            settings = Settings.from_config(changed)
+            own = read_source(settings.process.name)
+            if own is not None:  # its code and options are tried before the first run
+                build_process(settings.process, *PAPER_IDS, own)
+            runs.append(Run(name, values, settings))
         except (TypeError, ValueError) as error:
             raise InputError(f"run {name}: {error}") from error
     return runs
@@ -115,9 +121,10 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     from gidd_jax.checkpoints.checkpoint import find_checkpoint
     from gidd_jax.checkpoints.workdir import check_workdir
     from gidd_jax.evaluation.reports import NOTES, write_report
+    from gidd_jax.own_process import read_source
     from gidd_jax.training.loop import train
 
-    check_workdir(folder, one.settings)
+    check_workdir(folder, one.settings, read_source(one.settings.process.name))
     path, num_steps = folder / RESULT_FILE, one.settings.train.num_steps
     if path.is_file():
         result = json.loads(path.read_text("utf-8"))

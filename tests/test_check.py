@@ -313,8 +313,11 @@ def test_the_processes_that_flags_name(tmp_path):
         ("hybrid:p_uniform=x", None): "p_uniform must be a number",
         ("hybrid:p_uniform=1", None): "error: p_uniform must lie in [0, 1): 1.0",
         ("masked:gamma=1", None): "unknown 'gamma': use one of eps, t_eps",
-        ("missing.py:Cosine", None): "error: --process: no such file: missing.py",
-        ("broken.py:Cosine", None): "broken.py: ModuleNotFoundError: No module named 'nothing_",
+        ("missing.py:Cosine", None): "error: missing.py:Cosine: no such file: missing.py",
+        (
+            "broken.py:Cosine",
+            None,
+        ): "broken.py:Cosine: ModuleNotFoundError: No module named 'noth",
         ("nothing_there:Cosine", None): "No module named 'nothing_there'",
         ("own.py:Cosin", None): "no Cosin there: did you mean Cosine?",
         ("own.py:jnp", None): "jnp is no InterpolatingProcess, and nothing that makes one",
@@ -358,8 +361,13 @@ def test_right_processes_exit_with_0(tmp_path):
     assert result.stdout.endswith("all 2 checks passed\n")
 
 
-def test_both_flags_are_refused(tmp_path):
-    flags = "--process=masked", "--checkpoint=x"
+def test_a_built_in_process_is_not_replaced(tmp_path):
+    write_checkpoint(tmp_path / "run", tmp_path, "gidd")
+    flags = "--process=masked", "--checkpoint=run"
     result = run("-m", "gidd_jax.check", *flags, folder=tmp_path)
     assert result.returncode == 2
-    assert result.stderr == "error: give either --process or --checkpoint, not both\n"
+    assert re.fullmatch(
+        r"error: --process=masked: the process of .*run/checkpoints/3 is hybrid, not one of its "
+        r"own: leave the flag out\n",
+        result.stderr,
+    )

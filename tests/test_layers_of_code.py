@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "gidd_jax"
 # by one, but for the commands, which are what can be run: they stand on the top floor.
 FLOORS = (
     {"errors", "cli", "settings", "mixture", "draws", "hardware"},
-    {"interpolation", "process", "loss", "likelihood", "models", "ops", "parallel"},
+    {"interpolation", "process", "own_process", "loss", "likelihood", "models", "ops", "parallel"},
     {"data"},
     {"sampling", "checkpoints"},
     {"training"},

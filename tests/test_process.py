@@ -352,8 +352,21 @@ def test_a_process_of_two_functions_works(rtol):
     np.testing.assert_allclose(COSINE.elbo_weights(x, z_t, t), elbo, rtol=rtol)
     clip = COSINE.loss_weights(x, z_t, t, weighting="clip", max_weight=1.5)
     np.testing.assert_allclose(clip, np.clip(elbo, 0, 1.5), rtol=rtol)
-    with pytest.raises(InputError, match="use 'elbo' or 'clip'"):
-        COSINE.loss_weights(x, z_t, t, weighting="dynamic")
+    # log_snr = log(cos^2 / sin^2), so that its derivative is -2 pi / sin(pi t).
+    per_log_snr = elbo * np.sin(np.pi * per_token(t)) / (2 * np.pi)
+    dynamic = COSINE.loss_weights(x, z_t, t, weighting="dynamic", max_weight=1e9)
+    np.testing.assert_allclose(dynamic, per_log_snr, rtol=rtol, atol=rtol)
+    with pytest.raises(InputError, match="use 'elbo', 'clip' or 'dynamic'"):
+        COSINE.loss_weights(x, z_t, t, weighting="dynamic_v1_1")
+
+
+def test_dynamic_weights_are_those_of_the_log_snr_family_where_both_are_defined():
+    process = LogSnrProcess(23, 5, scale=0.5, shift=1.0)
+    x, z_t = case_ids(process)
+    t = np.clip(TIMES, 0.01, 0.99)
+    want = process.dynamic_weights(x, z_t, t, v1_1=False)
+    got = InterpolatingProcess.dynamic_weights(process, x, z_t, t, v1_1=False)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 def test_processes_are_hashable_values(process):
@@ -403,5 +416,5 @@ def test_unknown_weightings_name_the_legal_ones():
     ids = jnp.zeros((1, 1), int)
     with pytest.raises(InputError, match="elbo, clip, dynamic, dynamic_v1_1"):
         MaskedProcess(3, 2).loss_weights(ids, ids, 0.5, weighting="none")
-    with pytest.raises(InputError, match="use 'elbo' or 'clip'"):
-        MaskedProcess(3, 2).loss_weights(ids, ids, 0.5, weighting="dynamic")
+    with pytest.raises(InputError, match="use 'elbo', 'clip' or 'dynamic'"):
+        MaskedProcess(3, 2).loss_weights(ids, ids, 0.5, weighting="dynamic_v1_1")

@@ -1,7 +1,8 @@
 """Checkpoints of a run, written in the background and complete in themselves.
 
 WORKDIR/checkpoints/STEP/ holds the training state and, as JSON, the data position, the settings
-of the run (with its process) and the files of its tokenizer. A step appears under its name only
+of the run (with its process, and its text if that is the user's own) and the files of its
+tokenizer. A step appears under its name only
 when all of it is written; in a bucket, it counts only then.
 """
 
@@ -59,6 +60,10 @@ class Checkpoint:
         if not _are_files(files):
             raise _damaged(self, ValueError("its tokenizer is no set of files"))
         return files
+
+    def process(self) -> dict[str, Any] | None:
+        """Return the record of the user's own process (`Source.record`); None if there is none."""
+        return self._json("process") if (self.folder / "process").exists() else None
 
     def data_position(self) -> dict[str, Any]:
         """Return the state of the data iterator."""
@@ -155,10 +160,13 @@ class Checkpointer:
         max_to_keep: int,
         config: Mapping[str, Any],
         tokenizer: Tokenizer,
+        process: Mapping[str, str] | None = None,
     ) -> None:
         self._root = run_folder(workdir) / CHECKPOINTS
         self._every = every
         self._context = {"config": dict(config), "tokenizer": tokenizer_files(tokenizer)}
+        if process is not None:
+            self._context["process"] = dict(process)
         self._manager = ocp.CheckpointManager(
             self._root,
             options=ocp.CheckpointManagerOptions(

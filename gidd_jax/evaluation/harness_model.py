@@ -42,6 +42,8 @@ class HarnessModel(TemplateLM):
         checkpoint: str = "",
         *,
         ema: bool = False,
+        allow_code: bool = False,
+        process: str | None = None,
         batch_size: int | str = 16,
         seed: int = 0,
         num_samples_t: int = 32,
@@ -62,12 +64,22 @@ class HarnessModel(TemplateLM):
             raise InputError("checkpoint is required: --model_args checkpoint=RUN")
         if "temperature" in options:
             raise InputError("temperature belongs to --gen_kwargs: tasks set it, 0 by default")
-        own = ("checkpoint", "ema", "seed", "num_samples_t", "check_greedy")
+        own = (
+            "checkpoint",
+            "ema",
+            "allow_code",
+            "process",
+            "seed",
+            "num_samples_t",
+            "check_greedy",
+        )
         _sampler_options(options, "model_args", own)
         if not str(batch_size).isdigit():
             raise InputError(f"batch_size must be a number: {batch_size}")
         self.batch_size = int(batch_size)
-        self.model = Gidd.from_pretrained(str(checkpoint), ema=ema)
+        self.model = Gidd.from_pretrained(
+            str(checkpoint), ema=ema, allow_code=allow_code, process=process
+        )
         self.seed, self.num_samples_t, self.check_greedy = seed, num_samples_t, check_greedy
         self.options = options
 

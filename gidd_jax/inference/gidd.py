@@ -73,13 +73,21 @@ class Gidd:
     keep_padding_columns: bool = False
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, ema: bool = False) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        ema: bool = False,
+        allow_code: bool = False,
+        process: str | None = None,
+    ) -> Self:
         """Load a workdir or step of `gidd_jax.train`, a published folder, or a hub name.
 
-        ema: the moving average of the parameters. Raises InputError when there is no model, or it
-        is damaged (see `pretrained.load_pretrained`).
+        ema: the moving average of the parameters; allow_code, process: whose code may run where
+        the model has a process of its own. Raises InputError when there is no model, or it is
+        damaged (see `load.load_pretrained`).
         """
-        return cls(*load_pretrained(path, ema=ema))
+        return cls(*load_pretrained(path, ema=ema, allow_code=allow_code, process=process))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a new folder in the published Hugging Face format (see `export`).

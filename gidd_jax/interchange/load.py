@@ -1,7 +1,8 @@
 """Models out of every kind of folder this package reads: its own, the original's, Hugging Face's.
 
-A folder is data: nothing in it is executed, and what does not fit raises InputError that names
-the file and the fix.
+A folder is data: nothing in it is executed, unless the caller allows the code of a process that
+came into a checkpoint from the user's own file. What does not fit raises InputError that names the
+file and the fix.
 """
 
 import dataclasses
@@ -38,9 +39,16 @@ from gidd_jax.interchange.weight_files import (
 from gidd_jax.models.dit import DiT, padded_vocab_size
 from gidd_jax.models.layers import Llama3RopeScaling, check_heads
 from gidd_jax.models.llama import Llama
+from gidd_jax.own_process import (
+    Consent,
+    Source,
+    check_no_process_given,
+    from_record,
+    recorded_source,
+)
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.settings import Settings
-from gidd_jax.training.build import build_objective
+from gidd_jax.settings import ProcessSettings, Settings
+from gidd_jax.training.build import build_objective, build_process
 from gidd_jax.training.step import abstract_params
 
 PROCESSES = {"hybrid": HybridProcess, "masked": MaskedProcess, "log_snr": LogSnrProcess}
@@ -61,20 +69,30 @@ class Pretrained(NamedTuple):
     keep_padding_columns: bool
 
 
-def load_pretrained(path: str | Path, *, ema: bool = False) -> Pretrained:
+def load_pretrained(
+    path: str | Path,
+    *,
+    ema: bool = False,
+    allow_code: bool = False,
+    process: str | None = None,
+) -> Pretrained:
     """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
 
     Folders: GIDD in the published Hugging Face format, Hugging Face Llamas, and checkpoints of the
     original's training (model.pt and config.yaml; needs PyTorch). ema: the moving average of the
-    parameters, which only `gidd_jax.train` keeps. Raises InputError when no model is there, or it
+    parameters, which only `gidd_jax.train` keeps. A model with a process of its own is refused
+    unless allow_code (run the text recorded in the checkpoint) or process (run this FILE.py:CLASS
+    in its place) says otherwise. Raises InputError when no model is there, or it
     is damaged or of an unknown architecture.
     """
+    consent = Consent(allow_code, process)
     if "://" in str(path):
-        return _from_checkpoint(find_checkpoint(path), ema)
+        return _from_checkpoint(find_checkpoint(path), ema, consent)
     folder = _local_folder(str(path))
     is_hugging_face, is_original = _is_hugging_face(folder), (folder / "config.yaml").is_file()
     if (folder / CHECKPOINTS).is_dir() or not (is_hugging_face or is_original):
-        return _from_checkpoint(find_checkpoint(folder), ema)
+        return _from_checkpoint(find_checkpoint(folder), ema, consent)
+    check_no_process_given(consent, path, "built in")
     if ema:
         raise InputError(f"{path} has no moving average of the parameters: load it without ema")
     return _from_hugging_face(folder) if is_hugging_face else _from_original(folder)
@@ -108,10 +126,28 @@ def _is_hugging_face(folder: Path) -> bool:
         return False
 
 
-def _from_checkpoint(checkpoint: Checkpoint, ema: bool) -> Pretrained:
-    settings = Settings.from_saved(checkpoint.config())
+def checkpoint_process(checkpoint: Checkpoint, consent: Consent) -> InterpolatingProcess | None:
+    """Return the process of a checkpoint (None: autoregressive); its weights stay on disk."""
+    settings = Settings.from_saved(checkpoint.config()).process
+    own = _own_source(checkpoint, settings, consent)
     tokenizer = checkpoint.tokenizer()
-    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
+    return build_process(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
+
+
+def _own_source(
+    checkpoint: Checkpoint, settings: ProcessSettings, consent: Consent
+) -> Source | None:
+    where = checkpoint.folder
+    return recorded_source(
+        settings, where, lambda: from_record(checkpoint.process(), settings, where), consent
+    )
+
+
+def _from_checkpoint(checkpoint: Checkpoint, ema: bool, consent: Consent) -> Pretrained:
+    settings = Settings.from_saved(checkpoint.config())
+    own = _own_source(checkpoint, settings.process, consent)
+    tokenizer = checkpoint.tokenizer()
+    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     return Pretrained(
         network=objective.model,  # pyright: ignore[reportArgumentType]
         params=load_params(checkpoint, abstract_params(objective), ema=ema),

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.models.layers import MOST_SCORES
+from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
 from gidd_jax.planning.roofline import Topology
 from gidd_jax.settings import Settings
@@ -42,11 +43,13 @@ class Builder:
 
     def __init__(self, settings: Settings, vocab_size: int, mask_id: int) -> None:
         self.settings, self._vocabulary = settings, (vocab_size, mask_id)
+        self._own = read_source(settings.process.name)
         self._optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
 
     def objective(self, attention: str) -> Objective:
         model = dataclasses.replace(self.settings.model, attention=attention)
-        return build_objective(dataclasses.replace(self.settings, model=model), *self._vocabulary)
+        settings = dataclasses.replace(self.settings, model=model)
+        return build_objective(settings, *self._vocabulary, self._own)
 
     def state(self, mesh: Mesh) -> TrainState:
         """The description of the state on a mesh: arrays that do not exist, with shardings."""

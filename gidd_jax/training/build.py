@@ -4,15 +4,21 @@ import jax.numpy as jnp
 
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
+from gidd_jax.own_process import Source, make
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import ModelSettings, ProcessSettings, Settings
 from gidd_jax.training.objective import Objective
 
 
 def build_process(
-    settings: ProcessSettings, vocab_size: int, mask_id: int
+    settings: ProcessSettings, vocab_size: int, mask_id: int, own: Source | None = None
 ) -> InterpolatingProcess | None:
-    """Return the forward process, or None for the autoregressive baseline."""
+    """Return the forward process, or None for the autoregressive baseline.
+
+    own: the source of the user's own process, which is run. Raises InputError when it fails.
+    """
+    if own is not None:
+        return make(own, vocab_size, mask_id, settings.options)
     if settings.name == "autoregressive":
         return None
     if settings.name == "hybrid":
@@ -21,6 +27,7 @@ def build_process(
         )
     if settings.name == "masked":
         return MaskedProcess(vocab_size, mask_id, t_eps=settings.t_eps)
+    assert settings.name == "log_snr", "an own process needs its source"
     return LogSnrProcess(
         vocab_size,
         mask_id,
@@ -50,11 +57,13 @@ def build_model(settings: ModelSettings, vocab_size: int) -> DiT | Llama:
     return DiT(cond_dim=settings.cond_dim, **shared)
 
 
-def build_objective(settings: Settings, vocab_size: int, mask_id: int) -> Objective:
-    """Return what the network is trained on."""
+def build_objective(
+    settings: Settings, vocab_size: int, mask_id: int, own: Source | None = None
+) -> Objective:
+    """Return what the network is trained on; `own` as in `build_process`."""
     return Objective(
         model=build_model(settings.model, vocab_size),
-        process=build_process(settings.process, vocab_size, mask_id),
+        process=build_process(settings.process, vocab_size, mask_id, own),
         weighting=settings.train.weighting,
         min_weight=settings.train.min_weight,
         max_weight=settings.train.max_weight,

@@ -23,6 +23,7 @@ from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_b
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.likelihood import perplexity
+from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
@@ -60,7 +61,8 @@ def train(
     InputError for bad input before anything is written, DivergenceError when a loss or a gradient
     is not finite.
     """
-    check_workdir(workdir, settings, allow_config_change=allow_config_change)
+    own = read_source(settings.process.name)
+    check_workdir(workdir, settings, own, allow_config_change=allow_config_change)
     if profile and is_remote(workdir):
         raise InputError(f"--profile needs a local --workdir: {workdir}")
     if settings.logging.wandb:
@@ -68,7 +70,7 @@ def train(
     num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
     seq_len = settings.model.max_seq_len
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
+    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     optimizer = make_optimizer(settings.optimizer, num_steps)
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     sharding.check_batch_size(batch_size // settings.train.micro_batches, mesh)
@@ -89,6 +91,7 @@ def train(
                 max_to_keep=settings.checkpoint.max_to_keep,
                 config=settings.to_dict(),
                 tokenizer=tokenizer,
+                process=None if own is None else own.record(settings.process.options),
             )
         )
         stopping = stack.enter_context(stop_requests(checkpointer))
@@ -100,7 +103,7 @@ def train(
             check_same_tokenizer(find_checkpoint(workdir), tokenizer, settings)
             batches.set_state(position)
             logging.info("Going on from step %d of %s", state.step, workdir)
-        open_workdir(workdir, settings, tokenizer)
+        open_workdir(workdir, settings, tokenizer, own)
         describe_data(batches, validation)
         logging.info("\n%s", parameter_overview.get_parameter_overview(state.params))
 

@@ -21,9 +21,10 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gidd_jax.checkpoints.workdir import CONFIG_FILE
+from gidd_jax.checkpoints.workdir import CONFIG_FILE, PROCESS_FILE
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
+from gidd_jax.own_process import Consent, read_source, recorded_source
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_process
@@ -62,7 +63,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_process(workdir: Path) -> tuple[Settings, InterpolatingProcess | None]:
+def read_process(workdir: Path, consent: Consent) -> tuple[Settings, InterpolatingProcess | None]:
     """Return a run's settings and its process (None: autoregressive) from what it left to read.
 
     Raises InputError when the folder holds no settings.
@@ -75,18 +76,29 @@ def read_process(workdir: Path) -> tuple[Settings, InterpolatingProcess | None]:
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    process = build_process(settings.process, tokenizer.vocab_size, tokenizer.mask_id)
+    own = recorded_source(
+        settings.process,
+        workdir,
+        lambda: read_source(settings.process.name, workdir / PROCESS_FILE),
+        consent,
+    )
+    process = build_process(settings.process, tokenizer.vocab_size, tokenizer.mask_id, own)
     return settings, process
 
 
-def run_pictures(workdir: Path) -> dict[str, Figure]:
-    """Return a run's pictures by name: its curves and, of diffusion models, its process."""
+def run_pictures(
+    workdir: Path, *, allow_code: bool = False, process: str | None = None
+) -> dict[str, Figure]:
+    """Return a run's pictures by name: its curves and, of diffusion models, its process.
+
+    allow_code, process: as for `load_pretrained`.
+    """
     pictures = {"training": training_curves({workdir.name: read_metrics(workdir)})}
-    settings, process = read_process(workdir)
-    if process is not None:
+    settings, drawn = read_process(workdir, Consent(allow_code, process))
+    if drawn is not None:
         train = settings.train
         pictures["process"] = process_picture(
-            process, train.weighting, train.min_weight, train.max_weight
+            drawn, train.weighting, train.min_weight, train.max_weight
         )
     return pictures
 
