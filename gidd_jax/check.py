@@ -132,7 +132,7 @@ def find_subject(
 
 
 def _is_built_in(name: str) -> bool:
-    from gidd_jax.interchange.load import PROCESSES
+    from gidd_jax.interchange.folders import PROCESSES
 
     return name in (*PROCESSES, "autoregressive")
 
@@ -169,7 +169,7 @@ def config_subject(settings: "ProcessSettings") -> Subject:
 
 def built_in_process(description: str) -> "InterpolatingProcess":
     """Return the process of `name:key=value,...`; InputError for unknown names and bad values."""
-    from gidd_jax.interchange.load import PROCESSES, process_fields
+    from gidd_jax.interchange.folders import PROCESSES, process_fields
     from gidd_jax.own_process import PAPER_IDS
 
     name, _, rest = description.partition(":")

@@ -13,23 +13,22 @@ print(model.log_likelihood(["the best of times"], prompts=["It was"]).log_probs[
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gidd_jax.cli import nearest
 from gidd_jax.data.tokenizer import Tokenizer
-from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.inference import programs
+from gidd_jax.inference.batches import split_rows
 from gidd_jax.inference.programs import Batch, SpecialIds
 from gidd_jax.inference.prompts import (
     Piece,
     Rows,
     Text,
     by_width,
+    check_some,
     continuations,
     empty_rows,
     infillings,
@@ -37,29 +36,30 @@ from gidd_jax.inference.prompts import (
     whole_texts,
 )
 from gidd_jax.inference.samples import Corrected, Likelihoods, Samples, Suspicions
-from gidd_jax.interchange.load import Pretrained, load_pretrained
+from gidd_jax.interchange.load import load_pretrained
+from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.parallel.sharding import (
-    batch_sharding,
     gather_batches,
-    make_mesh,
-    own_batches,
-    replicated,
 )
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import check_autoregressive
 from gidd_jax.sampling.correction import Correction
 from gidd_jax.sampling.loop import Drawn
-from gidd_jax.sampling.options import CorrectionOptions, SamplerOptions, SuspicionOptions
+from gidd_jax.sampling.options import (
+    CorrectionOptions,
+    SamplerOptions,
+    SuspicionOptions,
+    changed_options,
+)
 from gidd_jax.sampling.suspicion import check_suspicion
 from gidd_jax.sampling.trace import changes_of, changes_of_correction, join_changes, make_trace
 
 _NOT_A_NUMBER = (
     "the network's output is not a number: its parameters are damaged, use an older checkpoint"
 )
-Options = TypeVar("Options", SamplerOptions, CorrectionOptions, SuspicionOptions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Gidd:
         return cls(*load_pretrained(path, ema=ema, allow_code=allow_code, process=process))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write a new folder in the published Hugging Face format (see `export`).
+        """Write a new folder in the published Hugging Face format (see `interchange.save`).
 
         Raises InputError when it exists, or the process is one that the format cannot hold.
         """
@@ -138,9 +138,9 @@ class Gidd:
                 raise InputError(f"num_samples must be at least 1: {count}")
             rows = empty_rows(self.tokenizer, count, length, begin=self.process is None)
         else:
-            _check_some(prompts, "prompts")
+            check_some(prompts, "prompts")
             rows = continuations(self.tokenizer, prompts, length, new_tokens)
-        options = _options(options or SamplerOptions(), changes)
+        options = changed_options(options or SamplerOptions(), changes)
         return self._draw(rows, batch_size, seed, options, trace)
 
     def infill(
@@ -160,9 +160,9 @@ class Gidd:
         """
         if self.process is None:
             raise InputError("infilling needs a diffusion model: this one is autoregressive")
-        _check_some(texts, "texts")
+        check_some(texts, "texts")
         rows = infillings(self.tokenizer, texts, self.max_seq_len)
-        options = _options(options or SamplerOptions(), changes)
+        options = changed_options(options or SamplerOptions(), changes)
         return self._draw(rows, batch_size, seed, options, trace)
 
     def correct(
@@ -182,9 +182,9 @@ class Gidd:
         """
         if self.process is None:
             raise InputError("self-correction needs a diffusion model: this one is autoregressive")
-        _check_some(texts, "texts")
+        check_some(texts, "texts")
         rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
-        settings = _options(options or CorrectionOptions(), changes)
+        settings = changed_options(options or CorrectionOptions(), changes)
         _check_trace(trace)
         traced = []
 
@@ -196,7 +196,7 @@ class Gidd:
                 traced.append(changes_of_correction(part))
             return part._replace(frames=None)
 
-        parts = gather_batches(map(corrected, self._batches(rows, batch_size, seed)))
+        parts = gather_batches(map(corrected, split_rows(self.params, rows, batch_size, seed)))
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
         if np.isnan([result.initial_accuracy, result.final_accuracy]).any():
@@ -225,8 +225,8 @@ class Gidd:
         """
         if self.process is None:
             raise InputError("suspicion needs a diffusion model: this one is autoregressive")
-        _check_some(texts, "texts")
-        settings = _options(options or SuspicionOptions(), changes)
+        check_some(texts, "texts")
+        settings = changed_options(options or SuspicionOptions(), changes)
         check_suspicion(self.process, settings)
         given = isinstance(texts, Rows)
         rows = texts if given else scored_texts(self.tokenizer, texts, None, self.max_seq_len)
@@ -238,7 +238,7 @@ class Gidd:
                 programs.suspicion(
                     batch, network=self.network, process=self.process, options=settings
                 )
-                for batch in self._batches(part, batch_size, seed=0)
+                for batch in split_rows(self.params, part, batch_size, seed=0)
             )
             for whole, *leaves in zip(found, *parts, strict=True):
                 whole[numbers, :width] = np.concatenate(leaves)[: len(numbers)]
@@ -267,7 +267,7 @@ class Gidd:
         the seed and the text's number, not on the batch. Raises InputError for texts that are
         empty or, with their prompt and the token that begins it, longer than the context.
         """
-        _check_some(texts, "texts")
+        check_some(texts, "texts")
         if num_samples_t < 1:
             raise InputError(f"num_samples_t must be at least 1: {num_samples_t}")
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
@@ -281,7 +281,7 @@ class Gidd:
                     keep_padding_columns=self.keep_padding_columns,
                     num_samples_t=num_samples_t,
                 )
-                for batch in self._batches(part, batch_size, seed, numbers)
+                for batch in split_rows(self.params, part, batch_size, seed, numbers)
             )
             by_token[numbers, : part.ids.shape[1]] = np.concatenate(scores)[: len(numbers)]
             calls += len(scores) * (1 if self.process is None else num_samples_t + 1)
@@ -302,7 +302,7 @@ class Gidd:
         From left to right, or for diffusion from masks on with method "confidence" and one step a
         token. Raises InputError like `log_likelihood`, and for diffusion without such a start.
         """
-        _check_some(texts, "texts")
+        check_some(texts, "texts")
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
         found = np.zeros(len(rows.ids), bool)
         for numbers, part in by_width(rows):
@@ -310,7 +310,7 @@ class Gidd:
                 programs.is_greedy(
                     batch, network=self.network, process=self.process, special=self._special_ids
                 )
-                for batch in self._batches(part, batch_size, seed=0)
+                for batch in split_rows(self.params, part, batch_size, seed=0)
             )
             if any(part.is_broken.any() for part in parts):
                 raise InputError(_NOT_A_NUMBER)
@@ -363,7 +363,7 @@ class Gidd:
     def _drawn_batches(
         self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
     ) -> Iterator[Drawn]:
-        batches = self._batches(rows, batch_size, seed)
+        batches = split_rows(self.params, rows, batch_size, seed)
         if self.process is None:
             check_autoregressive(options)
             for batch in batches:
@@ -393,49 +393,7 @@ class Gidd:
             min(self.tokenizer.vocab_size, self.network.vocab_size),
         )
 
-    def _batches(
-        self, rows: Rows, batch_size: int, seed: int, names: np.ndarray | None = None
-    ) -> Iterator[Batch]:
-        """Yield this process's share of the rows in batches of one size, split over its devices.
-
-        names: the numbers that rows draw by; default: their own. Rows beyond the last repeat it.
-        """
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1: {batch_size}")
-        mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
-        params = jax.device_put(self.params, replicated(mesh))
-        size = -(-min(batch_size, len(rows.ids)) // mesh.size) * mesh.size
-        for batch in own_batches(-(-len(rows.ids) // size)):
-            # What repeats the last row draws as it does: it causes no network call of its own.
-            numbers = np.minimum(np.arange(size) + batch * size, len(rows.ids) - 1)
-            part = jax.tree.map(lambda a, n=numbers: a[n], rows)
-            if names is not None:
-                numbers = names[numbers]
-            arrays = (
-                row_keys(jax.random.key(seed), jnp.asarray(numbers)),
-                part.ids,
-                part.free,
-                part.lengths if rows.is_ragged else None,
-            )
-            yield Batch(params, *jax.device_put(arrays, batch_sharding(mesh)))
-
 
 def _check_trace(trace: bool) -> None:
     if trace and jax.process_count() > 1:
         raise InputError("a trace needs one process: leave out --distributed, or the trace")
-
-
-def _check_some(texts: Sequence[Any] | np.ndarray, name: str) -> None:
-    if isinstance(texts, str):
-        raise InputError(f"{name} must be a list of texts, not one text")
-    if len(texts) == 0:
-        raise InputError(f"{name} is empty: give at least one")
-
-
-def _options(options: Options, changes: dict[str, Any]) -> Options:
-    """Return the options with fields changed; InputError names an unknown one."""
-    legal = [field.name for field in dataclasses.fields(options)]
-    for name in changes:
-        if name not in legal:
-            raise InputError(f"unknown option {name}: {nearest(name, legal)}")
-    return dataclasses.replace(options, **changes)

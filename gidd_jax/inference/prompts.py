@@ -1,7 +1,7 @@
 """From texts to rows of tokens: what is given, what is to be generated, and where a row ends."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -186,3 +186,11 @@ def join_pieces(tokenizer: Tokenizer, rows: Sequence[Sequence[np.ndarray | int]]
 def begin_id(tokenizer: Tokenizer) -> int:
     """Return the token that begins a text."""
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
+def check_some(texts: Sequence[Any] | np.ndarray, name: str) -> None:
+    """Raise InputError unless `texts` (of the argument `name`) are a list with something in it."""
+    if isinstance(texts, str):
+        raise InputError(f"{name} must be a list of texts, not one text")
+    if len(texts) == 0:
+        raise InputError(f"{name} is empty: give at least one")

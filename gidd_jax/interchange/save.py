@@ -11,7 +11,8 @@ import numpy as np
 
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.errors import InputError
-from gidd_jax.interchange.load import PROCESSES, Pretrained, process_fields
+from gidd_jax.interchange.folders import PROCESSES, process_fields
+from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.tensors import (
     StateDict,
     dit_params_to_torch,

@@ -4,7 +4,9 @@ Imports nothing heavy, so that commands can name the choices in --help.
 """
 
 import dataclasses
+from typing import Any, TypeVar
 
+from gidd_jax.cli import nearest
 from gidd_jax.errors import InputError
 
 ANCESTRAL = ("ancestral", "psi")
@@ -116,3 +118,15 @@ class SuspicionOptions:
             raise InputError(f"unknown method {self.method!r}: use one of {legal}")
         if not 0 < self.t < 1:
             raise InputError(f"t must lie in (0, 1): {self.t}")
+
+
+Options = TypeVar("Options", SamplerOptions, CorrectionOptions, SuspicionOptions)
+
+
+def changed_options(options: Options, changes: dict[str, Any]) -> Options:
+    """Return the options with fields changed; raises InputError that names an unknown one."""
+    legal = [field.name for field in dataclasses.fields(options)]
+    for name in changes:
+        if name not in legal:
+            raise InputError(f"unknown option {name}: {nearest(name, legal)}")
+    return dataclasses.replace(options, **changes)

@@ -18,7 +18,8 @@ from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax.errors import InputError
 from gidd_jax.inference.gidd import Gidd
-from gidd_jax.interchange.load import Pretrained, load_pretrained
+from gidd_jax.interchange.load import load_pretrained
+from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.process import HybridProcess, LogSnrProcess
 

@@ -1,0 +1,278 @@
+"""Folders of others: models of Hugging Face's formats and of the original's training."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.checkpoints.workdir import CONFIG_FILE
+from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gidd_jax.errors import InputError, first_line
+from gidd_jax.interchange.fields import Fields
+from gidd_jax.interchange.pretrained import Pretrained
+from gidd_jax.interchange.tensors import (
+    Shapes,
+    StateDict,
+    dit_params_from_torch,
+    dit_tensor_shapes,
+    llama_params_from_torch,
+    llama_tensor_shapes,
+)
+from gidd_jax.interchange.weight_files import (
+    WEIGHTS_FILE,
+    read_safetensors,
+    read_torch,
+)
+from gidd_jax.models.dit import DiT, padded_vocab_size
+from gidd_jax.models.layers import Llama3RopeScaling, check_heads
+from gidd_jax.models.llama import Llama
+from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
+
+PROCESSES = {"hybrid": HybridProcess, "masked": MaskedProcess, "log_snr": LogSnrProcess}
+
+
+def from_hugging_face(folder: Path) -> Pretrained:
+    file = folder / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing: it describes {WEIGHTS_FILE}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is no JSON ({first_line(error)}): fetch it again") from error
+    if not isinstance(values, Mapping):
+        raise InputError(f"{file} holds no keys: fetch it again")
+    fields = Fields(file, values)
+    kind = fields.text("model_type")
+    if kind not in ("dit", "llama"):
+        raise fields.error(f"model_type = {kind!r}: only dit and llama can be loaded")
+    if kind == "llama":
+        llama = _hugging_face_llama(fields)
+        state_dict, weights = read_safetensors(folder)
+        return _llama(llama, state_dict, load_tokenizer(folder), weights)
+    state_dict, weights = read_safetensors(folder)
+    tokenizer = load_tokenizer(folder)
+    rows = fields.size("vocab_size")
+    network = _dit_network(
+        fields,
+        _real_vocab_size(rows, tokenizer, file),
+        ("hidden_size", "num_hidden_layers", "num_attention_heads", "timestep_cond_dim"),
+    )
+    return _dit(
+        network, rows, state_dict, tokenizer, _published_process(fields, tokenizer), weights
+    )
+
+
+def _published_process(fields: Fields, tokenizer: Tokenizer) -> InterpolatingProcess:
+    """Return the process of a config: the paper's, or what `export` wrote beside it."""
+    ids = tokenizer.vocab_size, tokenizer.mask_id
+    if not fields.has("process"):
+        p_uniform, t_eps = fields.number("p_uniform"), fields.number("t_eps")
+        return _checked(fields.file, lambda: HybridProcess(*ids, p_uniform, t_eps=t_eps))
+    section = fields.section("process")
+    name = section.text("name")
+    if name not in PROCESSES:
+        raise fields.error(f"process {name!r} is unknown: use one of {', '.join(PROCESSES)}")
+    values = {key: section.number(key) for key in process_fields(PROCESSES[name])}
+    return _checked(fields.file, lambda: PROCESSES[name](*ids, **values))
+
+
+def process_fields(kind: type[InterpolatingProcess]) -> list[str]:
+    """Return the names of the numbers that define a process of this kind."""
+    tokens = ("vocab_size", "mask_id", "background")
+    return [field.name for field in dataclasses.fields(kind) if field.name not in tokens]
+
+
+def _hugging_face_llama(fields: Fields) -> Llama:
+    if fields.has("hidden_act") and fields.text("hidden_act") != "silu":
+        raise fields.error("hidden_act must be silu: this is another architecture")
+    for key in ("attention_bias", "mlp_bias"):
+        if fields.flag(key, False):
+            raise fields.error(f"{key} must be false: biases are not supported")
+    hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    if fields.has("head_dim") and fields.size("head_dim") * num_heads != hidden_size:
+        raise fields.error("head_dim must be hidden_size / num_attention_heads")
+    num_kv_heads = fields.size("num_key_value_heads", num_heads)
+    _checked(fields.file, lambda: check_heads(hidden_size, num_heads, num_kv_heads))
+    theta, scaling = _rope(fields)
+    return Llama(
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=fields.size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=fields.size("intermediate_size"),
+        max_seq_len=fields.size("max_position_embeddings", 2048),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+    )
+
+
+def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
+    """Base and scaling of the rotary positions, as transformers 4 and 5 write them."""
+    theta = fields.number("rope_theta", 10000.0)
+    key = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    if not fields.has(key):
+        return theta, None
+    rope = fields.section(key)
+    theta = rope.number("rope_theta", theta)
+    kind = rope.text("rope_type" if rope.has("rope_type") else "type")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise fields.error(f"{key}: type {kind!r} is not supported, only default and llama3")
+    return theta, Llama3RopeScaling(
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_len=rope.size("original_max_position_embeddings"),
+    )
+
+
+def from_original(folder: Path) -> Pretrained:
+    """Load a folder of the original's training: model.pt, config.yaml and tokenizer files."""
+    import yaml
+
+    file, weights = folder / "config.yaml", folder / "model.pt"
+    try:
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except Exception as error:  # YAML's own, and those of the values that it makes
+        raise InputError(
+            f"{file} is no plain YAML ({first_line(error)}): fetch it again"
+        ) from error
+    if not isinstance(values, Mapping):
+        raise InputError(f"{file} holds no keys: fetch it again")
+    fields = Fields(file, values).section("model")
+    kind = fields.text("type")
+    if kind not in ("diffusion", "autoregressive"):
+        raise fields.error(f"model.type = {kind!r}: must be diffusion or autoregressive")
+    state_dict = read_torch(weights)
+    tokenizer = load_tokenizer(folder)
+    table = "vocab_embed.embedding" if kind == "diffusion" else "model.embed_tokens.weight"
+    if table not in state_dict or state_dict[table].ndim != 2:
+        raise InputError(f"{weights} holds no table {table}: it does not fit {file}")
+    rows = len(state_dict[table])
+    names = ("hidden_size", "n_blocks", "n_heads", "cond_dim")
+    if kind == "diffusion":
+        network = _dit_network(fields, _real_vocab_size(rows, tokenizer, weights), names)
+        process = _original_process(fields, tokenizer)
+        return _dit(network, rows, state_dict, tokenizer, process, weights)
+    hidden_size, num_layers, num_heads = (fields.size(name) for name in names[:3])
+    llama = Llama(rows, hidden_size, num_layers, num_heads, max_seq_len=fields.size("max_seq_len"))
+    return _llama(llama, state_dict, tokenizer, weights)
+
+
+def _original_process(fields: Fields, tokenizer: Tokenizer) -> InterpolatingProcess:
+    ids, t_eps = (tokenizer.vocab_size, tokenizer.mask_id), fields.number("t_eps")
+    kind = fields.text("diffusion_process")
+    if kind == "mdlm":
+        return _checked(fields.file, lambda: MaskedProcess(*ids, t_eps=t_eps))
+    if kind != "gidd":
+        raise fields.error(f"model.diffusion_process = {kind!r}: must be gidd or mdlm")
+    p_uniform = fields.number("p_uniform")
+    return _checked(fields.file, lambda: HybridProcess(*ids, p_uniform, t_eps=t_eps))
+
+
+def _real_vocab_size(rows: int, tokenizer: Tokenizer, file: Path) -> int:
+    """Return the tokenizer's size where the model's `rows` are that many, or padded to 128s."""
+    size = tokenizer.vocab_size
+    if rows not in (size, padded_vocab_size(size)):
+        raise InputError(
+            f"{file}: the model has {rows} tokens and the tokenizer beside it {size}, with its pad "
+            f"and mask tokens: put the model's own tokenizer files into {file.parent}"
+        )
+    return size
+
+
+def _dit_network(fields: Fields, vocab_size: int, names: tuple[str, str, str, str]) -> DiT:
+    hidden_size, num_layers, num_heads, cond_dim = (fields.size(name) for name in names)
+    max_seq_len = fields.size("max_seq_len")
+    return DiT(vocab_size, hidden_size, num_layers, num_heads, cond_dim, max_seq_len)
+
+
+def _dit(
+    network: DiT,
+    rows: int,
+    state_dict: StateDict,
+    tokenizer: Tokenizer,
+    process: InterpolatingProcess,
+    file: Path,
+) -> Pretrained:
+    def convert() -> Any:
+        shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1))
+        _check_layers(network, state_dict)
+        _check_shapes(state_dict, dit_tensor_shapes(shapes, rows))
+        return dit_params_from_torch(state_dict, network.num_layers, network.num_heads)
+
+    params = jax.device_put(_checked(file, convert), jax.local_devices()[0])
+    # The published softmax runs over all the rows that the weights have.
+    return Pretrained(network, params, tokenizer, process, rows > network.vocab_size)
+
+
+def _llama(network: Llama, state_dict: StateDict, tokenizer: Tokenizer, file: Path) -> Pretrained:
+    def convert() -> Any:
+        shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32))
+        _check_layers(network, state_dict)
+        _check_shapes(state_dict, llama_tensor_shapes(shapes))
+        return llama_params_from_torch(
+            state_dict,
+            network.num_layers,
+            network.num_heads,
+            network.num_kv_heads,
+            network.tie_embeddings,
+        )
+
+    params = jax.device_put(_checked(file, convert), jax.local_devices()[0])
+    tokenizer = _within(tokenizer, network.vocab_size, file)
+    return Pretrained(network, params, tokenizer, None, False)
+
+
+def _within(tokenizer: Tokenizer, rows: int, file: Path) -> Tokenizer:
+    """Return a tokenizer that pads with a token the model has: [PAD] may have been added to it."""
+    known = tokenizer.backend.get_vocab(with_added_tokens=True).values()
+    largest = max(set(known) - {tokenizer.pad_id, tokenizer.mask_id})
+    if largest >= rows:
+        raise InputError(
+            f"{file}: the model has {rows} tokens and the tokenizer beside it ids up to {largest}: "
+            f"put the model's own tokenizer files into {file.parent}"
+        )
+    if tokenizer.pad_id < rows:
+        return tokenizer
+    return dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id)
+
+
+def _abstract(network: DiT | Llama, *inputs: jax.Array) -> Any:
+    return nn.unbox(jax.eval_shape(network.init, jax.random.key(0), *inputs))["params"]
+
+
+def _check_layers(network: DiT | Llama, state_dict: StateDict) -> None:
+    # Before all names of that many layers are made.
+    if network.num_layers > len(state_dict):
+        raise InputError(
+            f"the config has {network.num_layers} layers, and the weights have "
+            f"{len(state_dict)} tensors: use the config of these weights"
+        )
+
+
+def _check_shapes(state_dict: StateDict, expected: Shapes) -> None:
+    for name in sorted(expected.keys() & state_dict.keys()):
+        shape = tuple(state_dict[name].shape)
+        if shape != expected[name]:
+            raise InputError(
+                f"{name} has shape {list(shape)}, and the config asks for {list(expected[name])}: "
+                "use the config of these weights"
+            )
+
+
+def _checked(file: Path, make: Any) -> Any:
+    """Return make(), with the name of the file before what its InputError says."""
+    try:
+        return make()
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error

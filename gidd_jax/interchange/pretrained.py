@@ -1,0 +1,21 @@
+"""A model as it comes out of a folder."""
+
+from typing import Any, NamedTuple
+
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.models.dit import DiT
+from gidd_jax.models.llama import Llama
+from gidd_jax.process import InterpolatingProcess
+
+
+class Pretrained(NamedTuple):
+    """A network, its float32 parameters, tokenizer and process (None: autoregressive).
+
+    keep_padding_columns: its distributions include the columns that pad the vocabulary.
+    """
+
+    network: DiT | Llama
+    params: Any
+    tokenizer: Tokenizer
+    process: InterpolatingProcess | None
+    keep_padding_columns: bool
