@@ -28,7 +28,8 @@ def pack_texts(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
 
     An array of strings would take N times the longest one, and drop the NULs that end a text.
     """
-    raw = [text.encode() for text in texts]
+    # A token may write part of a character, which Python keeps as half of a surrogate pair.
+    raw = [text.encode("utf-8", "surrogatepass") for text in texts]
     return {
         name: np.frombuffer(b"".join(raw), np.uint8),
         f"{name}_ends": np.cumsum([len(r) for r in raw], dtype=np.int64),
@@ -49,6 +50,9 @@ def unpack_texts(arrays: Mapping[str, np.ndarray], name: str) -> list[str] | Non
         return None
     raw = packed.tobytes()
     try:
-        return [raw[a:b].decode() for a, b in zip(starts[:-1], ends, strict=True)]
+        return [
+            raw[a:b].decode("utf-8", "surrogatepass")
+            for a, b in zip(starts[:-1], ends, strict=True)
+        ]
     except UnicodeDecodeError:
         return None

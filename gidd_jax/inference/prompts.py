@@ -92,9 +92,8 @@ def infillings(tokenizer: Tokenizer, texts: Sequence[Sequence[Piece]], length: i
         for piece in pieces:
             if not isinstance(piece, str) and not (isinstance(piece, int) and piece > 0):
                 raise InputError(f"text {number}: a piece is a text or a number above 0: {piece!r}")
-        encoded = iter(
-            token_ids(tokenizer, [p for p in pieces if isinstance(p, str)], f"text {number}, piece")
-        )
+        check_texts(pieces, f"text {number}, piece")
+        encoded = iter(tokenizer.encode([p for p in pieces if isinstance(p, str)]))
         row = [next(encoded) if isinstance(p, str) else p for p in pieces]
         size = 1 + sum(p if isinstance(p, int) else len(p) for p in row)
         if size > length:

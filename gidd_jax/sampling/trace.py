@@ -260,7 +260,7 @@ def load_trace(path: str | Path) -> Trace:
     if missing := {*_KINDS, *_TEXTS} - found.keys():
         raise InputError(f"{path} is no trace, it lacks {', '.join(sorted(missing))}")
     data: dict[str, Any] = {name: found[name] for name in _KINDS}
-    texts = {name: unpack_texts(found, name) for name in _TEXTS}
+    texts: dict[str, Any] = {name: unpack_texts(found, name) for name in _TEXTS}
     if None in texts.values() or any(
         (data[name].dtype.kind, data[name].ndim) != kind for name, kind in _KINDS.items()
     ):

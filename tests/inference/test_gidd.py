@@ -236,3 +236,21 @@ def test_autoregressive_models_neither_fill_nor_correct(autoregressive):
     ):
         with pytest.raises(InputError, match="autoregressive"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda model, text: model.generate(prompts=["a", text]), "prompt 2"),
+        (lambda model, text: model.infill([["a", 1, text]]), "text 1, piece 3"),
+        (lambda model, text: model.correct(["a", text]), "text 2"),
+        (lambda model, text: model.suspicion(["a", text]), "text 2"),
+        (lambda model, text: model.log_likelihood(["a", text]), "text 2"),
+        (lambda model, text: model.log_likelihood(["a"], prompts=[text]), "prompt 1"),
+        (lambda model, text: model.is_greedy([text]), "text 1"),
+    ],
+)
+@pytest.mark.parametrize("text", ["\ud800", "b\udcff"])
+def test_a_text_that_has_no_utf8_is_named(model, call, name, text):
+    with pytest.raises(InputError, match=f"^{name} is no UTF-8 text: "):
+        call(model, text)
