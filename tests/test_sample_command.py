@@ -121,6 +121,11 @@ def test_prompts_and_texts(run_folder, tmp_path):
         ("sample", ["--checkpoint={run}", "--watch"], "--watch needs a terminal"),
         ("sample", ["--checkpoint={run}", "--prompt="], "prompt 1 is empty"),
         (
+            "sample",
+            ["--checkpoint={run}", "--prompt=\udcff"],
+            "prompt 1 is no UTF-8 text: byte 0xff",
+        ),
+        (
             "self_correct",
             ["--checkpoint={run}", "--samples={empty}/no.npz", "--out=o.npz"],
             "no such file",
