@@ -4,7 +4,8 @@ Examples:
   python -m gidd_jax.generative_ppl --samples=samples.npz --scorer=gpt2-large --out=metrics.json
   python -m gidd_jax.generative_ppl --samples=texts.jsonl --scorer=LLAMA --references=val.txt
 
---samples: a file of gidd_jax.sample (.npz), or texts: .jsonl (field "text"), .txt (one a line).
+--samples: a file of gidd_jax.sample (.npz), or texts: .txt (one a line), .jsonl,
+.jsonl.gz, .jsonl.xz or .parquet (field "text").
 Scorers: any causal language model of Hugging Face through PyTorch (extra `eval`), or without it a
 Llama folder or an autoregressive run in JAX. Repetitive text has a low perplexity: read it together
 with entropy and distinct n-grams. Samplers of low precision lower both (arXiv 2409.02908).
@@ -24,7 +25,6 @@ Prints the figures. --out is JSON with
       otherwise null, and why
 """
 
-from pathlib import Path
 from typing import Any
 
 from gidd_jax.cli import CommandFlags, run
@@ -61,13 +61,14 @@ REFERENCES = flags.DEFINE_string("references", None, "File of texts by people, f
 
 def main(argv: list[str]) -> None:
     del argv
+    from gidd_jax.data.texts import read_texts
     from gidd_jax.evaluation import scorers
     from gidd_jax.evaluation.reports import finite, write_report
     from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
-    texts, precision = load_texts(SAMPLES.value)
-    references = load_texts(REFERENCES.value)[0] if REFERENCES.value else None
+    texts, precision = read_texts(SAMPLES.value, "--samples")
+    references = read_texts(REFERENCES.value, "--references").texts if REFERENCES.value else None
     scorer = scorers.load_scorer(SCORER.value, BACKEND.value, DTYPE.value)
     max_length = min(1024, scorer.max_length) if MAX_LENGTH.value is None else MAX_LENGTH.value
     if not 2 <= max_length <= scorer.max_length:
@@ -98,31 +99,6 @@ def main(argv: list[str]) -> None:
     if out is not None:
         write_report(out, report)
         print(f"wrote {out}")
-
-
-def load_texts(path: str) -> tuple[list[str], str | None]:
-    """Return the texts of a file, and the sampling precision if it is recorded there.
-
-    Raises InputError when it is no such file or holds no text.
-    """
-    from gidd_jax.data.array_files import read_arrays
-    from gidd_jax.data.files import open_text_file
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"no file of samples {path}")
-    if file.suffix != ".npz":
-        documents = open_text_file(file, "text", "line")
-        texts, precision = [documents[i] for i in range(len(documents))], None
-    else:
-        found = read_arrays(file, ("texts", "sampling_precision"), "file of samples")
-        if "texts" not in found or found["texts"].ndim != 1 or found["texts"].dtype.kind != "U":
-            raise InputError(f"{path} holds no texts [N]: write it with gidd_jax.sample --out")
-        texts = [str(text) for text in found["texts"]]
-        precision = str(found["sampling_precision"]) if "sampling_precision" in found else None
-    if not texts:
-        raise InputError(f"{path} holds no text")
-    return texts, precision
 
 
 def figures(

@@ -21,8 +21,6 @@ among the tokens at time --t: probabilities are meant for that share) and `figur
   restored   share of the wrong tokens for which the model proposes the original
 """
 
-from pathlib import Path
-
 from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import SUSPICION_METHODS, SuspicionOptions
@@ -77,9 +75,9 @@ def main(argv: list[str]) -> None:
 
 def mark(file: str, options: SuspicionOptions) -> None:
     """Print the text of a file with its marks, and write the page where asked for."""
-    text = read_text(file)
-    if not text:
-        raise InputError(f"--text: {file} holds no text")
+    from gidd_jax.data.texts import read_text
+
+    text = read_text(file, "--text")
 
     from rich.console import Console
 
@@ -182,16 +180,6 @@ def shares(words: list[str]) -> list[float]:
             f"--corruption must be numbers between 0 and 1, such as 0.02,0.1: {','.join(words)}"
         )
     return found
-
-
-def read_text(path: str) -> str:
-    """Return the content of a text file; InputError if there is none, or it is no UTF-8."""
-    if not Path(path).is_file():
-        raise InputError(f"--text: no such file: {path}")
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text: {path} is no UTF-8 text file: {error}") from error
 
 
 if __name__ == "__main__":

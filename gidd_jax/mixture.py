@@ -1,5 +1,6 @@
 """Corpora that are mixed by weights, such as '0.7:wiki.txt,0.3:books/'."""
 
+import os
 from typing import NamedTuple
 
 from gidd_jax.errors import InputError
@@ -17,11 +18,11 @@ class Part(NamedTuple):
 def split_mixture(path: str) -> list[Part]:
     """Return the parts of a data path; one part of weight 1 where it names no weights.
 
-    A weight is a number and a colon before a file, folder, glob, 'tfds:NAME' or folder of shards;
-    a file whose name begins like that is written './0.7:a.txt'.
+    A weight is a number and a colon before a file, folder, glob, 'tfds:NAME' or folder of shards.
+    What exists under a name is meant by it, whatever colons and commas are in there.
     Raises InputError when only some parts have weights, or one does not lie in [1e-6, 1e6].
     """
-    pieces = [_weighted(piece) for piece in path.split(",")]
+    pieces = [_weighted(piece) for piece in split_list(path)]
     if all(weight is None for weight, _ in pieces):
         return [Part(1.0, path)]
     parts = []
@@ -40,10 +41,29 @@ def split_mixture(path: str) -> list[Part]:
     return parts
 
 
+def split_list(path: str) -> list[str]:
+    """Return the parts of a comma list; a comma in the name of what exists separates nothing."""
+    pieces = path.split(",")
+    parts = []
+    while pieces:
+        lengths = range(len(pieces), 1, -1) if not exists(_weighted(pieces[0])[1]) else ()
+        joined = (n for n in lengths if exists(_weighted(",".join(pieces[:n]))[1]))
+        length = len(pieces) if exists(path) else next(joined, 1)
+        parts.append(",".join(pieces[:length]))
+        del pieces[:length]
+        path = ""
+    return parts
+
+
+def exists(name: str) -> bool:
+    """Tell whether there is a file or folder of that name."""
+    return name != "" and os.path.exists(os.path.expanduser(name))
+
+
 def _weighted(piece: str) -> tuple[float | None, str]:
     """The number before the first colon, None where there is none, and what it is the weight of."""
     head, colon, corpus = piece.partition(":")
-    if not colon:
+    if not colon or exists(piece):
         return None, piece
     try:
         return float(head), corpus

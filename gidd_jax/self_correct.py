@@ -5,13 +5,14 @@ Examples:
   python -m gidd_jax.self_correct --checkpoint=RUN --samples=texts.txt --out=corrected.npz \\
     --replay=replay.html
 
---samples: a file of gidd_jax.sample (all tokens of its sequences may change), or a .txt file with
-one text a line. In each step (arXiv 2503.04482, section 5.3) the network proposes a token for
-every position and the most probable changes are made; every text stops by itself. Writes the
-corrected ids and texts, and beside them a .csv file with one line a text: initial and final
-self-accuracy (share of tokens that are the network's first choice), number of changed tokens,
-steps, whether it converged and whether it was stopped early by --patience. --replay writes a page
-that plays the corrections, --trace the file behind it (see gidd_jax.replay).
+--samples: a file of gidd_jax.sample (.npz; all tokens of its sequences may change), or of texts:
+.txt (one a line), .jsonl, .jsonl.gz, .jsonl.xz or .parquet (field "text"). In each step (arXiv
+2503.04482, section 5.3) the network proposes a token for every position and the most probable
+changes are made; every text stops by itself. Writes the corrected ids and texts, and beside them a
+.csv file with one line a text: initial and final self-accuracy (share of tokens that are the
+network's first choice), number of changed tokens, steps, whether it converged and whether it was
+stopped early by --patience. --replay writes a page that plays the corrections, --trace the file
+behind it (see gidd_jax.replay).
 """
 
 from pathlib import Path
@@ -25,7 +26,7 @@ CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
 SAMPLES = flags.DEFINE_string(
-    "samples", None, "File of samples (.npz), or of texts (.txt, one a line).", required=True
+    "samples", None, "File of samples (.npz), or of texts.", required=True
 )
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .npz.", required=True)
 TRACE = flags.DEFINE_string("trace", None, "File for every change on the way, ending in .npz.")
@@ -70,17 +71,17 @@ COLUMNS = (
 
 def main(argv: list[str]) -> None:
     del argv
+    from gidd_jax.data.texts import read_texts
     from gidd_jax.inference.samples import check_output, load_ids, save_samples
 
-    out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value)
+    out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value).expanduser()
     trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
     page = check_output(REPLAY.value, ".html", "--replay") if REPLAY.value else None
     if out.resolve() == source.resolve():
         raise InputError(f"--out={out} is the file of --samples: name another")
-    if source.suffix not in (".npz", ".txt"):
-        raise InputError(f"--samples must end in .npz or .txt: {source}")
-    if not source.is_file():
-        raise InputError(f"--samples: no such file: {source}")
+    # The ids of samples are checked against the model: texts are read before it is loaded.
+    is_samples = source.suffix == ".npz" and source.is_file()
+    texts = None if is_samples else read_texts(source, "--samples").texts
 
     from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.inference.gidd import Gidd
@@ -89,11 +90,8 @@ def main(argv: list[str]) -> None:
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     options = CorrectionOptions(**given)
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
-    texts = load_ids(source, model.tokenizer) if source.suffix == ".npz" else read_lines(source)
-    if not len(texts):
-        raise InputError(f"--samples: {source} holds no text")
     result = model.correct(
-        texts,
+        load_ids(source, model.tokenizer) if texts is None else texts,
         batch_size=BATCH_SIZE.value,
         seed=SEED.value,
         trace=bool(trace_file or page),
@@ -115,14 +113,6 @@ def main(argv: list[str]) -> None:
     for name, values in columns.items():
         print(f"{name:>18}: mean {values.mean():.4g}, from {values.min():g} to {values.max():g}")
     print(f"{result.network_calls} network calls; wrote {out} and {table}")
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank; InputError if it is no UTF-8 text."""
-    try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--samples: {path} is no UTF-8 text file: {error}") from error
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from gidd_jax.checkpoints.workdir import check_workdir
 from gidd_jax.data import shards
 from gidd_jax.data.files import open_text_file
 from gidd_jax.data.pipeline import TrainBatches
+from gidd_jax.data.texts import read_texts
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.generative_ppl import load_texts
 from gidd_jax.inference.samples import load_ids
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.weight_files import read_safetensors
@@ -186,8 +186,8 @@ def read_ids(folder: Path) -> None:
     assert load_ids(folder / "a.npz", load_tokenizer("embedded")).ndim == 2
 
 
-def read_texts(folder: Path) -> None:
-    assert all(isinstance(text, str) for text in load_texts(str(folder / "a.npz"))[0])
+def read_sampled_texts(folder: Path) -> None:
+    assert all(isinstance(text, str) for text in read_texts(folder / "a.npz", "--samples").texts)
 
 
 READERS = {
@@ -199,7 +199,7 @@ READERS = {
     "tokenizer": Reader(write_tokenizer, "tokenizer.json", read_tokenizer),
     "tokenizer config": Reader(write_tokenizer, "tokenizer_config.json", read_tokenizer),
     "ids": Reader(write_samples, "a.npz", read_ids),
-    "texts": Reader(write_samples, "a.npz", read_texts),
+    "texts": Reader(write_samples, "a.npz", read_sampled_texts),
     "trace": Reader(write_trace, "trace.npz", lambda folder: load_trace(folder / "trace.npz")),
     "index": Reader(write_tensors, "model.safetensors.index.json", read_safetensors),
     "safetensors": Reader(write_tensors, "part-1.safetensors", read_safetensors),

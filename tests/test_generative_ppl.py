@@ -15,6 +15,7 @@ from tiny_checkpoint import write_checkpoint
 from tokenizers import models, pre_tokenizers, processors
 
 from gidd_jax import generative_ppl
+from gidd_jax.data.texts import read_texts
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import scorers
 from gidd_jax.interchange.tensors import llama_params_from_torch
@@ -204,21 +205,21 @@ def test_damaged_scorer_is_an_error(tmp_path, folder, golden, rows):
 
 def test_files_of_texts(tmp_path):
     np.savez(tmp_path / "a.npz", ids=np.zeros((2, 3)), texts=np.array(["one\ntwo", ""]))
-    assert generative_ppl.load_texts(str(tmp_path / "a.npz")) == (["one\ntwo", ""], None)
+    assert read_texts(tmp_path / "a.npz", "--samples") == (["one\ntwo", ""], None)
     np.savez(tmp_path / "b.npz", texts=np.array(["x"]), sampling_precision=np.array("float32"))
-    assert generative_ppl.load_texts(str(tmp_path / "b.npz")) == (["x"], "float32")
+    assert read_texts(tmp_path / "b.npz", "--samples") == (["x"], "float32")
     (tmp_path / "c.jsonl").write_text('{"text": "one\\ntwo"}\n{"text": "three"}\n')
-    assert generative_ppl.load_texts(str(tmp_path / "c.jsonl"))[0] == ["one\ntwo", "three"]
+    assert read_texts(tmp_path / "c.jsonl", "--samples").texts == ["one\ntwo", "three"]
     (tmp_path / "d.txt").write_text("one\n\ntwo\n")
-    assert generative_ppl.load_texts(str(tmp_path / "d.txt"))[0] == ["one", "two"]
+    assert read_texts(tmp_path / "d.txt", "--samples").texts == ["one", "two"]
 
 
 def test_bad_files_of_texts(tmp_path):
     def refused(name: str, match: str) -> None:
         with pytest.raises(InputError, match=match):
-            generative_ppl.load_texts(str(tmp_path / name))
+            read_texts(tmp_path / name, "--samples")
 
-    refused("none.npz", "no file of samples")
+    refused("none.npz", "--samples: no such file")
     (tmp_path / "text.npz").write_text("not a zip")
     refused("text.npz", "is no file of samples")
     np.savez(tmp_path / "ids.npz", ids=np.zeros((2, 3)))

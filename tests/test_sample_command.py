@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import write_checkpoint
 
+from gidd_jax.data.texts import read_texts
 from gidd_jax.sampling.trace import load_trace, play
 from gidd_jax.views.replay_page import replay_page
 
@@ -49,7 +50,8 @@ def test_samples_are_written_and_corrected(run_folder, tmp_path):
         assert file["ids"].shape == (3, 16)
         assert file["ids"].dtype == np.int32
         assert int(file["network_calls"]) in (4, 5)
-        texts, ids = file["texts"], file["ids"]
+        ids = file["ids"]
+    texts = read_texts(out, "--samples").texts
     trace = load_trace(trace_file)
     for row in range(3):
         np.testing.assert_array_equal(play(trace.changes, row).ids[-1], ids[row])
@@ -118,6 +120,11 @@ def test_prompts_and_texts(run_folder, tmp_path):
         ("sample", ["--checkpoint={run}", "--replay={empty}/r"], "--replay must end in .html"),
         ("sample", ["--checkpoint={run}", "--watch"], "--watch needs a terminal"),
         ("sample", ["--checkpoint={run}", "--prompt="], "prompt 1 is empty"),
+        (
+            "sample",
+            ["--checkpoint={run}", "--prompt=\udcff"],
+            "prompt 1 is no UTF-8 text: byte 0xff",
+        ),
         (
             "self_correct",
             ["--checkpoint={run}", "--samples={empty}/no.npz", "--out=o.npz"],

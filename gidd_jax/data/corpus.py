@@ -1,9 +1,9 @@
 """Text corpora as random-access documents, and the split into training and validation."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
-import itertools
 import re
 import sys
 from collections import Counter
@@ -13,15 +13,23 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
-from gidd_jax.data.files import SUFFIXES, FileDocuments, ParquetDocuments, open_text_file
+from gidd_jax.data.files import (
+    SUFFIXES,
+    FileDocuments,
+    ParquetDocuments,
+    check_file,
+    open_text_file,
+)
 from gidd_jax.data.hugging_face import HuggingFaceDocuments
 from gidd_jax.errors import InputError, first_line
-from gidd_jax.mixture import split_mixture
+from gidd_jax.mixture import exists, split_list, split_mixture
 
 T = TypeVar("T")
 EMBEDDED = "embedded"
+_MAX_NAMED = 3  # files that a message names
 _SPLIT_HELP = "legal values: 'last:COUNT', 'hash:FRACTION', 'path:FILES', 'split:NAME' (tfds, hf)"
 
 
@@ -154,9 +162,9 @@ def open_parts(
 
 
 def _open_part(path: str, validation: str, text_key: str, txt_documents: str) -> CorpusSplits:
-    kind, colon, name = path.partition(":")
-    if colon and kind in DATASETS:
-        return _open_dataset(kind, name, validation, text_key)
+    dataset = dataset_of(path)
+    if dataset is not None:
+        return _open_dataset(*dataset, validation, text_key)
     rule, _, argument = validation.partition(":")
     files = list_files(path)
     if rule == "path":
@@ -185,6 +193,12 @@ def _open_dataset(kind: str, name: str, validation: str, text_key: str) -> Corpu
     return _checked(train, held_out, path, validation)
 
 
+def dataset_of(path: str) -> tuple[str, str] | None:
+    """The collection in DATASETS and the name of a dataset; None where `path` means files."""
+    kind, colon, name = path.partition(":")
+    return (kind, name) if colon and kind in DATASETS and not exists(path) else None
+
+
 def list_files(path: str) -> list[Path]:
     """Files of a comma list of files, folders and globs, each folder in sorted order."""
     return list(named_files(path).values())
@@ -196,13 +210,16 @@ def named_files(path: str) -> dict[str, Path]:
         file = Path(str(resources.files("gidd_jax") / "assets/austen.jsonl"))
         return {file.name: file}
     names: dict[Path, str] = {}
-    for part in path.split(","):
+    for part in split_list(path):
         if not part:
             raise InputError(f"data path {path!r} has an empty part")
-        folder, found = _find_files(Path(part).expanduser())
+        folder, found, skipped = _find_files(Path(part).expanduser())
         if not found:
             kinds = ", ".join(SUFFIXES)
-            raise InputError(f"data path {part!r} does not exist or holds no {kinds}")
+            others = f"; it holds {_few(skipped)}" if skipped else ""
+            raise InputError(f"data path {part!r} does not exist or holds no {kinds}{others}")
+        if skipped:
+            _warn_once(f"data path {part!r}: skipped {_few(skipped)}, not {', '.join(SUFFIXES)}")
         for file in found:
             names.setdefault(file, file.relative_to(folder).as_posix())
     files: dict[str, Path] = {}
@@ -213,16 +230,42 @@ def named_files(path: str) -> dict[str, Path]:
     return files
 
 
-def _find_files(location: Path) -> tuple[Path, list[Path]]:
-    """The folder that a file, folder or glob begins in, and the files, in sorted order."""
+def _find_files(location: Path) -> tuple[Path, list[Path], list[str]]:
+    """The folder that a file, folder or glob begins in, its files in sorted order, and the names
+    of others in a folder."""
     if location.is_dir():
-        found = [f for f in sorted(location.rglob("*")) if f.name.endswith(SUFFIXES)]
-        return location, [f for f in found if not f.name.startswith(".")]
-    if location.is_file():
-        return location.parent, [location]
-    fixed = itertools.takewhile(lambda name: not set("*?[") & set(name), location.parts)
-    found = [Path(f) for f in sorted(glob.glob(str(location), recursive=True))]
-    return Path(*fixed), [f for f in found if f.is_file()]
+        seen = [f for f in sorted(location.rglob("*")) if not (f.name[0] == "." or f.is_dir())]
+        found = [f for f in seen if f.name.endswith(SUFFIXES)]
+        for file in found:
+            check_file(file)
+        others = [f.name for f in seen if not f.name.endswith(SUFFIXES)]
+        return location, found, others
+    if location.exists():
+        check_file(location)
+        return location.parent, [location], []
+    fixed = Path()
+    for name in location.parts:
+        if set("*?[") & set(name) and not (fixed / name).exists():
+            break
+        fixed /= name
+    pattern = Path(*location.parts[len(fixed.parts) :])
+    names = glob.glob(str(pattern), root_dir=fixed, recursive=True) if pattern.parts else []
+    found = [fixed / name for name in sorted(names) if not (fixed / name).is_dir()]
+    for file in found:
+        check_file(file)
+    return fixed, found, []
+
+
+def _few(names: Sequence[str]) -> str:
+    """How many files, and the first of their names."""
+    more = ", ..." if len(names) > _MAX_NAMED else ""
+    count = f"{len(names)} other file" + ("s" if len(names) > 1 else "")
+    return f"{count} ({', '.join(names[:_MAX_NAMED])}{more})"
+
+
+@functools.cache  # a run lists its files several times
+def _warn_once(message: str) -> None:
+    logging.warning("%s", message)
 
 
 def iterate(documents: Documents, label: str) -> Iterator[str]:

@@ -16,11 +16,17 @@ from gidd_jax.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 TXT_DOCUMENTS = ("file", "line", "blank_line")
+_LEGAL = ", ".join(SUFFIXES)
 # A compressed file has no random access: it is unpacked into memory, up to this many bytes.
 MAX_UNPACKED_BYTES = 1 << 30
 
 _BOM = b"\xef\xbb\xbf"
-_SEPARATORS = {"line": rb"[\r\n]+", "blank_line": rb"\r?\n[ \t]*\r?\n\s*"}
+_SEPARATORS = {
+    "line": rb"[\r\n]+",
+    # To the end of the last blank line: what indents the next document belongs to it.
+    "blank_line": rb"\r?\n[ \t]*\r?\n(?:\s*\n)?",
+}
+_UNPACKERS = {".gz": "gunzip", ".xz": "unxz", ".zst": "unzstd", ".bz2": "bunzip2", ".zip": "unzip"}
 
 
 class FileDocuments:
@@ -32,6 +38,12 @@ class FileDocuments:
         self._file = file
         self._text_key = text_key
         self._buffer = _read_buffer(file)
+        self._size = len(self._buffer)
+        if separator != _SEPARATORS["line"] and _has_only_cr(self._buffer):
+            raise InputError(
+                f"{file} ends its lines with CR alone, as old Macs did: convert it, with "
+                "tr '\\r' '\\n'"
+            )
         self._spans = _spans(self._buffer, separator)
         self.num_bytes = int((self._spans[:, 1] - self._spans[:, 0]).sum())
         if len(self) and text_key is not None:
@@ -68,6 +80,11 @@ class FileDocuments:
         self.__dict__.update(state)
         if "_buffer" not in state:
             self._buffer = _read_buffer(self._file)
+            if len(self._buffer) != self._size:
+                raise InputError(
+                    f"{self._file} had {self._size} bytes when it was opened and has "
+                    f"{len(self._buffer)} now: copy what other programs still write to"
+                )
 
 
 class ParquetDocuments:
@@ -124,13 +141,37 @@ def open_text_file(
         raise InputError(
             f"txt_documents {txt_documents!r}: legal values: {', '.join(TXT_DOCUMENTS)}"
         )
+    check_file(file)
     if file.name.endswith(".parquet"):
         return ParquetDocuments(file, text_key)
     if file.name.endswith(".txt"):
         return FileDocuments(file, _SEPARATORS.get(txt_documents), None)
     if file.name.endswith(SUFFIXES):
         return FileDocuments(file, rb"\n", text_key)
-    raise InputError(f"{file}: unknown kind of file; legal suffixes: {', '.join(SUFFIXES)}")
+    unpacker = _UNPACKERS.get(file.suffix.lower())
+    fix = f"unpack it first, with {unpacker}" if unpacker else f"legal suffixes: {_LEGAL}"
+    raise InputError(f"{file}: unknown kind of file; {fix}")
+
+
+def read_whole(file: Path) -> str:
+    """The text of one file, whatever its suffix, read as `txt_documents` "file" reads it.
+
+    Raises InputError when there is no such file, it is no UTF-8 or holds no text.
+    """
+    check_file(file)
+    documents = FileDocuments(file, None, None)
+    if not len(documents):
+        raise InputError(f"{file} holds no text")
+    return documents[0]
+
+
+def check_file(file: Path) -> None:
+    """Raise InputError unless it is a plain file: what is read from a pipe is gone afterwards."""
+    if not file.exists():
+        raise InputError(f"no such file: {file}")
+    if not file.is_file():
+        kind = "a folder" if file.is_dir() else "a pipe or device"
+        raise InputError(f"{file} is {kind}: give a file, written to the end")
 
 
 def stays_in_folder(name: object) -> bool:
@@ -171,6 +212,10 @@ def _read_buffer(file: Path) -> mmap.mmap | bytes:
         limit = f"{MAX_UNPACKED_BYTES >> 20} MiB"
         raise InputError(f"{file} unpacks to more than {limit}: decompress it to .jsonl first")
     return data
+
+
+def _has_only_cr(buffer: mmap.mmap | bytes) -> bool:
+    return buffer.find(b"\n") < 0 and re.search(rb"\r[ \t]*\S", buffer) is not None
 
 
 def _spans(buffer: mmap.mmap | bytes, separator: bytes | None) -> np.ndarray:

@@ -13,7 +13,7 @@ from absl import logging
 from tqdm import tqdm
 
 from gidd_jax.data import shards
-from gidd_jax.data.corpus import DATASETS, named_files
+from gidd_jax.data.corpus import DATASETS, dataset_of, named_files
 from gidd_jax.errors import InputError
 from gidd_jax.mixture import split_mixture
 
@@ -99,8 +99,9 @@ def _part(path: str, validation: str, text_key: str) -> dict[str, str]:
         manifest = shards.Manifest.read(Path(path).expanduser())
         return {s.file: s.sha256 for split in shards.SPLITS for s in manifest.splits[split]}
     rule, _, argument = validation.partition(":")
-    kind, colon, name = path.partition(":")
-    if colon and kind in DATASETS:
+    dataset = dataset_of(path)
+    if dataset is not None:
+        kind, name = dataset
         splits = ["train", argument] if rule == "split" else ["train"]
         return {f"split {s}": DATASETS[kind](name, s, text_key).version for s in splits}
     files = named_files(path)

@@ -5,6 +5,7 @@ have consumed, so that a run resumes exactly on another number of hosts or worke
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -312,6 +313,8 @@ def _train_records(
     documents = _open(settings, [path]).train
     is_large = documents.num_bytes > MAX_TEXT_BYTES
     if is_large and settings.mode != "packed" and documents.is_random_access:
+        # What cannot be read shows now, not after the steps that lead there.
+        deque(iterate(documents, "Checking the training split"), maxlen=0)
         return _TokenisedOnTheFly(documents, tokenizer, settings.mode, seq_len)
     tokenised = tokenise_all(documents, tokenizer, settings, "training")
     if settings.mode == "crop":

@@ -21,6 +21,7 @@ from gidd_jax.data.corpus import (
     Concatenation,
     Documents,
     Subset,
+    dataset_of,
     list_files,
     open_parts,
 )
@@ -188,8 +189,9 @@ def _own_documents(settings: DataSettings, paths: list[str], split: str) -> Docu
 def _all_documents(settings: DataSettings, paths: list[str], split: str) -> Documents:
     parts: list[Documents] = []
     for path in paths:
-        kind, _, name = path.partition(":")
-        if name and kind in DATASETS:
+        dataset = dataset_of(path)
+        if dataset is not None:
+            kind, name = dataset
             parts.append(DATASETS[kind](name, split, settings.text_key))
         else:
             parts += [

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gidd_jax.data.texts import check_texts
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
@@ -25,18 +26,20 @@ class Rows(NamedTuple):
         return bool(np.any(self.lengths != self.ids.shape[1]))
 
 
-def token_ids(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[np.ndarray]:
+def token_ids(tokenizer: Tokenizer, texts: Sequence[Text], name: str = "text") -> list[np.ndarray]:
     """Return the token ids of each text, int32 [num_tokens]; those given as ids stay as they are.
 
-    Raises InputError for ids that the tokenizer does not have.
+    Raises InputError for ids that the tokenizer does not have, and for texts that have no UTF-8;
+    `name` is what one of the texts is called.
     """
+    check_texts(texts, name)
     encoded = iter(tokenizer.encode([text for text in texts if isinstance(text, str)]))
     found = []
     for number, text in enumerate(texts, start=1):
         ids = next(encoded) if isinstance(text, str) else np.asarray(text, np.int32)
         if ids.ndim != 1 or np.any((ids < 0) | (ids >= tokenizer.vocab_size)):
             raise InputError(
-                f"text {number} is no list of token ids from 0 to {tokenizer.vocab_size - 1}"
+                f"{name} {number} is no list of token ids from 0 to {tokenizer.vocab_size - 1}"
             )
         found.append(ids)
     return found
@@ -60,7 +63,7 @@ def continuations(
     """
     rows = []
     for number, (prompt, ids) in enumerate(
-        zip(prompts, token_ids(tokenizer, prompts), strict=True), start=1
+        zip(prompts, token_ids(tokenizer, prompts, "prompt"), strict=True), start=1
     ):
         if len(prompt) == 0:
             raise InputError(f"prompt {number} is empty: give some text, or no prompts at all")
@@ -89,6 +92,7 @@ def infillings(tokenizer: Tokenizer, texts: Sequence[Sequence[Piece]], length: i
         for piece in pieces:
             if not isinstance(piece, str) and not (isinstance(piece, int) and piece > 0):
                 raise InputError(f"text {number}: a piece is a text or a number above 0: {piece!r}")
+        check_texts(pieces, f"text {number}, piece")
         encoded = iter(tokenizer.encode([p for p in pieces if isinstance(p, str)]))
         row = [next(encoded) if isinstance(p, str) else p for p in pieces]
         size = 1 + sum(p if isinstance(p, int) else len(p) for p in row)
@@ -113,7 +117,7 @@ def whole_texts(tokenizer: Tokenizer, texts: Sequence[str] | np.ndarray, length:
             raise InputError(f"sequences of {columns} tokens exceed the context {length}")
         lengths = np.full(count, columns, np.int32)
         return Rows(texts.astype(np.int32), np.ones(texts.shape, bool), lengths)
-    rows = tokenizer.encode(texts)
+    rows = token_ids(tokenizer, texts)
     for number, ids in enumerate(rows, start=1):
         if not 0 < len(ids) < length:
             raise InputError(
@@ -135,7 +139,7 @@ def scored_texts(
     """
     if prompts is not None and len(prompts) != len(texts):
         raise InputError(f"{len(prompts)} prompts for {len(texts)} texts: give one each")
-    given = token_ids(tokenizer, prompts or [""] * len(texts))
+    given = token_ids(tokenizer, prompts or [""] * len(texts), "prompt")
     pairs = list(zip(given, token_ids(tokenizer, texts), strict=True))
     for number, (prompt, ids) in enumerate(pairs, start=1):
         if not len(ids) or len(prompt) + len(ids) >= length:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gidd_jax.data.array_files import read_arrays
+from gidd_jax.data.array_files import pack_texts, read_arrays
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.trace import Trace
@@ -102,11 +102,11 @@ def save_samples(path: str | Path, samples: Samples | Corrected, tokenizer: Toke
     """Write samples as .npz, readable without pickle; never half a file.
 
     Besides the fields of `samples` it holds `tokenizer`, the fingerprint of what the ids mean, and
-    `sampling_precision`.
+    `sampling_precision`; the texts are read back by `gidd_jax.data.texts.read_texts`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = samples._asdict() | {"texts": np.array(samples.texts, dtype=np.str_)}
+    fields = samples._asdict() | pack_texts("texts", samples.texts)
     fields.pop("trace", None)
     fields["tokenizer"] = np.array(tokenizer.fingerprint)
     fields["sampling_precision"] = np.array(SAMPLING_PRECISION)

@@ -84,10 +84,6 @@ def _published_dit(model: Pretrained, network: DiT) -> tuple[dict[str, Any], Sta
     config = {
         "architectures": ["DIT"],
         "attention_dropout": 0.0,
-        "auto_map": {
-            "AutoConfig": "configuration_dit.DITConfig",
-            "AutoModelForMaskedLM": "modeling_dit.DIT",
-        },
         "hidden_size": network.hidden_size,
         "max_seq_len": network.max_seq_len,
         "model_type": "dit",

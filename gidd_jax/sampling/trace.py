@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from gidd_jax.data.array_files import read_arrays
+from gidd_jax.data.array_files import pack_texts, read_arrays, unpack_texts
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
@@ -231,23 +231,23 @@ def save_trace(path: str | Path, trace: Trace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = {**trace.changes._asdict(), **trace._asdict()}
     del fields["changes"]
-    for name in ("texts", "token_texts", "tokenizer"):
-        fields[name] = np.array(fields[name], dtype=np.str_)
+    for name in _TEXTS:
+        fields |= pack_texts(name, fields[name])
+    fields["tokenizer"] = np.array(trace.tokenizer)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **fields)
     os.replace(part, path)
 
 
-# Kind of dtype and number of axes of everything in a file.
+_TEXTS = ("texts", "token_texts")
+# Kind of dtype and number of axes of everything else in a file.
 _KINDS = {
     **{name: ("i", 1) for name in ("num_calls", "sample", "call", "position", "token")},
     **{name: ("i", 1) for name in ("lengths", "token_ids", "special_ids")},
     "start": ("i", 2),
     "log_prob": ("f", 1),
     "given": ("b", 2),
-    "texts": ("U", 1),
-    "token_texts": ("U", 1),
     "mask_id": ("i", 0),
     "tokenizer": ("U", 0),
 }
@@ -255,15 +255,18 @@ _KINDS = {
 
 def load_trace(path: str | Path) -> Trace:
     """Read a trace; raises InputError when it is no such file, or its parts do not fit."""
-    data: dict[str, Any] = read_arrays(path, _KINDS, "trace")
-    if missing := _KINDS.keys() - data.keys():
+    texts_at = [*_TEXTS, *(f"{name}_ends" for name in _TEXTS)]
+    found = read_arrays(path, [*_KINDS, *texts_at], "trace")
+    if missing := {*_KINDS, *_TEXTS} - found.keys():
         raise InputError(f"{path} is no trace, it lacks {', '.join(sorted(missing))}")
-    if any((data[name].dtype.kind, data[name].ndim) != kind for name, kind in _KINDS.items()):
+    data: dict[str, Any] = {name: found[name] for name in _KINDS}
+    texts: dict[str, Any] = {name: unpack_texts(found, name) for name in _TEXTS}
+    if None in texts.values() or any(
+        (data[name].dtype.kind, data[name].ndim) != kind for name, kind in _KINDS.items()
+    ):
         raise InputError(f"{path} is a damaged trace: its parts are of other kinds")
     changes = Changes(*(data.pop(name) for name in Changes._fields))
-    for name in ("texts", "token_texts"):
-        data[name] = data[name].tolist()
-    trace = Trace(changes=changes, **data)._replace(
+    trace = Trace(changes=changes, **(data | texts))._replace(
         mask_id=int(data["mask_id"]), tokenizer=str(data["tokenizer"])
     )
     if not _fits(trace):

@@ -467,14 +467,14 @@ def test_bad_batches(tmp_path, tokenizer, monkeypatch):
         TrainBatches(settings(tmp_path / "a.parquet"), tokenizer, SEQ_LEN, 8, 0)
 
 
-def test_a_bad_document_of_a_large_corpus_is_named(tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("line", ["{broken", '{"text": null}'])
+def test_a_bad_document_of_a_large_corpus_is_named_at_once(tmp_path, tokenizer, monkeypatch, line):
     monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 100)
     file = tmp_path / "a.jsonl"
     write_jsonl(file)
-    file.write_text(file.read_text() + "{broken\n" + '{"text": "end"}\n')
-    train = TrainBatches(settings(file, validation="last:1"), tokenizer, SEQ_LEN, 24, 0)
+    file.write_text(file.read_text() + f"{line}\n" + '{"text": "end"}\n')
     with pytest.raises(InputError, match="JSON document 24"):
-        first_batches(train, 2)
+        TrainBatches(settings(file, validation="last:1"), tokenizer, SEQ_LEN, 24, 0)
 
 
 # ---- validation batches

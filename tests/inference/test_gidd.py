@@ -10,6 +10,7 @@ import pytest
 from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax import Gidd
+from gidd_jax.data.texts import read_texts
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation.detection import judge_text
@@ -19,6 +20,7 @@ from gidd_jax.sampling.options import SamplerOptions, SuspicionOptions
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
+MADE_WITH = ("tokenizer", "sampling_precision")
 PROMPTS = ["It", "a truth univ", "[MASK]", "single"]  # one token a byte; the context is 16
 
 
@@ -150,10 +152,10 @@ def test_samples_file_is_read_back_without_pickle(model, tmp_path):
     path = tmp_path / "new" / "samples.npz"
     save_samples(path, samples, model.tokenizer)
     with np.load(path, allow_pickle=False) as file:
-        assert set(file) == {*samples._fields, "tokenizer", "sampling_precision"} - {"trace"}
-        assert file["texts"].tolist() == samples.texts
+        assert set(file) == {*samples._fields, "texts_ends", *MADE_WITH} - {"trace"}
         assert str(file["sampling_precision"]).startswith("float32")
         np.testing.assert_array_equal(file["log_probs"], samples.log_probs)
+    assert read_texts(path, "--samples").texts == samples.texts
     np.testing.assert_array_equal(load_ids(path, model.tokenizer), samples.ids)
     assert [file.name for file in path.parent.iterdir()] == ["samples.npz"]
     other = dataclasses.replace(model.tokenizer, pad_id=7)
@@ -234,3 +236,21 @@ def test_autoregressive_models_neither_fill_nor_correct(autoregressive):
     ):
         with pytest.raises(InputError, match="autoregressive"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda model, text: model.generate(prompts=["a", text]), "prompt 2"),
+        (lambda model, text: model.infill([["a", 1, text]]), "text 1, piece 3"),
+        (lambda model, text: model.correct(["a", text]), "text 2"),
+        (lambda model, text: model.suspicion(["a", text]), "text 2"),
+        (lambda model, text: model.log_likelihood(["a", text]), "text 2"),
+        (lambda model, text: model.log_likelihood(["a"], prompts=[text]), "prompt 1"),
+        (lambda model, text: model.is_greedy([text]), "text 1"),
+    ],
+)
+@pytest.mark.parametrize("text", ["\ud800", "b\udcff"])
+def test_a_text_that_has_no_utf8_is_named(model, call, name, text):
+    with pytest.raises(InputError, match=f"^{name} is no UTF-8 text: "):
+        call(model, text)
