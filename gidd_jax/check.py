@@ -30,23 +30,14 @@ and gradients; those of draws are -log10 of the chance that right draws look lik
 CPU. A log_snr process with scale > 1 fails: some of its rates are negative.
 """
 
-import dataclasses
-import importlib
-import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from gidd_jax.cli import CommandFlags, code_flags, config_flag, load_config, nearest, run
-from gidd_jax.errors import InputError
+from gidd_jax.cli import CommandFlags, code_flags, config_flag, run
 
 if TYPE_CHECKING:
     from gidd_jax.evaluation.definitions import Check
-    from gidd_jax.own_process import Consent
-    from gidd_jax.process import InterpolatingProcess
-    from gidd_jax.settings import ProcessSettings
 
 flags = CommandFlags()
 CONFIG = config_flag(flags, "base")
@@ -62,13 +53,6 @@ CHECKPOINT = flags.DEFINE_string(
 )
 
 
-class Subject(NamedTuple):
-    """A process, and the same with a vocabulary small enough to enumerate."""
-
-    process: "InterpolatingProcess"
-    small: "InterpolatingProcess"
-
-
 def main(argv: list[str]) -> None:
     del argv
     import jax
@@ -78,6 +62,7 @@ def main(argv: list[str]) -> None:
     # Every program runs once: to compile it is what takes the time.
     jax.config.update("jax_disable_most_optimizations", True)
     from gidd_jax.evaluation import certify
+    from gidd_jax.evaluation.subjects import find_subject
 
     process, small = find_subject(
         CODE.process.value,
@@ -104,130 +89,6 @@ def report(checks: Iterable["Check"]) -> list[bool]:
         print(f"{word}  {check.error:8.1e} {sign} {check.bound:5.0e}  {check.name}", flush=True)
         passed.append(check.ok)
     return passed
-
-
-def find_subject(
-    description: str | None,
-    checkpoint: str | None,
-    *,
-    allow_code: bool = False,
-    config: Any = None,
-) -> Subject:
-    """Return what the flags name; raises InputError that says what is wrong with it."""
-    from gidd_jax.evaluation.certify import reduced
-    from gidd_jax.own_process import Consent
-    from gidd_jax.settings import Settings
-
-    if checkpoint is not None:
-        process = checkpoint_process(checkpoint, Consent(allow_code, description))
-        return Subject(process, reduced(process))
-    if description is None:
-        config = load_config("base") if config is None else config
-        return config_subject(Settings.from_config(config).process)
-    name, colon, rest = description.rpartition(":")
-    if re.fullmatch(r"[A-Za-z_]\w*", rest) and colon and not _is_built_in(name):
-        return own_subject(description)
-    process = built_in_process(description)
-    return Subject(process, reduced(process))
-
-
-def _is_built_in(name: str) -> bool:
-    from gidd_jax.interchange.folders import PROCESSES
-
-    return name in (*PROCESSES, "autoregressive")
-
-
-def checkpoint_process(path: str, consent: "Consent") -> "InterpolatingProcess":
-    """Return the process of a model; the weights of our own runs stay on disk."""
-    from gidd_jax.checkpoints.checkpoint import find_checkpoint
-    from gidd_jax.interchange import load
-
-    try:
-        checkpoint = find_checkpoint(path)
-    except InputError:  # another kind of folder, or none
-        process = load.load_pretrained(path, **consent._asdict()).process
-    else:
-        process = load.checkpoint_process(checkpoint, consent)
-    if process is None:
-        raise InputError(f"{path} is autoregressive: only diffusion has a process to check")
-    return process
-
-
-def config_subject(settings: "ProcessSettings") -> Subject:
-    """Return the process of a config, the user's own at both sizes."""
-    from gidd_jax.evaluation.definitions import TOY_MASK_ID, TOY_VOCAB_SIZE
-    from gidd_jax.own_process import PAPER_IDS, read_source
-    from gidd_jax.training.build import build_process
-
-    own = read_source(settings.name)
-    process = build_process(settings, *PAPER_IDS, own)
-    small = build_process(settings, TOY_VOCAB_SIZE, TOY_MASK_ID, own)
-    if process is None or small is None:
-        raise InputError("process.name = autoregressive: only diffusion has a process to check")
-    return Subject(process, small)
-
-
-def built_in_process(description: str) -> "InterpolatingProcess":
-    """Return the process of `name:key=value,...`; InputError for unknown names and bad values."""
-    from gidd_jax.interchange.folders import PROCESSES, process_fields
-    from gidd_jax.own_process import PAPER_IDS
-
-    name, _, rest = description.partition(":")
-    if name == "autoregressive":
-        raise InputError("--process=autoregressive: only diffusion has a process to check")
-    if name not in PROCESSES:
-        raise InputError(
-            f"--process={description}: unknown process {name!r}: {nearest(name, PROCESSES)}; "
-            "your own is FILE.py:NAME or MODULE:NAME"
-        )
-    kind, legal, values = PROCESSES[name], process_fields(PROCESSES[name]), {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--process={description}: {item!r} must be KEY=VALUE")
-        if key not in legal:
-            raise InputError(f"--process={description}: unknown {key!r}: {nearest(key, legal)}")
-        try:
-            values[key] = float(value)
-        except ValueError as error:
-            raise InputError(f"--process={description}: {key} must be a number") from error
-    for field in dataclasses.fields(kind):
-        required = field.default is dataclasses.MISSING and field.name in legal
-        if required and field.name not in values:
-            raise InputError(f"--process={description}: {field.name} is missing: add it")
-    return kind(*PAPER_IDS, **values)
-
-
-def own_subject(description: str) -> Subject:
-    """Return the process of `FILE.py:NAME` or `MODULE:NAME`, whose code is run."""
-    from gidd_jax import own_process
-    from gidd_jax.evaluation.certify import reduced
-    from gidd_jax.evaluation.definitions import TOY_MASK_ID, TOY_VOCAB_SIZE
-    from gidd_jax.process import InterpolatingProcess
-
-    name = f"--process={description}"
-    source = own_process.read_source(description)
-    if source is not None:
-        found = own_process.load(source)
-    else:
-        module, _, word = description.partition(":")
-        found = own_process.attribute(import_module(module), word, name)
-    if isinstance(found, InterpolatingProcess):
-        own_process.check_functions(name, found)
-        return Subject(
-            found, own_process.checked(name, "dataclasses.replace", lambda: reduced(found))
-        )
-    sizes = own_process.PAPER_IDS, (TOY_VOCAB_SIZE, TOY_MASK_ID)
-    return Subject(*(own_process.make_from(found, name, ids) for ids in sizes))
-
-
-def import_module(name: str) -> ModuleType:
-    """Import a module from where the command runs, too; InputError if it fails."""
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise InputError(f"--process: {name}: {type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":

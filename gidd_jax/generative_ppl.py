@@ -8,7 +8,9 @@ Examples:
 .jsonl.gz, .jsonl.xz or .parquet (field "text").
 Scorers: any causal language model of Hugging Face through PyTorch (extra `eval`), or without it a
 Llama folder or an autoregressive run in JAX. Repetitive text has a low perplexity: read it together
-with entropy and distinct n-grams. Samplers of low precision lower both (arXiv 2409.02908).
+with entropy and distinct n-grams. Texts are scored without special tokens: what a sample wrote
+after a token that ends a document counts as the same text. Samplers of low precision lower both
+(arXiv 2409.02908).
 
 Prints the figures. --out is JSON with
   samples, scorer, backend, scorer_dtype, max_length, align_mask_to_input
@@ -63,6 +65,7 @@ def main(argv: list[str]) -> None:
     del argv
     from gidd_jax.data.texts import read_texts
     from gidd_jax.evaluation import scorers
+    from gidd_jax.evaluation.generated import figures
     from gidd_jax.evaluation.reports import finite, write_report
     from gidd_jax.inference.samples import check_output
 
@@ -92,6 +95,7 @@ def main(argv: list[str]) -> None:
             align_mask_to_input=ALIGN_MASK_TO_INPUT.value,
             num_resamples=BOOTSTRAP.value,
             seed=SEED.value,
+            name=f"--samples: {SAMPLES.value}",
         ),
     }
     report = finite(report)
@@ -99,95 +103,6 @@ def main(argv: list[str]) -> None:
     if out is not None:
         write_report(out, report)
         print(f"wrote {out}")
-
-
-def figures(
-    scorer: Any,
-    texts: list[str],
-    references: list[str] | None = None,
-    *,
-    max_length: int,
-    batch_size: int,
-    align_mask_to_input: bool = False,
-    num_resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the figures of texts by a `scorers.Scorer`, as this module's docstring lists them.
-
-    Raises InputError when there is no token to score.
-    """
-    import numpy as np
-
-    from gidd_jax.evaluation.scorers import encode, score_sequences
-    from gidd_jax.evaluation.text_metrics import (
-        distinct_n,
-        mean_estimate,
-        ratio_estimate,
-        token_entropy,
-    )
-    from gidd_jax.likelihood import perplexity
-
-    resampling = {"num_resamples": num_resamples, "seed": seed}
-    whole = encode(scorer, texts, 1 << 62)
-    sequences = [ids[:max_length] for ids in whole]
-    scores = score_sequences(
-        scorer,
-        sequences,
-        batch_size=batch_size,
-        align_mask_to_input=align_mask_to_input,
-    )
-    if not scores.tokens.sum():
-        raise InputError("no sample has two tokens: there is nothing to score")
-    nll = ratio_estimate(scores.nats, scores.tokens, **resampling)
-    result: dict[str, Any] = {
-        "num_samples": len(texts),
-        "num_truncated": sum(len(ids) > max_length for ids in whole),
-        "tokens": int(scores.tokens.sum()),
-        "gen_ppl": perplexity(nll.value),
-        "gen_ppl_interval": nll.interval and [perplexity(v) for v in nll.interval],
-        "nll": nll.value,
-        "nll_standard_error": nll.standard_error,
-        "median_nll": float(np.median(scores.token_nats)),
-        "accuracy": float(scores.correct.sum() / scores.tokens.sum()),
-    }
-    # Without the tokens that the scorer puts around a text.
-    bare = [ids[:max_length] for ids in scorer.tokenizer.encode(texts) if len(ids)]
-    per_sample = {"token_entropy": [token_entropy(ids) for ids in bare]}
-    for n in (1, 2, 3):
-        result[f"distinct_{n}"] = distinct_n(bare, n)
-        shares = [distinct_n([ids], n) for ids in bare]
-        per_sample[f"distinct_{n}_per_sample"] = [v for v in shares if v is not None]
-    for name, values in per_sample.items():
-        estimate = mean_estimate(np.array(values), **resampling) if values else None
-        result[name] = estimate and estimate.value
-        result[f"{name}_interval"] = estimate and estimate.interval
-    human = None if references is None else encode(scorer, references, max_length)
-    result["mauve"], result["mauve_note"] = _mauve(scorer, sequences, human, batch_size, seed)
-    return result
-
-
-def _mauve(
-    scorer: Any, sequences: list[Any], references: list[Any] | None, batch_size: int, seed: int
-) -> tuple[float | None, str]:
-    """MAUVE of the scorer's hidden states, or None, and a note on it."""
-    import importlib.util
-
-    from gidd_jax.evaluation.scorers import sequence_features
-
-    if references is None:
-        return None, "not computed: it needs --references, texts by people"
-    if importlib.util.find_spec("mauve") is None:
-        return None, "not computed: it needs the library mauve-text"
-    import mauve  # pyright: ignore[reportMissingImports]
-
-    if min(sum(len(ids) > 0 for ids in part) for part in (references, sequences)) < 2:
-        return None, "not computed: it needs two samples and two references that are not empty"
-    p, q = (
-        sequence_features(scorer, [ids for ids in part if len(ids)], batch_size=batch_size)
-        for part in (references, sequences)
-    )
-    out = mauve.compute_mauve(p_features=p, q_features=q, seed=seed, verbose=False)
-    return float(out.mauve), f"of hidden states of the scorer, with {len(p)} references"
 
 
 def _shown(value: Any) -> str:

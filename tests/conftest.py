@@ -22,6 +22,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Commands that tests start, which read this when they import jax, leave the user's cache alone.
 _cache = tempfile.TemporaryDirectory(prefix="gidd_jax_cache_", ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+# Said once per process, by whichever test imports it first: that there is no PyTorch.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -265,11 +265,11 @@ def other(vocab_size, mask_id):
 
 SCRIPT = """
 import json, sys
-from gidd_jax import check
+from gidd_jax.evaluation import subjects
 from gidd_jax.errors import InputError
 for process, checkpoint in json.load(sys.stdin):
     try:
-        print(*map(repr, check.find_subject(process, checkpoint)), sep=" and ")
+        print(*map(repr, subjects.find_subject(process, checkpoint)), sep=" and ")
     except InputError as error:
         print("error:", " ".join(str(error).split()))
 """

@@ -15,11 +15,11 @@ from tiny_run import SENTENCE, tiny_settings, write_corpus
 
 from gidd_jax import likelihood
 from gidd_jax.data.pipeline import validation_batches
+from gidd_jax.data.preparation import prepare
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import corpora
 from gidd_jax.evaluation.reports import finite
 from gidd_jax.inference.gidd import Gidd
-from gidd_jax.prepare_data import prepare
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -31,13 +31,13 @@ from gidd_jax.checkpoints.workdir import check_workdir
 from gidd_jax.data import shards
 from gidd_jax.data.files import open_text_file
 from gidd_jax.data.pipeline import TrainBatches
+from gidd_jax.data.preparation import prepare
 from gidd_jax.data.texts import read_texts
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.inference.samples import load_ids
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.weight_files import read_safetensors
-from gidd_jax.prepare_data import prepare
 from gidd_jax.sampling.trace import changes_between, load_trace, make_trace, save_trace
 from gidd_jax.settings import Settings
 

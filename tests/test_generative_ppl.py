@@ -14,10 +14,9 @@ from safetensors.numpy import save_file
 from tiny_checkpoint import write_checkpoint
 from tokenizers import models, pre_tokenizers, processors
 
-from gidd_jax import generative_ppl
 from gidd_jax.data.texts import read_texts
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation import scorers
+from gidd_jax.evaluation import generated, scorers
 from gidd_jax.interchange.tensors import llama_params_from_torch
 from gidd_jax.models.llama import Llama
 
@@ -141,7 +140,7 @@ def test_precision_of_the_scorer(folder, judge, rows):
 
 def figures(judge, texts, max_length=32, **options):
     options = {"batch_size": 2, "num_resamples": 200, "seed": 0} | options
-    return generative_ppl.figures(judge, texts, max_length=max_length, **options)
+    return generated.figures(judge, texts, max_length=max_length, **options)
 
 
 def test_figures_of_texts(judge, rows, exact):

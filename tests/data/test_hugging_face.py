@@ -9,8 +9,8 @@ import pytest
 
 from gidd_jax.data.corpus import open_corpus
 from gidd_jax.data.fingerprint import check_same, fingerprint
+from gidd_jax.data.preparation import prepare
 from gidd_jax.errors import InputError
-from gidd_jax.prepare_data import prepare
 
 TEXTS = [f"Text é {i}." for i in range(9)]
 

@@ -10,10 +10,10 @@ import pytest
 from gidd_jax.data import pipeline, rows
 from gidd_jax.data.corpus import open_corpus
 from gidd_jax.data.pipeline import TrainBatches, unigram_bits_per_byte, validation_batches
+from gidd_jax.data.preparation import prepare
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.mixture import Part, split_mixture
-from gidd_jax.prepare_data import prepare
 from gidd_jax.settings import DataSettings
 
 SEQ_LEN = 24

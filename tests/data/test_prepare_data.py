@@ -14,8 +14,9 @@ import pytest
 from gidd_jax.cli import load_config
 from gidd_jax.data import shards
 from gidd_jax.data.corpus import DATASETS
+from gidd_jax.data.preparation import prepare
 from gidd_jax.errors import InputError
-from gidd_jax.prepare_data import EXAMPLES, prepare
+from gidd_jax.prepare_data import EXAMPLES
 from gidd_jax.settings import Settings
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from gidd_jax.data import rows, shards
 from gidd_jax.data.pipeline import TrainBatches, unigram_bits_per_byte, validation_batches
+from gidd_jax.data.preparation import prepare
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.prepare_data import prepare
 from gidd_jax.settings import DataSettings
 
 TEXTS = [f"Document {i}: " + f"words é {i} and more. " * (1 + 5 * (i % 4)) for i in range(23)]
