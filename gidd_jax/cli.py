@@ -7,11 +7,13 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import io
 import logging as log
 import os
 import platform
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,6 +26,8 @@ from gidd_jax.errors import InputError, RunError
 
 COMPILED_BYTES = 2 << 30  # of the programs that JAX keeps; those unused the longest go first
 _CONFIG_FLAG = "config"
+_WRITTEN = "\n\t\u200c\u200d"  # with the joiners of Persian, Hindi and emoji
+_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, directions of writing, halves of characters
 
 
 class CommandFlags:
@@ -69,6 +73,19 @@ def nearest(word: str, legal: Iterable[str]) -> str:
     legal = sorted(legal)
     close = difflib.get_close_matches(word, legal, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"use one of {', '.join(legal)}"
+
+
+def printable(text: str) -> str:
+    """Return the text with what a terminal would obey, such as escape codes, written out: `\\x1b`.
+
+    Line breaks and tabs stay, and so do the joiners that some scripts are spelled with.
+    """
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if c not in _WRITTEN and unicodedata.category(c) in _OBEYED
+        else c
+        for c in text
+    )
 
 
 def config_folder() -> Path:
@@ -185,6 +202,11 @@ def run(
     `resumes`: the same command goes on where it was.
     """
 
+    for stream in (sys.stdout, sys.stderr):
+        # Whatever the terminal's encoding: texts have characters that it may lack.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
     def guarded(argv: list[str]) -> None:
         _quieten_libraries()
         _keep_compiled_programs(command)
@@ -258,7 +280,7 @@ def _processor() -> str:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 

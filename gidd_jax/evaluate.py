@@ -11,7 +11,8 @@ overlap at its end; what two windows share counts twice, in nats, tokens and byt
 
 Prints a table, one line a corpus. --out is JSON: `checkpoint`, `ema`, `process`, `num_samples_t`,
 `seed`, `batch_size`, `max_seq_len` and `corpora`, a list with for each of them:
-  data, split, documents, rows, tokens, bytes   what was scored (bytes: UTF-8, of scored tokens)
+  data, split, documents, rows, tokens, bytes   what was scored (bytes: UTF-8, of scored tokens;
+      documents: null for shards that do not say where they begin, errors are then over rows)
   nelbo, nelbo_standard_error   upper bound of -log p in nats per token = reconstruction + middle +
       prior (exact for autoregressive models, which have no such terms); error by bootstrap over
       documents, the draws of t and noise included; null with fewer than two documents
@@ -49,7 +50,10 @@ NUM_SAMPLES_T = flags.DEFINE_integer(
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows scored together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of times, noise and bootstrap.", lower_bound=0)
 MAX_DOCUMENTS = flags.DEFINE_integer(
-    "max_documents", None, "Score a random sample of each corpus, always the same.", lower_bound=1
+    "max_documents",
+    None,
+    "Score a random sample of each corpus (of shards so many rows), always the same.",
+    lower_bound=1,
 )
 BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "Resamples of the documents.", lower_bound=2)
 TEXT_KEY = flags.DEFINE_string(
@@ -157,7 +161,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 result["data"],
-                str(result["documents"]),
+                "-" if result["documents"] is None else str(result["documents"]),
                 str(result["tokens"]),
                 written(result["nelbo"], 4),
                 written(result["nelbo_standard_error"], 4),

@@ -19,6 +19,7 @@ among the tokens at time --t: probabilities are meant for that share) and `figur
   calibration_error   mean |probability - frequency| over 15 bins (expected calibration error)
   calibration   {suspicion, share_wrong, tokens}: the bins that hold tokens
   restored   share of the wrong tokens for which the model proposes the original
+A figure that the tokens do not determine is null, and `notes` says why.
 """
 
 from gidd_jax.cli import CommandFlags, code_flags, run
@@ -101,7 +102,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
     from gidd_jax.evaluation import corpora
     from gidd_jax.evaluation.detection import detection_figures
-    from gidd_jax.evaluation.reports import write_report
+    from gidd_jax.evaluation.reports import NOTES, finite, write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
     from gidd_jax.sampling.suspicion import check_suspicion, expected_share
@@ -123,18 +124,21 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     print(f"{expected:.2%} of the tokens\n{HEADER}")
     figures = []
     for share in corruption:
-        figures.append(
-            detection_figures(
-                model,
-                corpus,
-                share,
-                options,
-                batch_size=BATCH_SIZE.value,
-                num_resamples=BOOTSTRAP.value,
-                seed=SEED.value,
-            )
+        found = detection_figures(
+            model,
+            corpus,
+            share,
+            options,
+            batch_size=BATCH_SIZE.value,
+            num_resamples=BOOTSTRAP.value,
+            seed=SEED.value,
         )
+        figures.append(finite(found))
         print(table_line(figures[-1]))
+    notes = [(f"corruption {one['corruption']:g}: ", one.get(NOTES, {})) for one in figures]
+    for where, named in [*notes, ("", corpus.notes)]:
+        for name, note in named.items():
+            print(f"{where}{name}: {note}")
     if out is not None:
         report = {
             "checkpoint": CHECKPOINT.value,
@@ -149,6 +153,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
             "documents": corpus.num_documents,
             "rows": len(corpus.ids),
             "figures": figures,
+            NOTES: corpus.notes,
         }
         write_report(out, report)
         print(f"wrote {out}")
@@ -159,13 +164,16 @@ HEADER = "corruption   tokens    wrong  suspicion  AUROC (95% interval)        E
 
 def table_line(figures: dict) -> str:
     """Return the figures of one share as a line below HEADER."""
-    interval = figures["auroc_interval"]
-    auroc = f"{figures['auroc']:.4f}"
-    auroc += f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else " (one document)"
+    auroc, interval, restored = (figures[k] for k in ("auroc", "auroc_interval", "restored"))
+    words = "-" if auroc is None else f"{auroc:.4f}"
+    if interval:
+        words += f" ({interval[0]:.4f} to {interval[1]:.4f})"
+    elif auroc is not None:
+        words += " (one document)"
     return (
         f"{figures['corruption']:>10g} {figures['tokens']:>8} {figures['share_wrong']:>8.2%}  "
-        f"{figures['mean_suspicion']:>8.2%}  {auroc:<26} {figures['calibration_error']:>6.4f}  "
-        f"{figures['restored']:>8.2%}"
+        f"{figures['mean_suspicion']:>8.2%}  {words:<26} {figures['calibration_error']:>6.4f}  "
+        f"{'-' if restored is None else format(restored, '.2%'):>8}"
     )
 
 

@@ -11,7 +11,7 @@ samples.npz, loss.png, plots/, TensorBoard files and checkpoints.
 import time
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, config_flag, run
+from gidd_jax.cli import CommandFlags, config_flag, printable, run
 
 flags = CommandFlags()
 CONFIG = config_flag(flags, "quickstart")
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     samples = model.generate(NUM_SAMPLES, seed=settings.seed)
     save_samples(workdir / "samples.npz", samples, model.tokenizer)
     for number, text in enumerate(samples.texts):
-        print(f"\n--- sample {number} ---\n{text}")
+        print(f"\n--- sample {number} ---\n{printable(text)}")
 
     corpus = corpora.open_rows(settings.data, "validation", model, is_own=True)
     scores = corpora.score_rows(

@@ -12,7 +12,7 @@ token: its log-probability in the network call that put it there, and the number
 texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
 
-from gidd_jax.cli import CommandFlags, code_flags, run
+from gidd_jax.cli import CommandFlags, code_flags, printable, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 from gidd_jax.sampling.options import GRIDS, METHODS, SamplerOptions
@@ -113,8 +113,11 @@ def main(argv: list[str]) -> None:
         if WATCH.value:
             watch(samples.trace, console)
     for number, text in enumerate(samples.texts):
-        print(f"--- sample {number} ---\n{text}\n")
+        print(f"--- sample {number} ---\n{printable(text)}\n")
     print(f"{samples.network_calls} network calls")
+    if len(samples.texts) > 1 and (samples.ids == samples.ids[0]).all():
+        cause = ": temperature=0 draws nothing" if options.temperature == 0 else ""
+        print(f"note: all {len(samples.texts)} samples are the same{cause}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ behind it (see gidd_jax.replay).
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, code_flags, run
+from gidd_jax.cli import CommandFlags, code_flags, printable, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import CorrectionOptions
 
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
         options=options,
     )
     for number, text in enumerate(result.texts):
-        print(f"--- text {number} ---\n{text}\n")
+        print(f"--- text {number} ---\n{printable(text)}\n")
     columns = {name: getattr(result, name) for name in COLUMNS}
     lines = [",".join(("text", *columns))]
     for number, values in enumerate(zip(*columns.values(), strict=True)):

@@ -11,7 +11,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from gidd_jax import cli
-from gidd_jax.cli import config_folder, find_config, load_config, nearest, shipped_configs
+from gidd_jax.cli import (
+    config_folder,
+    find_config,
+    load_config,
+    nearest,
+    printable,
+    shipped_configs,
+)
 from gidd_jax.errors import InputError
 
 COMMAND = '''
@@ -222,6 +229,19 @@ def test_configs_inside_the_package_are_found_as_a_wheel_ships_them(tmp_path):
         check=True,
     )
     assert result.stdout == "8\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\tb\n", "a\tb\n"),
+        ("\x1b[2J\x00\x9b\r\n", "\\x1b[2J\\x00\\x9b\\r\n"),
+        ("\u202e\u2028\ufeff\ud800", "\\u202e\\u2028\\ufeff\\ud800"),
+        ("\u00e9\u00a0\u3000\u200c\U0001f468\u200d\U0001f33e", None),
+    ],
+)
+def test_what_a_terminal_would_obey_is_written_out(text, shown):
+    assert printable(text) == (text if shown is None else shown)
 
 
 def test_nearest_word():

@@ -17,6 +17,7 @@ from gidd_jax import likelihood
 from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.data.preparation import prepare
 from gidd_jax.errors import InputError
+from gidd_jax.evaluate import table
 from gidd_jax.evaluation import corpora
 from gidd_jax.evaluation.reports import finite
 from gidd_jax.inference.gidd import Gidd
@@ -153,6 +154,33 @@ def test_figures_of_a_mixture_are_those_of_its_parts(data, baseline, shard_folde
     bits = sum(part["bits_per_byte"] * part["bytes"] for part in alone)
     assert mixed["bits_per_byte"] == pytest.approx(bits / mixed["bytes"], rel=1e-6)
     assert alone[0]["nelbo"] != pytest.approx(alone[1]["nelbo"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["packed", "crop"])
+def test_rows_of_shards_are_not_counted_as_documents(data, baseline, tmp_path, mode):
+    """Of one document many rows are cut, and nothing in the shards says which."""
+    prepare(
+        str(write_corpus(tmp_path, "corpus.txt", lines=40)),
+        str(data / "tokenizer"),
+        tmp_path / "out",
+        seq_len=16,
+        mode=mode,
+        validation="last:1",
+        text_key="text",
+        txt_documents="line",
+        num_workers=1,
+        shard_size=50,
+    )
+    settings = tiny_settings(data, **{"data.path": str(tmp_path / "out"), "data.mode": mode}).data
+    corpus = corpora.open_rows(settings, "validation", baseline, is_own=True)
+    found = corpora.corpus_figures(None, corpus, score(baseline, corpus), num_resamples=10, seed=0)
+    assert (found["documents"], found["rows"]) == (None, 6)
+    assert found["notes"]["documents"].endswith("the bootstrap is over rows")
+    assert found["nelbo_standard_error"] > 0
+    line = table([finite({"data": "shards", **found})]).splitlines()[1]
+    assert line.split()[:2] == ["shards", "-"]
+    mixed = dataclasses.replace(settings, path=f"1:{tmp_path / 'out'},1:{tmp_path / 'corpus.txt'}")
+    assert corpora.open_rows(mixed, "validation", baseline, is_own=True).num_documents is None
 
 
 def test_documents_of_packed_rows(data, model):

@@ -15,6 +15,7 @@ from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax import Gidd
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation import detection
 from gidd_jax.evaluation.corpora import CorpusRows
 from gidd_jax.evaluation.detection import (
     JudgedText,
@@ -28,6 +29,7 @@ from gidd_jax.evaluation.detection import (
     ordinary_ids,
     windows,
 )
+from gidd_jax.evaluation.reports import finite
 from gidd_jax.inference.prompts import Rows
 from gidd_jax.inference.samples import Suspicions
 from gidd_jax.sampling.options import SuspicionOptions
@@ -150,8 +152,31 @@ def test_figures_of_a_detector_that_knows(model, monkeypatch):
     wrong = corrupted(clean, ordinary_ids(model), 0.5, 0).ids != clean.ids
     np.testing.assert_allclose(got["share_wrong"], wrong.sum() / 19)
     np.testing.assert_allclose(got["restored"], np.mean(clean.ids[wrong] == a))
-    with pytest.raises(InputError, match="corruption 1e-09 of 19 tokens makes 0 wrong"):
-        detection_figures(model, corpus, 1e-9, SuspicionOptions(), **options)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "null"), [(1e-9, 0, ["auroc", "restored"]), (1 - 1e-9, 19, ["auroc"])]
+)
+def test_shares_that_leave_no_wrong_or_no_right_token(model, monkeypatch, share, count, null):
+    ids = model.tokenizer.encode(["one line.", "two lines."])
+    corpus = CorpusRows(ids, np.arange(2), np.zeros(2), 2)
+    ordinary = ordinary_ids(model)
+    unused = ordinary[~np.isin(ordinary, np.concatenate(ids))]  # what is replaced is wrong
+    monkeypatch.setattr(detection, "corrupted", lambda rows, _, s, n: corrupted(rows, unused, s, n))
+    got = finite(
+        detection_figures(
+            model, corpus, share, SuspicionOptions(), batch_size=4, num_resamples=9, seed=0
+        )
+    )
+    assert got["share_wrong"] == count / 19
+    assert [name for name, value in got.items() if value is None] == [
+        "auroc",
+        "auroc_standard_error",
+        "auroc_interval",
+        *null[1:],
+    ]
+    note = f"{count} of 19 tokens are wrong: take another share, or more text"
+    assert got["notes"] == dict.fromkeys(null, note)
 
 
 # Long texts.
@@ -218,7 +243,7 @@ def test_pages_hold_texts_as_texts():
     page = marked_page(JUDGED, 0.5, f"{EVIL} title")
     parsed = Page(page)
     assert not {"script", "img"} & {*parsed.tags}
-    assert parsed.text == f"It is{EVIL} \ufffd[2J↵\n∅"
+    assert parsed.text == f"It is{EVIL} \\x1b[2J↵\n∅"
     assert [mark["id"] for mark in parsed.marks] == ["t2", "t3", "t4", "t5", "t6"]
     assert [mark.get("class") for mark in parsed.marks] == [None, *["sure"] * 4]
     assert parsed.marks[1]["title"] == f"wrong: 90%; rather “{EVIL}” (50%)"
@@ -246,11 +271,11 @@ def test_marks_in_the_terminal(kind, monkeypatch):
     assert "4 of 6 tokens are wrong" in shown
     assert "  95%  token 5: “↵”, rather “↵” (90%)\n  90%  token 3: " in shown
     if kind == "colours":
-        assert "\x1b[1;37;41m \ufffd[2J\x1b[0m" in shown
-        assert "[ \ufffd[2J 60%]" not in shown
+        assert "\x1b[1;37;41m \\x1b[2J\x1b[0m" in shown
+        assert "[ \\x1b[2J 60%]" not in shown
     else:
         assert "41m" not in shown
-        assert f"It is[{EVIL} 90%][ \ufffd[2J 60%]" in shown
+        assert f"It is[{EVIL} 90%][ \\x1b[2J 60%]" in shown
 
 
 def test_lists_are_short_and_percentages_honest():
@@ -308,16 +333,20 @@ def test_the_command_measures(run_folder, tmp_path):
     done = command(
         f"--checkpoint={run_folder}",
         "--evaluate",
-        "--corruption=0.2,0.5",
+        "--corruption=0.2,0.5,1e-9",  # the last leaves nothing wrong: the others are kept
         "--bootstrap=20",
         f"--out={out}",
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert [one["corruption"] for one in report["figures"]] == [0.2, 0.5]
+    assert [one["corruption"] for one in report["figures"]] == [0.2, 0.5, 1e-9]
     assert report["documents"] == report["rows"] == 4
     assert (report["method"], report["t"]) == ("one_pass", 0.01)
-    for one, line in zip(report["figures"], done.stdout.splitlines()[2:4], strict=True):
+    nothing, lines = report["figures"].pop(), done.stdout.splitlines()[2:]
+    assert (nothing["auroc"], nothing["auroc_interval"], nothing["restored"]) == (None, None, None)
+    assert lines[2].split()[4::2] == ["-", "-"]
+    assert lines[3] == f"corruption 1e-09: auroc: {nothing['notes']['auroc']}"
+    for one, line in zip(report["figures"], lines[:2], strict=True):
         low, high = one["auroc_interval"]
         assert 0 <= low <= one["auroc"] <= high <= 1
         assert sum(one["calibration"]["tokens"]) == one["tokens"]

@@ -388,7 +388,7 @@ def test_texts_in_the_terminal(trace):
     assert marks[EVIL] == "not bold green"
     assert marks[" the"] == "not bold"  # of a call before
     other = written(trace, 1, play(trace.changes, 1), 4)
-    assert other.plain.endswith(" the�<b>&amp; a�[2J")
+    assert other.plain.endswith(" the�<b>&amp; a\\x1b[2J")
     assert [str(span.style) for span in other.spans][1:4] == ["cyan", "not bold", "italic yellow"]
 
 

@@ -1,6 +1,8 @@
 """The commands sample and self_correct: what they write, and one line for what goes wrong."""
 
 import csv
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +24,18 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def command(module: str, *flags: str) -> subprocess.CompletedProcess:
+def command(module: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", f"gidd_jax.{module}", *flags],
         capture_output=True,
         text=True,
         check=False,
-        env={"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HOME": "/nonexistent"},
+        env={
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "HOME": "/nonexistent",
+            **environment,
+        },
     )
 
 
@@ -107,6 +114,40 @@ def test_prompts_and_texts(run_folder, tmp_path):
     )
     assert corrected.returncode == 0, corrected.stderr
     assert corrected.stdout.count("--- text") == 2
+
+
+def test_greedy_samples_from_masks_are_the_same_and_said_to_be(run_folder):
+    result = command(
+        "sample",
+        f"--checkpoint={run_folder}",
+        "--num_samples=4",
+        "--num_steps=4",
+        "--temperature=0",
+        "--method=confidence",
+        PYTHONIOENCODING="ascii",  # and characters that the terminal lacks are written out
+    )
+    assert result.returncode == 0, result.stderr
+    texts = re.findall(
+        r"--- sample \d ---\n(.*?)\n(?=\n---|\n\d+ network)", result.stdout, re.DOTALL
+    )
+    assert len(texts) == 4
+    assert len(set(texts)) == 1
+    assert "note: all 4 samples are the same: temperature=0 draws nothing\n" in result.stdout
+
+
+def test_escape_codes_in_texts_are_written_out(run_folder, tmp_path):
+    text, out = "\x1b[2J\u00e9\r", tmp_path / "out.npz"
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}))
+    flags = [f"--checkpoint={run_folder}", "--num_steps=1"]
+    sampled = command("sample", *flags, f"--prompt={text}", PYTHONIOENCODING="ascii")
+    assert sampled.returncode == 0, sampled.stderr
+    assert "--- sample 0 ---\n\\x1b[2J\\xe9\\r" in sampled.stdout
+    assert "\x1b" not in sampled.stdout
+    flags += [f"--samples={tmp_path / 'texts.jsonl'}", "--tokens_per_step=1", f"--out={out}"]
+    corrected = command("self_correct", *flags, PYTHONIOENCODING="utf-8")
+    assert corrected.returncode == 0, corrected.stderr
+    assert "\x1b" not in corrected.stdout
+    assert read_texts(out, "--samples").texts[0].count("\x1b") == corrected.stdout.count("\\x1b")
 
 
 @pytest.mark.parametrize(

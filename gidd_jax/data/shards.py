@@ -101,13 +101,17 @@ class Manifest:
 
 
 class ShardRecords:
-    """Random-access records of the shards of one split: ids, and bytes by `num_bytes`."""
+    """Random-access records of the shards of one split: ids, and bytes by `num_bytes`.
+
+    num_documents: those that the records were cut from.
+    """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], vocab_size: int):
         import grain
 
         self._files = [str(folder / s.file) for s in shards]
         self._ends = np.cumsum([s.records for s in shards])
+        self.num_documents = sum(s.documents for s in shards)
         self._dtype = np.dtype(ids_dtype(vocab_size)).newbyteorder("<")
         try:
             source: Any = grain.sources.ArrayRecordDataSource(self._files)

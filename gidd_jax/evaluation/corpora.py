@@ -55,12 +55,23 @@ from gidd_jax.settings import DataSettings, Settings
 
 class CorpusRows(NamedTuple):
     """Rows of at most the context: ids, and for each row [N] the number of the document it begins
-    in, and the UTF-8 bytes that its scored tokens stand for."""
+    in, and the UTF-8 bytes that its scored tokens stand for.
+
+    num_documents is None for shards whose rows are parts of documents or join some: they do not
+    say which, and each row has a number of its own.
+    """
 
     ids: Records | list[np.ndarray]
     documents: np.ndarray
     num_bytes: np.ndarray
-    num_documents: int
+    num_documents: int | None
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Why there is no number of documents, where there is none."""
+        if self.num_documents is not None:
+            return {}
+        return {"documents": "shards do not say where documents begin: the bootstrap is over rows"}
 
 
 class Scores(NamedTuple):
@@ -103,7 +114,7 @@ def open_rows(
 
     is_own: `split` is 'train' or 'validation' by the run's rule, cut as its validation is;
     otherwise every document of files, or the tfds split of that name. Of shards the rows of the
-    validation split count, each as a document of its own; rows of a mixture follow each other,
+    validation split count, as many as `max_documents`; rows of a mixture follow each other,
     those of texts first. `max_documents` takes a fixed random sample. Raises InputError when there
     is no such corpus or split, or no token to score.
     """
@@ -126,7 +137,8 @@ def open_rows(
         parts.append(_text_rows(settings, some, split, model))
     for records, own, start in zip(held_out, chosen[1:], starts[1:-1], strict=True):
         if len(own):
-            parts.append(_shard_rows(records, own - start))
+            is_one_each = settings.mode != "packed" and records.num_documents == len(records)
+            parts.append(_shard_rows(records, own - start, is_one_each))
     joined = _joined(parts)
     unscored = 1 if model.process is None else 0  # of an autoregressive row
     if all(len(joined.ids[i]) <= unscored for i in range(len(joined.ids))):
@@ -157,23 +169,23 @@ def _shard_records(
     return shards.open_shards(folder, model.tokenizer, settings.mode, model.max_seq_len)[1]
 
 
-def _shard_rows(records: shards.ShardRecords, chosen: np.ndarray) -> CorpusRows:
+def _shard_rows(records: shards.ShardRecords, chosen: np.ndarray, is_one_each: bool) -> CorpusRows:
     num_bytes = np.array([records.num_bytes(int(i)) for i in chosen], np.int64)
-    # The shards do not say which rows came from one document.
     ids = [records[int(i)] for i in chosen]
-    return CorpusRows(ids, np.arange(len(chosen)), num_bytes, len(chosen))
+    return CorpusRows(ids, np.arange(len(ids)), num_bytes, len(ids) if is_one_each else None)
 
 
 def _joined(parts: list[CorpusRows]) -> CorpusRows:
     """The rows of several corpora, end to end; documents are numbered on."""
     if len(parts) == 1:
         return parts[0]
-    starts = np.cumsum([0, *(part.num_documents for part in parts)])
+    counts = [part.num_documents for part in parts]
+    starts = np.cumsum([0, *(int(part.documents.max()) + 1 for part in parts)])
     return CorpusRows(
         Chain([part.ids for part in parts]),
         np.concatenate([p.documents + start for p, start in zip(parts, starts, strict=False)]),
         np.concatenate([part.num_bytes for part in parts]),
-        int(starts[-1]),
+        None if None in counts else sum(filter(None, counts)),
     )
 
 
@@ -337,7 +349,7 @@ def corpus_figures(
 
 def _notes(nelbo: float, corpus: CorpusRows) -> dict[str, Any]:
     """Why figures of a corpus are not finite, by their names; nothing where all are."""
-    notes = {}
+    notes = corpus.notes
     if not np.isfinite(nelbo):
         notes["nelbo"] = (
             "infinite: the texts hold tokens to which the model gives no probability, such as "

@@ -12,6 +12,7 @@ import numpy as np
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation.corpora import CorpusRows
+from gidd_jax.evaluation.reports import NOTES
 from gidd_jax.evaluation.text_metrics import Estimate, bootstrap_counts, estimate_from
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.inference.prompts import Rows, scored_texts
@@ -118,19 +119,17 @@ def detection_figures(
 ) -> dict[str, Any]:
     """Return how well wrong tokens are found at one share, ready for JSON; see `highlight`.
 
-    Raises InputError when no token is wrong, or none is right.
+    Figures that need wrong tokens, or right ones too, are NaN where there are none, with a note.
+    Raises InputError when there is no token to judge.
     """
     ordinary = ordinary_ids(model)
     clean = judged_rows(corpus, ordinary, model.tokenizer.pad_id)
+    if not clean.free.any():
+        raise InputError("the texts hold no token but special ones: there is nothing to judge")
     noisy = corrupted(clean, ordinary, share, seed)
     found = model.suspicion(noisy, batch_size=batch_size, options=options)
     judged = clean.free
     wrong, scores = (noisy.ids != clean.ids)[judged], found.wrong[judged]
-    if wrong.all() or not wrong.any():
-        raise InputError(
-            f"corruption {share} of {len(wrong)} tokens makes {int(wrong.sum())} wrong: give a "
-            "share that leaves right and wrong ones, or more text"
-        )
     restored = (found.proposals == clean.ids)[judged][wrong]
     documents = np.broadcast_to(corpus.documents[:, None], judged.shape)[judged]
     estimate = auroc_estimate(scores, wrong, documents, num_resamples, seed)
@@ -144,12 +143,22 @@ def detection_figures(
         "auroc_standard_error": estimate.standard_error,
         "auroc_interval": estimate.interval,
         "calibration_error": calibration.error,
-        "restored": float(restored.mean()),
+        "restored": float(restored.mean()) if len(restored) else float("nan"),
         "calibration": {
             name: getattr(calibration, name).tolist()
             for name in ("suspicion", "share_wrong", "tokens")
         },
+        **_notes(wrong),
     }
+
+
+def _notes(wrong: np.ndarray) -> dict[str, Any]:
+    """Why figures are not finite, by their names; nothing where tokens of both kinds are."""
+    if wrong.any() and not wrong.all():
+        return {}
+    undetermined = ["auroc"] if wrong.any() else ["auroc", "restored"]
+    cause = f"{int(wrong.sum())} of {len(wrong)} tokens are wrong: take another share, or more text"
+    return {NOTES: dict.fromkeys(undetermined, cause)}
 
 
 def auroc(scores: np.ndarray, wrong: np.ndarray, weights: np.ndarray | None = None) -> float:

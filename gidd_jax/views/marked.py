@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from gidd_jax.cli import printable
 from gidd_jax.evaluation.detection import JudgedText
-from gidd_jax.views.watch import printable
 
 MOST_LISTED = 50
 FAINT = 0.1  # below it a token is shown as the others are

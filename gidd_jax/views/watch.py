@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from gidd_jax.cli import printable
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.trace import Played, Trace, play, shown
 
@@ -90,10 +91,3 @@ def written(trace: Trace, sample: int, played: Played, call: int) -> Text:
 def _confidence(log_prob: float) -> str:
     prob = math.exp(log_prob)
     return "dim" if prob < DIM_BELOW else "bold" if prob >= BOLD_FROM else "not bold"
-
-
-def printable(text: str) -> str:
-    """Return the text without control characters: a terminal would obey them."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
