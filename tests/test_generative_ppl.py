@@ -188,7 +188,7 @@ def test_tokens_that_begin_a_text_are_context_and_no_part_of_the_entropy(tmp_pat
 
 
 def test_texts_without_two_tokens(judge):
-    with pytest.raises(InputError, match="no sample has two tokens"):
+    with pytest.raises(InputError, match="no text has two tokens"):
         figures(judge, ["w1", ""])
 
 
