@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from test_layers_of_code import FLOORS
 
 from gidd_jax import __version__
 from gidd_jax.cli import load_config
@@ -183,7 +184,7 @@ def code_spans(page: Path) -> Iterator[str]:
 def test_files_and_modules_that_are_named_exist(page):
     folders = "|".join(("configs", "gidd_jax", "launch", "tests", "benchmarks", "docs"))
     for span in code_spans(page):
-        if re.fullmatch(rf"({folders})/[\w./-]*", span) and span != "tests/FILE.py":
+        if re.fullmatch(rf"({folders})/[\w./-]*", span) and not re.search("FILE|NAME", span):
             assert (ROOT / span).exists() or ROOT / span in GENERATED, f"{page.name}: {span}"
     for name in re.findall(r"\bgidd_jax\.([a-z_]+)\b", page.read_text("utf-8")):
         package = ROOT / "gidd_jax"
@@ -264,6 +265,58 @@ def test_the_reference_names_what_exists():
             assert hasattr(importlib.import_module(".".join(parts[:-1])), parts[-1]), name
         else:
             importlib.import_module(name)
+
+
+def test_the_reference_has_a_place_for_every_module():
+    """Each file is in the table of its room, and each table names what is there."""
+    text = (DOCS / "reference.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    package = ROOT / "gidd_jax"
+    commands = set(write_commands().commands())
+    rooms = {folder.parent.name: folder.parent for folder in package.glob("*/__init__.py")}
+    titles = {name: (name.capitalize(),) for name in rooms}
+    titles["the root"] = ("The ground", "The heart: process, loss and bound")
+    for room, headings in titles.items():
+        listed = re.findall(
+            r"^\| `(\w+)\.py` \|", "".join(sections[h] for h in headings), re.MULTILINE
+        )
+        there = {file.stem for file in rooms.get(room, package).glob("*.py")} - {"__init__"}
+        assert sorted(listed) == sorted(there - commands if room == "the root" else there), room
+
+
+def test_the_readme_shows_every_room_and_a_path_that_is_short_enough():
+    text = (ROOT / "README.md").read_text("utf-8")
+    plan = text[text.index("## Where things are") : text.index("## Train")]
+    rows = re.findall(r"^\| `(\w+)/` \| .* \| `(\w+\.py)` \|$", plan, re.MULTILINE)
+    assert {room for room, _ in rows} == {
+        face.parent.name for face in (ROOT / "gidd_jax").glob("*/__init__.py")
+    }
+    for room, start in rows:
+        assert (ROOT / "gidd_jax" / room / start).is_file(), f"{room}/{start}"
+    path = re.findall(r"`(gidd_jax/[\w/]+\.py)`", plan)
+    lines = [len((ROOT / file).read_text("utf-8").splitlines()) for file in path]
+    assert len(path) == 7
+    assert sum(lines) < 2500
+    stated = re.search(r"some ([\d,]+) lines", plan)
+    assert stated is not None
+    assert abs(sum(lines) - int(stated[1].replace(",", ""))) <= 150
+
+
+def test_contributing_shows_the_floors_and_names_what_is_there():
+    """The table of floors is that of the test of layers; recipes name modules as in a room."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    shown = {int(number): set(re.findall(r"`(\w+)(?:/|\.py)`", names)) for number, names in rows}
+    commands = shown.pop(len(FLOORS) + 1)
+    assert shown == dict(enumerate(FLOORS, start=1))
+    assert commands <= set(write_commands().commands())
+    recipes = text[text.index("## Recipes") : text.index("## What a change needs")]
+    named = {name for name in re.findall(r"`([\w./]+\.\w+)`", recipes) if "NAME" not in name}
+    files = {
+        name for name in named if (ROOT / name).exists() or (ROOT / "gidd_jax" / name).exists()
+    }
+    assert {name for name in named - files if re.search(r"/|\.(py|md|toml)$", name)} == set()
+    assert len(files) >= 20
 
 
 def test_the_version_is_the_same_everywhere():

@@ -113,7 +113,8 @@ def test_no_circles():
 def test_modules_have_a_concern_and_fit_in_a_head(module):
     assert not {"utils", "util", "helpers", "common", "misc"} & set(module.split("."))
     assert not re.search(r"_v\d+$", module)
-    assert len(FILES[module].read_text("utf-8").splitlines()) <= 450
+    most = 200 if module in ENTRIES else 400
+    assert len(FILES[module].read_text("utf-8").splitlines()) <= most
     assert ast.get_docstring(TREES[module]), f"{module}: no docstring"
 
 
