@@ -98,9 +98,10 @@ def execute_page(page: Path, folder: Path, environment: dict[str, str]) -> list[
 def test_the_tutorial_and_the_readme_run(tmp_path, environment):
     """The README's model is that of the tutorial."""
     printed = execute_page(DOCS / "tutorial.md", tmp_path, environment)
-    assert len(printed) == 10
+    assert len(printed) == 11
     assert "validation: loss " in printed[2]
     assert "network calls" in printed[3]
+    assert printed[4].rstrip("\n") in printed[3]  # the text that is read back
     assert (tmp_path / "replay.html").is_file()
     assert (tmp_path / "essay.html").is_file()
     assert json.loads((tmp_path / "evaluation.json").read_text())["corpora"][0]["nelbo"] > 0
