@@ -6,8 +6,9 @@ Examples:
   python -m gidd_jax.sample --checkpoint=RUN --num_samples=64 --method=psi --out=samples.npz
   python -m gidd_jax.sample --checkpoint=RUN --num_samples=4 --replay=replay.html --watch
 
-The npz file holds `ids` (int32 [N, L]), `texts` (N strings), `log_probs` and `drawn_at` (of each
-token: its log-probability in the network call that put it there, and the number of that step),
+The npz file holds `ids` (int32 [N, L]), `texts` (their bytes and, in `texts_ends`, where each ends:
+gidd_jax.data.texts.read_texts reads them), `log_probs` and `drawn_at` (of each token: its
+log-probability in the network call that put it there, and the number of that step),
 `network_calls` and the fingerprint of the tokenizer. --replay writes a page that plays how the
 texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
