@@ -20,7 +20,7 @@ flags.DEFINE_integer("seq_len", 512, "Tokens per row.", lower_bound=2)
 flags.DEFINE_string("mode", "packed", "crop | packed | padded, as data.mode.")
 flags.DEFINE_string(
     "validation",
-    load_config("base").data.validation,
+    load_config("base").to_dict()["data"]["validation"],
     "Rule of the validation split, as data.validation.",
 )
 flags.DEFINE_string("text_key", "text", "Field of the text in jsonl, parquet, tfds and hf.")
