@@ -274,9 +274,9 @@ def test_the_reference_has_a_place_for_every_module():
     sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     package = ROOT / "gidd_jax"
     commands = set(write_commands().commands())
-    rooms = {folder.parent.name: folder.parent for folder in package.glob("*/__init__.py")}
-    titles = {name: (name.capitalize(),) for name in rooms}
-    titles["the root"] = ("The ground", "The heart: process, loss and bound")
+    rooms = {face.parent.name: face.parent for face in package.glob("*/__init__.py")}
+    titles = {name: [name.capitalize()] for name in rooms}
+    titles["the root"] = ["The ground", "The heart: process, loss and bound"]
     for room, headings in titles.items():
         listed = re.findall(
             r"^\| `(\w+)\.py` \|", "".join(sections[h] for h in headings), re.MULTILINE
