@@ -53,23 +53,21 @@ class Source(NamedTuple):
         }
 
 
-def read_source(name: str, file: Path | None = None) -> Source | None:
+def read_source(name: str) -> Source | None:
     """Return the source that `FILE.py:CLASS` names; None for the name of a built-in process.
 
-    file: where its text is now, if not under that name. Raises InputError when there is no such
-    file, or it is no text.
+    Raises InputError when there is no such file, or it is no text.
     """
     own = split_own_process(name)
     if own is None:
         return None
     path, class_name = own
-    file = file or Path(path)
     try:
-        return Source(path, class_name, file.read_bytes().decode("utf-8-sig"))
+        return Source(path, class_name, Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
-        raise InputError(f"{name}: no such file: {file}") from error
+        raise InputError(f"{name}: no such file: {path}") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {file} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 class Consent(NamedTuple):
@@ -106,14 +104,9 @@ def recorded_source(
     if own is None:
         check_no_process_given(consent, where, settings.name)
         return None
-    recorded = read_recorded()
     if consent.process is not None:
-        if split_own_process(consent.process) is None:
-            raise InputError(f"--process={consent.process}: must be FILE.py:CLASS")
-        source = read_source(consent.process)
-        if source is not None and recorded is not None and source.sha256 != recorded.sha256:
-            logging.warning("%s differs from the text recorded in %s", source.path, where)
-        return source
+        return _given_source(consent.process, where, read_recorded)
+    recorded = read_recorded()
     if recorded is None:
         raise InputError(
             f"the process of {where} is code of its own, {settings.name}, and its text is not "
@@ -123,9 +116,27 @@ def recorded_source(
         raise InputError(
             f"the process of {where} is code of its own, {settings.name} (sha256 "
             f"{recorded.sha256[:12]}), which is not run unless you say so: pass --allow_code to "
-            "run the text recorded there, or --process=FILE.py:CLASS to run that of your file"
+            "run the text recorded there, or --process=FILE.py:CLASS to run that of your file (in "
+            "Python and in --model_args: allow_code=True, process=FILE.py:CLASS)"
         )
     return recorded
+
+
+def _given_source(
+    name: str, where: object, read_recorded: Callable[[], Source | None]
+) -> Source | None:
+    """Return the source of the file that is to run in place of the record, which may be damaged."""
+    if split_own_process(name) is None:
+        raise InputError(f"--process={name}: must be FILE.py:CLASS")
+    source = read_source(name)
+    try:
+        recorded = read_recorded()
+    except InputError as error:
+        logging.warning("%s is used: %s", name, error)
+        return source
+    if source is not None and recorded is not None and source.sha256 != recorded.sha256:
+        logging.warning("%s differs from the text recorded in %s", source.path, where)
+    return source
 
 
 def from_record(record: Any, settings: ProcessSettings, where: object) -> Source | None:
@@ -142,7 +153,8 @@ def from_record(record: Any, settings: ProcessSettings, where: object) -> Source
         if same and (source.name, record["options"]) == (settings.name, settings.options):
             return source
     raise InputError(
-        f"the record of the process in {where} is damaged: pass --process=FILE.py:CLASS"
+        f"the record of the process in {where} is damaged: read the model with "
+        "--process=FILE.py:CLASS; a run goes on with its file and --allow_config_change"
     )
 
 
@@ -159,7 +171,7 @@ def load(source: Source) -> Any:
         sys.modules[module_name] = module  # where dataclasses look up annotations
         try:
             exec(compile(source.text, source.path, "exec"), module.__dict__)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise InputError(f"{source.name}: {type(error).__name__}: {error}") from error
     return attribute(module, source.class_name, source.name)

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.evaluation.reports import write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import save_samples
-    from gidd_jax.settings import Settings
+    from gidd_jax.settings import Settings, split_own_process
     from gidd_jax.training.loop import train
     from gidd_jax.views import pictures
 
@@ -39,7 +39,9 @@ def main(argv: list[str]) -> None:
     if find_checkpoint(workdir).step < settings.train.num_steps:
         return  # stopped by a signal; the same command goes on
 
-    model = Gidd.from_pretrained(workdir)
+    # Who names a file to train with has said that its code may run.
+    own = settings.process.name if split_own_process(settings.process.name) else None
+    model = Gidd.from_pretrained(workdir, process=own)
     samples = model.generate(NUM_SAMPLES, seed=settings.seed)
     save_samples(workdir / "samples.npz", samples, model.tokenizer)
     for number, text in enumerate(samples.texts):

@@ -45,6 +45,11 @@ WORKDIR = flags.DEFINE_string(
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir that was made with another config."
 )
+ALLOW_CODE = flags.DEFINE_bool(
+    "allow_code",
+    False,
+    "Go on with the text of a process of your own that the run recorded, where its file is gone.",
+)
 PROFILE = flags.DEFINE_bool(
     "profile",
     False,
@@ -73,7 +78,7 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
     run_folder(workdir)  # what is wrong with it is said before the processes find each other
     DISTRIBUTED.start()
-    figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value)
+    figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value, ALLOW_CODE.value)
     words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())
     print(f"validation: {words or 'none'}\nworkdir: {workdir}")
 

@@ -232,7 +232,8 @@ def test_the_sample_command_refuses_and_runs(here):
     assert result.stderr == (
         f"error: the process of {where} is code of its own, cosine.py:CosineProcess (sha256 "
         f"{digest}), which is not run unless you say so: pass --allow_code to run the text "
-        "recorded there, or --process=FILE.py:CLASS to run that of your file\n"
+        "recorded there, or --process=FILE.py:CLASS to run that of your file (in Python and in "
+        "--model_args: allow_code=True, process=FILE.py:CLASS)\n"
     )
     result = command("sample", *flags, "--allow_code", folder=here)
     assert result.returncode == 0, result.stderr

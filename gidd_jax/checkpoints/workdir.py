@@ -1,15 +1,17 @@
 """The folder of a run: whose it is, who is at work in it, what people read there."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import filelock
 import jax
 from absl import logging
 from etils import epath
 
-from gidd_jax.checkpoints.checkpoint import tokenizer_files
+from gidd_jax.checkpoints.checkpoint import find_checkpoint, tokenizer_files
 from gidd_jax.checkpoints.storage import (
     check_reachable,
     is_remote,
@@ -19,8 +21,14 @@ from gidd_jax.checkpoints.storage import (
 )
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.own_process import Source
-from gidd_jax.settings import MAY_CHANGE_ON_RESUME, Settings, difference
+from gidd_jax.own_process import Source, from_record, read_source
+from gidd_jax.settings import (
+    MAY_CHANGE_ON_RESUME,
+    ProcessSettings,
+    Settings,
+    difference,
+    split_own_process,
+)
 
 CONFIG_FILE = "config.json"  # the settings of the run in a workdir
 PROCESS_FILE = "process.py"  # the text of the user's own process, for people to read
@@ -37,7 +45,7 @@ def check_workdir(
     """Raise InputError that says what differs if `workdir` belongs to a run with other settings.
 
     Writes nothing. The run's length, logging, checkpoint cadence and mesh may differ. own: the
-    source of the user's own process, whose text must be that of the run.
+    source of the user's own process, whose text must be that of the run, wherever its file is.
     """
     root = run_folder(workdir)
     check_reachable(root)
@@ -47,10 +55,8 @@ def check_workdir(
         raise InputError(f"--workdir={workdir}: {nearest} is a file, name a folder")
     if not path.exists():
         return
-    changed = own is not None and _changed(root, own)
     if allow_config_change:
-        if own is not None and changed:
-            logging.warning("%s is not what %s began with: going on with it", own.path, workdir)
+        _warn_of_change(root, own)
         return
     try:
         old = Settings.from_saved(json.loads(path.read_text()))
@@ -58,22 +64,101 @@ def check_workdir(
         raise InputError(
             f"{path} cannot be read ({error}): use another workdir, or --allow_config_change"
         ) from error
+    if own is not None and _is_class(old.process, own.class_name):
+        # Its text says whether it is the same, not how its path is spelled.
+        process = dataclasses.replace(old.process, name=settings.process.name)
+        old = dataclasses.replace(old, process=process)
     changes = difference(old, settings, ignore=MAY_CHANGE_ON_RESUME)
     if changes:
         raise InputError(
             f"{workdir} belongs to a run with another config ({'; '.join(changes)}): use another "
             "workdir, or --allow_config_change"
         )
-    if own is not None and changed:
+    change = own and _change(root, own)
+    if change:
         raise InputError(
-            f"{own.path} has changed since the run in {workdir} began (its text is in "
-            f"{root / PROCESS_FILE}): put that back, use another workdir, or --allow_config_change"
+            f"{change}: put that text back, use another workdir, or --allow_config_change"
         )
 
 
-def _changed(root: epath.Path, own: Source) -> bool:
-    path = root / PROCESS_FILE
-    return path.exists() and path.read_bytes() != own.text.encode()
+def run_source(
+    workdir: str | epath.PathLike, settings: ProcessSettings, *, allow_code: bool = False
+) -> Source | None:
+    """Return the source of the user's own process for a run; None if the process is built in.
+
+    It is the text of the file that `settings` names. Where that is gone, allow_code takes the text
+    that the run recorded. Raises InputError when there is no text, or it may not be run.
+    """
+    try:
+        return read_source(settings.name)
+    except InputError:
+        split = split_own_process(settings.name)
+        recorded = recorded_process(workdir)
+        if split is None or recorded is None or Path(split[0]).exists():
+            raise
+    path, class_name = split
+    short = recorded.sha256[:12]
+    if not allow_code:
+        raise InputError(
+            f"{settings.name}: no such file: {path}; its text (sha256 {short}) is recorded in "
+            f"{workdir}: put the file back, or pass --allow_code to gidd_jax.train to go on with "
+            "what is recorded"
+        )
+    logging.warning("%s is gone: going on with the text recorded in %s (%s)", path, workdir, short)
+    return Source(path, class_name, recorded.text)
+
+
+def recorded_process(workdir: str | epath.PathLike) -> Source | None:
+    """Return the source of the user's own process that a run recorded; None if it has none.
+
+    The newest checkpoint decides; before there is one, the file that the run left to read. Raises
+    InputError when the record is damaged.
+    """
+    root = run_folder(workdir)
+    try:
+        checkpoint = find_checkpoint(root)
+    except InputError:  # no step was written yet
+        return _readable_process(root)
+    settings = Settings.from_saved(checkpoint.config()).process
+    return from_record(checkpoint.process(), settings, checkpoint.folder)
+
+
+def _readable_process(root: epath.Path) -> Source | None:
+    try:
+        name = json.loads((root / CONFIG_FILE).read_text())["process"]["name"]
+        path, class_name = split_own_process(name) or ("", "")
+        text = (root / PROCESS_FILE).read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return Source(path, class_name, text) if path else None
+
+
+def _is_class(settings: ProcessSettings, class_name: str) -> bool:
+    split = split_own_process(settings.name)
+    return split is not None and split[1] == class_name
+
+
+def _change(root: epath.Path, own: Source) -> str | None:
+    """Say how the text is another one than the run's, with the names of both; None if it is not."""
+    recorded = recorded_process(root)
+    if recorded is None or recorded.sha256 == own.sha256:
+        return None
+    copy = _readable_process(root)
+    kept = copy is not None and copy.sha256 == recorded.sha256
+    return (
+        f"{own.path} has changed since the run in {root} began: its sha256 is {own.sha256[:12]}, "
+        f"that of {recorded.path} was {recorded.sha256[:12]}"
+        + (f" ({root / PROCESS_FILE} is a copy)" if kept else "")
+    )
+
+
+def _warn_of_change(root: epath.Path, own: Source | None) -> None:
+    try:
+        change = own and _change(root, own)
+    except InputError as error:
+        change = str(error)
+    if change:
+        logging.warning("%s: going on with the file as it is", change)
 
 
 @contextlib.contextmanager

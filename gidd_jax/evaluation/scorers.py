@@ -83,12 +83,8 @@ class JaxScorer:
     backend = "jax"
 
     def __init__(self, name: str, dtype: str):
-        model = load_pretrained(name)
-        if not isinstance(model.network, Llama):
-            raise InputError(
-                f"scorer {name!r} is a diffusion model: give an autoregressive one, it has an "
-                "exact likelihood"
-            )
+        model = load_pretrained(name, causal=True)
+        assert isinstance(model.network, Llama)
         self.tokenizer, self.pad_id = model.tokenizer, model.tokenizer.pad_id
         self.max_length = model.network.max_seq_len
         self._network = model.network.clone(dtype=jnp.dtype(dtype))

@@ -33,6 +33,7 @@ from gidd_jax.training.step import abstract_params
 
 # What a hub folder is asked for: no code, no pickles.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_NOT_CAUSAL = "{} is a diffusion model: give an autoregressive one, it has an exact likelihood"
 
 
 def load_pretrained(
@@ -41,6 +42,7 @@ def load_pretrained(
     ema: bool = False,
     allow_code: bool = False,
     process: str | None = None,
+    causal: bool = False,
 ) -> Pretrained:
     """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
 
@@ -48,20 +50,24 @@ def load_pretrained(
     original's training (model.pt and config.yaml; needs PyTorch). ema: the moving average of the
     parameters, which only `gidd_jax.train` keeps. A model with a process of its own is refused
     unless allow_code (run the text recorded in the checkpoint) or process (run this FILE.py:CLASS
-    in its place) says otherwise. Raises InputError when no model is there, or it
-    is damaged or of an unknown architecture.
+    in its place) says otherwise. causal: only autoregressive models; a run of diffusion is refused
+    by its settings, whoever's process it has. Raises InputError when no model is there, or it is
+    damaged or of an unknown architecture.
     """
     consent = Consent(allow_code, process)
     if "://" in str(path):
-        return _from_checkpoint(find_checkpoint(path), ema, consent)
+        return _from_checkpoint(find_checkpoint(path), ema, consent, causal)
     folder = _local_folder(str(path))
     is_hugging_face, is_original = _is_hugging_face(folder), (folder / "config.yaml").is_file()
     if (folder / CHECKPOINTS).is_dir() or not (is_hugging_face or is_original):
-        return _from_checkpoint(find_checkpoint(folder), ema, consent)
+        return _from_checkpoint(find_checkpoint(folder), ema, consent, causal)
     check_no_process_given(consent, path, "built in")
     if ema:
         raise InputError(f"{path} has no moving average of the parameters: load it without ema")
-    return from_hugging_face(folder) if is_hugging_face else from_original(folder)
+    model = from_hugging_face(folder) if is_hugging_face else from_original(folder)
+    if causal and model.process is not None:
+        raise InputError(_NOT_CAUSAL.format(path))
+    return model
 
 
 def _local_folder(path: str) -> Path:
@@ -109,8 +115,12 @@ def _own_source(
     )
 
 
-def _from_checkpoint(checkpoint: Checkpoint, ema: bool, consent: Consent) -> Pretrained:
+def _from_checkpoint(
+    checkpoint: Checkpoint, ema: bool, consent: Consent, causal: bool
+) -> Pretrained:
     settings = Settings.from_saved(checkpoint.config())
+    if causal and settings.process.name != "autoregressive":
+        raise InputError(_NOT_CAUSAL.format(checkpoint.folder))
     own = _own_source(checkpoint, settings.process, consent)
     tokenizer = checkpoint.tokenizer()
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)

@@ -18,12 +18,11 @@ from etils import epath
 from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
 from gidd_jax.checkpoints.same_tokenizer import check_same_tokenizer
 from gidd_jax.checkpoints.storage import is_remote, run_folder
-from gidd_jax.checkpoints.workdir import check_workdir, lock_workdir, open_workdir
+from gidd_jax.checkpoints.workdir import check_workdir, lock_workdir, open_workdir, run_source
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.likelihood import perplexity
-from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
@@ -53,16 +52,20 @@ def train(
     workdir: str | epath.PathLike,
     allow_config_change: bool = False,
     profile: bool = False,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Train to settings.train.num_steps, going on from the newest checkpoint in the workdir.
 
     `profile` writes a trace of PROFILED_STEPS steps, the second of this start and those after it,
-    into the workdir's tensorboard folder. Returns the figures of the last validation. Raises
+    into the workdir's tensorboard folder. `allow_code` runs the recorded text of a process of the
+    user's own whose file is gone. Returns the figures of the last validation. Raises
     InputError for bad input before anything is written, DivergenceError when a loss or a gradient
     is not finite.
     """
-    own = read_source(settings.process.name)
+    own = run_source(workdir, settings.process, allow_code=allow_code)
     check_workdir(workdir, settings, own, allow_config_change=allow_config_change)
+    if own is not None:
+        sharding.check_same_everywhere(own.name, own.class_name + own.text)
     if profile and is_remote(workdir):
         raise InputError(f"--profile needs a local --workdir: {workdir}")
     if settings.logging.wandb:

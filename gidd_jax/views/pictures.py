@@ -21,10 +21,10 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gidd_jax.checkpoints.workdir import CONFIG_FILE, PROCESS_FILE
+from gidd_jax.checkpoints.workdir import CONFIG_FILE, recorded_process
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.own_process import Consent, read_source, recorded_source
+from gidd_jax.own_process import Consent, recorded_source
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_process
@@ -76,12 +76,7 @@ def read_process(workdir: Path, consent: Consent) -> tuple[Settings, Interpolati
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    own = recorded_source(
-        settings.process,
-        workdir,
-        lambda: read_source(settings.process.name, workdir / PROCESS_FILE),
-        consent,
-    )
+    own = recorded_source(settings.process, workdir, lambda: recorded_process(workdir), consent)
     process = build_process(settings.process, tokenizer.vocab_size, tokenizer.mask_id, own)
     return settings, process
 
