@@ -117,7 +117,7 @@ def detection_figures(
     num_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return how well wrong tokens are found at one share, ready for JSON; see `highlight`.
+    """Return how well wrong tokens are found at one share, ready for JSON (`gidd_jax.highlight`).
 
     Figures that need wrong tokens, or right ones too, are NaN where there are none, with a note.
     Raises InputError when there is no token to judge.

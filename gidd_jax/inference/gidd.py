@@ -85,7 +85,7 @@ class Gidd:
 
         ema: the moving average of the parameters; allow_code, process: whose code may run where
         the model has a process of its own. Raises InputError when there is no model, or it is
-        damaged (see `load.load_pretrained`).
+        damaged (see `interchange.load`).
         """
         return cls(*load_pretrained(path, ema=ema, allow_code=allow_code, process=process))
 
@@ -120,7 +120,8 @@ class Gidd:
 
         length: tokens of a sequence, prompt included (default: the context); new_tokens: how many
         to add to each prompt instead of filling the length. `changes` are fields of `options`,
-        such as num_steps=64. trace: return every change on the way, too (see `trace`). Batches are
+        such as num_steps=64. trace: return every change on the way, too (see
+        `sampling.trace`). Batches are
         split over the local devices; a sample depends on the seed, its number and its prompt, not
         on the batch. Raises InputError for options outside their range, and prompts that do not
         fit.
@@ -175,7 +176,7 @@ class Gidd:
         options: CorrectionOptions | None = None,
         **changes: Any,
     ) -> Corrected:
-        """Improve texts, or token ids int [N, L], by self-correction (see `correct`).
+        """Improve texts, or token ids int [N, L], by `sampling.correction`.
 
         `changes` are fields of `options`, such as temperature=0.2; trace as in `generate`. Raises
         InputError for autoregressive models and texts that are empty or longer than the context.

@@ -23,7 +23,7 @@ class Samples(NamedTuple):
     before temperature and filters; drawn_at int32 [N, L]: the number of that call; both are 0 for
     given tokens. network_calls: calls that were made, each on one batch: drawn_at counts those that
     could change nothing, too. trace: every change on the way, where it was asked for (saved by
-    `trace.save_trace`, not with the samples).
+    `sampling.trace.save_trace`, not with the samples).
     """
 
     ids: np.ndarray
@@ -49,7 +49,7 @@ class Likelihoods(NamedTuple):
 
 
 class Corrected(NamedTuple):
-    """Corrected sequences, and for each of the N how it went (see `correction.Correction`).
+    """Corrected sequences, and for each of the N how it went (see `sampling.correction`).
 
     network_calls: each on one batch; trace as in `Samples`.
     """

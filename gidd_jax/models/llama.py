@@ -1,7 +1,8 @@
 """The autoregressive baseline: a Llama transformer, with a key-value cache for generation.
 
 Same architecture as transformers' LlamaForCausalLM (RMSNorm, SwiGLU, half-split rotary
-positions, grouped-query attention, no biases), so that its checkpoints load (see `hub`).
+positions, grouped-query attention, no biases), so that its checkpoints load
+(see `interchange.tensors`).
 """
 
 from typing import Any, NamedTuple
