@@ -164,7 +164,8 @@ def test_a_record_that_was_tampered_with_is_not_run(copy, trained, changes):
     for use in (Gidd.from_pretrained, subjects.find_subject, pictures.run_pictures):
         arguments = (None, "run") if use is subjects.find_subject else (copy / "run",)
         words = refused(use, *arguments, allow_code=True)
-        assert words.startswith("the record of the process in ") and "\n" not in words
+        assert words.startswith("the record of the process in ")
+        assert "\n" not in words
         assert "--process=FILE.py:CLASS" in words
     assert not (trained / "ran").exists()
     # What the message says helps.
@@ -181,3 +182,11 @@ def test_pictures_need_no_copy_in_the_workdir(copy):
     assert "process" in pictures.run_pictures(Path("run"), allow_code=True)
     Path("run/process.py").write_text("raise SystemExit(0)")  # not what is recorded
     assert "process" in pictures.run_pictures(Path("run"), process="cosine.py:CosineProcess")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cosine.py:CosineProcess", "two_log_snrs.py:TwoLogSnrs"])
+def test_the_examples_pass_the_whole_check(name, tmp_path):
+    result = command("check", f"--process={EXAMPLES}/{name}", folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("all 12 checks passed\n")
