@@ -22,7 +22,7 @@ from gidd_jax.views import pictures
 
 COMMANDS = {
     "sample": ["--checkpoint=run"],
-    "self_correct": ["--checkpoint=run", "--input=texts.txt", "--out=corrected.npz"],
+    "self_correct": ["--checkpoint=run", "--samples=texts.txt", "--out=corrected.npz"],
     "highlight": ["--checkpoint=run", "--text=texts.txt", "--out=page.html"],
     "evaluate": ["--checkpoint=run"],
     "convert": ["--checkpoint=run", "--out=published"],

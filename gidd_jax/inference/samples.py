@@ -67,7 +67,7 @@ class Corrected(NamedTuple):
 
 
 class Suspicions(NamedTuple):
-    """N texts, each token judged (see `sampling.suspicion`): all arrays [N, L], padded like ids int32.
+    """N texts, each token judged by `sampling.suspicion`: all arrays [N, L], padded like ids int32.
 
     judged bool: the tokens of the text; wrong float32: probability that the token is wrong;
     proposals int32, proposal_probs float32: the best other token, and the probability that it is

@@ -322,5 +322,5 @@ def test_a_text_that_differs_on_a_host_is_named_on_every_host(monkeypatch):
     check_same_everywhere("own.py:P", "text")
     check_same_everywhere("own.py:P", "text, changed")
     monkeypatch.setattr(gather, lambda one: np.stack([digests[0], digests[0], digests[1]]))
-    with pytest.raises(InputError, match="own.py:P is not the same on every host.*process 2"):
+    with pytest.raises(InputError, match=r"own\.py:P is not the same on every host.*process 2"):
         check_same_everywhere("own.py:P", "text")
