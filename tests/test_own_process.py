@@ -247,7 +247,7 @@ def test_a_changed_file_is_named_when_the_run_goes_on(tmp_path, folder, monkeypa
     loop.train(settings, "run")
     Path("cosine.py").write_text(text + "# changed\n")
     assert refused(loop.train, settings, "run").startswith(
-        "cosine.py has changed since the run in run began (its text is in "
+        f"cosine.py has changed since the run in {tmp_path / 'run'} began: its sha256 is "
     )
     assert (tmp_path / "run" / "process.py").read_text() == text
     longer = tiny_settings(tmp_path, **{**RUN, "train.num_steps": 3})
