@@ -19,7 +19,9 @@ flags.DEFINE_string("out", None, "Folder for the shards; an unfinished one is co
 flags.DEFINE_integer("seq_len", 512, "Tokens per row.", lower_bound=2)
 flags.DEFINE_string("mode", "packed", "crop | packed | padded, as data.mode.")
 flags.DEFINE_string(
-    "validation", load_config("base").data.validation, "Rule of the validation split, as in configs."
+    "validation",
+    load_config("base").data.validation,
+    "Rule of the validation split, as in configs.",
 )
 flags.DEFINE_string("text_key", "text", "Field of the text in jsonl, parquet, tfds and hf.")
 flags.DEFINE_string("txt_documents", "blank_line", "Document of a .txt: file|line|blank_line.")

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from gidd_jax.checkpoints.checkpoint import CHECKPOINTS, Checkpoint, find_checkpoint, load_params
+from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
@@ -61,7 +62,11 @@ def load_pretrained(
     check_no_process_given(consent, path, "built in")
     if ema:
         raise InputError(f"{path} has no moving average of the parameters: load it without ema")
-    return from_hugging_face(folder) if is_hugging_face else from_original(folder)
+    model = from_hugging_face(folder) if is_hugging_face else from_original(folder)
+    bad = not_numbers(model.params)
+    if bad is not None:
+        raise InputError(f"{path} is damaged ({bad}): fetch it again")
+    return model
 
 
 def _local_folder(path: str) -> Path:
