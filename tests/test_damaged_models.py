@@ -1,13 +1,13 @@
 """A model with a number that is none: every command names the array, and writes nothing."""
 
 import dataclasses
-import runpy
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from fresh_command import fresh_command
 from published_folders import llama_folder, published
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import tiny_model
@@ -60,10 +60,8 @@ def test_every_command_names_the_damaged_array(runs, tmp_path, command, name, fl
     folder, arrays = runs
     model = "scorer" if command == "generative_ppl" else "checkpoint"
     given = [flag.format(runs=folder, new=tmp_path / "new") for flag in flags]
-    module = runpy.run_module(f"gidd_jax.{command}")
-    module["flags"].parse([command, f"--{model}={folder / name}", *given])
     with pytest.raises(InputError) as error:
-        module["main"]([])
+        fresh_command(command, f"--{model}={folder / name}", *given).main([])
     step = folder / name / "checkpoints" / "4"
     assert f"checkpoint {step} is damaged (1 of the " in str(error.value)
     assert f"numbers in params.{arrays[name]} are NaN or infinite)" in str(error.value)

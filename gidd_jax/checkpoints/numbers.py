@@ -1,4 +1,4 @@
-"""Arrays that hold something else than numbers: from them on everything would be NaN, or padding."""
+"""Arrays that hold something else than numbers: all that follows would be NaN, or padding."""
 
 from typing import Any
 
