@@ -9,8 +9,9 @@ Without --data: the run's own validation split, in the rows that training valida
 every document of each corpus, cut into windows so that nothing is dropped. Windows of a document
 overlap at its end; what two windows share counts twice, in nats, tokens and bytes alike.
 
-Prints a table, one line a corpus. --out is JSON: `checkpoint`, `ema`, `process`, `num_samples_t`,
-`seed`, `batch_size`, `max_seq_len` and `corpora`, a list with for each of them:
+Prints a table, one line a corpus. --out is JSON, written after each corpus: `checkpoint`, `ema`,
+`process`, `num_samples_t`, `seed`, `batch_size`, `max_seq_len` and `corpora`, a list with for each
+of them:
   data, split, documents, rows, tokens, bytes   what was scored (bytes: UTF-8, of scored tokens;
       documents: null for shards that do not say where they begin, errors are then over rows)
   nelbo, nelbo_standard_error   upper bound of -log p in nats per token = reconstruction + middle +
@@ -116,6 +117,16 @@ def main(argv: list[str]) -> None:
         for one in settings
     ]
     results = []
+    report = {
+        "checkpoint": CHECKPOINT.value,
+        "ema": EMA.value,
+        "process": "autoregressive" if model.process is None else repr(model.process),
+        "num_samples_t": 0 if model.process is None else NUM_SAMPLES_T.value,
+        "seed": SEED.value,
+        "batch_size": BATCH_SIZE.value,
+        "max_seq_len": model.max_seq_len,
+        "corpora": results,
+    }
     for one, corpus in zip(settings, opened, strict=True):
         scores = corpora.score_rows(
             model,
@@ -129,6 +140,8 @@ def main(argv: list[str]) -> None:
             model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
         )
         results.append(finite({"data": one.path, "split": SPLIT.value, **figures}))
+        if out is not None and is_writer:
+            write_report(out, report)  # what fails later does not take this corpus with it
     if not is_writer:
         return
     print(table(results))
@@ -136,17 +149,6 @@ def main(argv: list[str]) -> None:
         for name, note in result.get(NOTES, {}).items():
             print(f"{result['data']}: {name}: {note}")
     if out is not None:
-        report = {
-            "checkpoint": CHECKPOINT.value,
-            "ema": EMA.value,
-            "process": "autoregressive" if model.process is None else repr(model.process),
-            "num_samples_t": 0 if model.process is None else NUM_SAMPLES_T.value,
-            "seed": SEED.value,
-            "batch_size": BATCH_SIZE.value,
-            "max_seq_len": model.max_seq_len,
-            "corpora": results,
-        }
-        write_report(out, report)
         print(f"wrote {out}")
 
 

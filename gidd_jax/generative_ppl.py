@@ -99,9 +99,10 @@ def main(argv: list[str]) -> None:
         ),
     }
     report = finite(report)
-    print("\n".join(f"{name:30} {_shown(value)}" for name, value in report.items()))
     if out is not None:
         write_report(out, report)
+    print("\n".join(f"{name:30} {_shown(value)}" for name, value in report.items()))
+    if out is not None:
         print(f"wrote {out}")
 
 

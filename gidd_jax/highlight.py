@@ -10,8 +10,9 @@ noise of the process at time --t (see gidd_jax.sampling.suspicion); --out writes
 Models whose only noise is the mask need --method=leave_one_out, one network call for each token.
 
 --evaluate: of validation text (of the run, or --data) a share of the tokens is replaced by random
-ones. Prints a line for each share; --out is JSON with the settings, `expected_share` (of noise
-among the tokens at time --t: probabilities are meant for that share) and `figures`, for each share
+ones. Prints a line for each share; --out is JSON, written after each share, with the settings,
+`expected_share` (of noise among the tokens at time --t: probabilities are meant for that share) and
+`figures`, for each share
   corruption, tokens, share_wrong, mean_suspicion   share asked for; tokens judged (not special
       ones); of them those that differ from the original; the mean probability
   auroc, auroc_standard_error, auroc_interval   P(a wrong token is more suspicious than a right
@@ -21,6 +22,8 @@ among the tokens at time --t: probabilities are meant for that share) and `figur
   restored   share of the wrong tokens for which the model proposes the original
 A figure that the tokens do not determine is null, and `notes` says why.
 """
+
+from pathlib import Path
 
 from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
@@ -85,16 +88,18 @@ def mark(file: str, options: SuspicionOptions) -> None:
     from gidd_jax.checkpoints.storage import write_atomically
     from gidd_jax.evaluation.detection import judge_text
     from gidd_jax.inference.gidd import Gidd
-    from gidd_jax.inference.samples import check_output
+    from gidd_jax.inference.samples import check_apart, check_output
     from gidd_jax.views.marked import marked_page, print_marked
 
     out = check_output(OUT.value, ".html") if OUT.value else None
+    check_apart(text=Path(file), out=out)
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     judged = judge_text(model, text, options, BATCH_SIZE.value)
-    print_marked(judged, THRESHOLD.value, Console())
     if out is not None:
         title = f"{file} judged by {CHECKPOINT.value}"
         write_atomically(out, marked_page(judged, THRESHOLD.value, title))
+    print_marked(judged, THRESHOLD.value, Console())
+    if out is not None:
         print(f"wrote {out}")
 
 
@@ -123,6 +128,21 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     print(f"{settings.path}: {len(corpus.ids)} rows; noise expected at t = {options.t:g}: ", end="")
     print(f"{expected:.2%} of the tokens\n{HEADER}")
     figures = []
+    report = {
+        "checkpoint": CHECKPOINT.value,
+        "ema": EMA.value,
+        "process": repr(model.process),
+        "data": settings.path,
+        "split": SPLIT.value,
+        "method": options.method,
+        "t": options.t,
+        "seed": SEED.value,
+        "expected_share": expected,
+        "documents": corpus.num_documents,
+        "rows": len(corpus.ids),
+        "figures": figures,
+        NOTES: corpus.notes,
+    }
     for share in corruption:
         found = detection_figures(
             model,
@@ -134,28 +154,14 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
             seed=SEED.value,
         )
         figures.append(finite(found))
+        if out is not None:
+            write_report(out, report)  # what fails later does not take this share with it
         print(table_line(figures[-1]))
     notes = [(f"corruption {one['corruption']:g}: ", one.get(NOTES, {})) for one in figures]
     for where, named in [*notes, ("", corpus.notes)]:
         for name, note in named.items():
             print(f"{where}{name}: {note}")
     if out is not None:
-        report = {
-            "checkpoint": CHECKPOINT.value,
-            "ema": EMA.value,
-            "process": repr(model.process),
-            "data": settings.path,
-            "split": SPLIT.value,
-            "method": options.method,
-            "t": options.t,
-            "seed": SEED.value,
-            "expected_share": expected,
-            "documents": corpus.num_documents,
-            "rows": len(corpus.ids),
-            "figures": figures,
-            NOTES: corpus.notes,
-        }
-        write_report(out, report)
         print(f"wrote {out}")
 
 

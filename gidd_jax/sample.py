@@ -70,12 +70,13 @@ def main(argv: list[str]) -> None:
     del argv
     from rich.console import Console
 
-    from gidd_jax.inference.samples import check_output, save_samples
+    from gidd_jax.inference.samples import check_apart, check_output, save_samples
     from gidd_jax.views.watch import check_terminal, watch
 
     out = check_output(OUT.value, ".npz") if OUT.value else None
     trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
     page = check_output(REPLAY.value, ".html", "--replay") if REPLAY.value else None
+    check_apart(out=out, trace=trace_file)
     console = Console()
     if WATCH.value:
         check_terminal(console)

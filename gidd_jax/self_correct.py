@@ -18,7 +18,6 @@ behind it (see gidd_jax.replay).
 from pathlib import Path
 
 from gidd_jax.cli import CommandFlags, code_flags, printable, run
-from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import CorrectionOptions
 
 flags = CommandFlags()
@@ -72,13 +71,13 @@ COLUMNS = (
 def main(argv: list[str]) -> None:
     del argv
     from gidd_jax.data.texts import read_texts
-    from gidd_jax.inference.samples import check_output, load_ids, save_samples
+    from gidd_jax.inference.samples import check_apart, check_output, load_ids, save_samples
 
     out, source = check_output(OUT.value, ".npz"), Path(SAMPLES.value).expanduser()
     trace_file = check_output(TRACE.value, ".npz", "--trace") if TRACE.value else None
     page = check_output(REPLAY.value, ".html", "--replay") if REPLAY.value else None
-    if out.resolve() == source.resolve():
-        raise InputError(f"--out={out} is the file of --samples: name another")
+    table = check_output(out.with_suffix(".csv"), ".csv")
+    check_apart(samples=source, out=out, trace=trace_file)
     # The ids of samples are checked against the model: texts are read before it is loaded.
     is_samples = source.suffix == ".npz" and source.is_file()
     texts = None if is_samples else read_texts(source, "--samples").texts
@@ -97,19 +96,19 @@ def main(argv: list[str]) -> None:
         trace=bool(trace_file or page),
         options=options,
     )
-    for number, text in enumerate(result.texts):
-        print(f"--- text {number} ---\n{printable(text)}\n")
     columns = {name: getattr(result, name) for name in COLUMNS}
     lines = [",".join(("text", *columns))]
     for number, values in enumerate(zip(*columns.values(), strict=True)):
         lines.append(",".join([str(number), *(f"{float(value):g}" for value in values)]))
-    table = out.with_suffix(".csv")
+    # Files first: nobody should lose them by what a terminal does to the texts.
     save_samples(out, result, model.tokenizer)
     write_atomically(table, "\n".join(lines) + "\n")
     if result.trace is not None:
         title = f"Corrections by {CHECKPOINT.value}"
         for path in write_files(result.trace, trace_file, page, title):
             print(f"wrote {path}")
+    for number, text in enumerate(result.texts):
+        print(f"--- text {number} ---\n{printable(text)}\n")
     for name, values in columns.items():
         print(f"{name:>18}: mean {values.mean():.4g}, from {values.min():g} to {values.max():g}")
     print(f"{result.network_calls} network calls; wrote {out} and {table}")

@@ -192,14 +192,24 @@ def test_texts_without_two_tokens(judge):
         figures(judge, ["w1", ""])
 
 
-def test_damaged_scorer_is_an_error(tmp_path, folder, golden, rows):
+def test_damaged_scorer_is_an_error(tmp_path, folder, golden):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = golden("c06_llama_state_dict.safetensors")
     weights["model.norm.weight"][0] = np.nan
     save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"damaged \(1 of the 64 numbers in final_norm.scale "):
+        scorers.load_scorer(str(tmp_path), "jax")
+
+
+def test_scores_that_are_no_numbers_are_an_error(judge, rows, monkeypatch):
+    """As those of a scorer whose dtype has too small a range."""
+    score = judge.score
+    monkeypatch.setattr(
+        judge, "score", lambda *batch: (score(*batch)[0] * np.nan, score(*batch)[1])
+    )
     with pytest.raises(InputError, match="scorer's output is not a number"):
-        scorers.score_sequences(scorers.load_scorer(str(tmp_path)), rows, batch_size=5)
+        scorers.score_sequences(judge, rows, batch_size=5)
 
 
 def test_files_of_texts(tmp_path):

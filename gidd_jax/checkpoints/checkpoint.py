@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gidd_jax.checkpoints.checksums import array_checksums, json_checksum
+from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.storage import (
     check_reachable,
     is_remote,
@@ -146,6 +147,7 @@ def load_params(checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = Fal
     except Exception as error:
         raise _damaged(checkpoint, error) from error
     _check_sums(checkpoint, f"{name}.", params)
+    _check_numbers(checkpoint, {name: params})
     return params
 
 
@@ -223,6 +225,7 @@ class Checkpointer:
         except Exception as error:
             raise _damaged(checkpoint, error) from error
         _check_sums(checkpoint, "", state)
+        _check_numbers(checkpoint, state)
         return state, checkpoint.data_position()
 
     def reached_preemption(self, step: int) -> bool:
@@ -332,6 +335,15 @@ def _check_sums(checkpoint: Checkpoint, prefix: str, tree: Any) -> None:
     for name, value in array_checksums(arrays).items():
         if saved.get(name) != value:
             raise _damaged(checkpoint, ValueError(f"the checksum of {name} is another"))
+
+
+def _check_numbers(checkpoint: Checkpoint, state: Any) -> None:
+    """Raise InputError that names an array of the parameters, or of their average, with a NaN."""
+    names = ("params.", "ema.")
+    weights = {name: leaf for name, leaf in _flat(state).items() if name.startswith(names)}
+    bad = not_numbers({name: leaf for name, leaf in weights.items() if leaf is not None})
+    if bad is not None:
+        raise _damaged(checkpoint, ValueError(bad))
 
 
 def _describe(leaf: Any) -> str:

@@ -155,6 +155,11 @@ class TorchScorer:
             raise InputError(
                 f"scorer {name!r} is no causal language model of transformers: {first_line(error)}"
             ) from error
+        for key, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise InputError(
+                    f"scorer {name!r} is damaged ({key} holds NaN or infinities): fetch it again"
+                )
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = model.eval().to(self._device)

@@ -1,6 +1,7 @@
 """Generated and corrected texts, and the files that hold them."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,8 @@ class Suspicions(NamedTuple):
 
 
 def check_output(path: str | Path, suffix: str, flag: str = "--out") -> Path:
-    """Return the path of a file to be written; InputError unless it ends in suffix in a folder."""
+    """Return the path of a file to be written; InputError unless it ends in suffix, and is or will
+    be in a folder that can be written to."""
     path = Path(path)
     if path.suffix != suffix:
         raise InputError(f"{flag} must end in {suffix}: {path}")
@@ -95,7 +97,22 @@ def check_output(path: str | Path, suffix: str, flag: str = "--out") -> Path:
         raise InputError(f"{flag}={path}: {parent} is not a folder")
     if path.is_dir():
         raise InputError(f"{flag}={path} is a folder: name a file")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()  # rights alone do not say that a disk can
+    except OSError as error:
+        raise InputError(
+            f"{flag}={path}: {parent} cannot be written to ({error.strerror}): name another folder"
+        ) from error
     return path
+
+
+def check_apart(**files: Path | None) -> None:
+    """Raise InputError when two of the files, by the names of their flags, are one."""
+    seen: dict[Path, str] = {}
+    for flag, path in files.items():
+        other = None if path is None else seen.setdefault(path.resolve(), flag)
+        if other not in (None, flag):
+            raise InputError(f"--{flag}={path} is the file of --{other}: name another")
 
 
 def save_samples(path: str | Path, samples: Samples | Corrected, tokenizer: Tokenizer) -> None:

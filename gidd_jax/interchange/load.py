@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from gidd_jax.checkpoints.checkpoint import CHECKPOINTS, Checkpoint, find_checkpoint, load_params
+from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
@@ -67,6 +68,9 @@ def load_pretrained(
     model = from_hugging_face(folder) if is_hugging_face else from_original(folder)
     if causal and model.process is not None:
         raise InputError(_NOT_CAUSAL.format(path))
+    bad = not_numbers(model.params)
+    if bad is not None:
+        raise InputError(f"{path} is damaged ({bad}): fetch it again")
     return model
 
 

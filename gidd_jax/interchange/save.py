@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.folders import PROCESSES, process_fields
@@ -42,10 +43,13 @@ def save_pretrained(model: Pretrained, path: str | Path) -> None:
 
     Diffusion models get the tensor names and config keys of the published GIDD models (and a key
     `process` where the process is not the paper's), Llamas those of transformers. The folder
-    appears when it is complete. Raises InputError if it exists, or the process is of the user's
-    own making.
+    appears when it is complete. Raises InputError if it exists, a parameter is not finite, or the
+    process is of the user's own making.
     """
     folder = check_new_folder(path)
+    bad = not_numbers(model.params)
+    if bad is not None:
+        raise InputError(f"the model is damaged ({bad}): nothing was written to {folder}")
     if isinstance(model.network, DiT):
         config, state_dict = _published_dit(model, model.network)
     else:

@@ -296,4 +296,6 @@ def _fits(trace: Trace) -> bool:
     inside &= (changes.position >= 0) & (changes.position < length) & (changes.call >= 1)
     if not inside.all() or np.any(changes.call > changes.num_calls[changes.sample]):
         return False
+    if np.isnan(changes.log_prob).any():
+        return False
     return bool(np.all(np.diff(changes.sample) >= 0))

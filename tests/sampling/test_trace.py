@@ -307,7 +307,15 @@ def test_what_is_no_trace_is_refused_in_one_line(tokenizer, traced, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("position", 10), ("sample", 3), ("token", 99999), ("call", 5), ("call", 0)]
+    ("name", "value"),
+    [
+        ("position", 10),
+        ("sample", 3),
+        ("token", 99999),
+        ("call", 5),
+        ("call", 0),
+        ("log_prob", np.nan),
+    ],
 )
 def test_changes_that_point_nowhere_are_refused(traced, tmp_path, name, value):
     column = getattr(traced.trace.changes, name).copy()
