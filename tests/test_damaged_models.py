@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from gidd_jax.interchange.load import load_pretrained
 def damaged(folder: Path, name: str, value: float) -> str:
     """Write a run whose last step has a damaged kernel; return the array's name."""
     model = tiny_model(folder, name)
-    flat = flatten_dict(model.params, sep=".")
+    flat: dict[str, Any] = flatten_dict(model.params, sep=".")
     array = next(key for key in sorted(flat) if "kernel" in key and "blocks" in key)
     flat[array] = flat[array].at[(1,) * flat[array].ndim].set(value)
     params = unflatten_dict(flat, sep=".")
@@ -101,7 +102,7 @@ def test_published_folders_with_a_nan_are_damaged(tmp_path, golden, kind):
 
 def test_a_damaged_model_is_not_exported(tmp_path):
     model = tiny_model(tmp_path)
-    flat = flatten_dict(model.params, sep=".")
+    flat: dict[str, Any] = flatten_dict(model.params, sep=".")
     name = sorted(flat)[0]
     flat[name] = flat[name] * jnp.inf
     broken: Gidd = dataclasses.replace(model, params=unflatten_dict(flat, sep="."))

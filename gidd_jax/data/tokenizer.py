@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from gidd_jax.data.long_texts import lots
+from gidd_jax.data.token_bytes import share_ends, with_bytes
 from gidd_jax.data.tokenizer_files import (
     CONFIG_FILE,
     ROLES,
@@ -22,6 +23,7 @@ from gidd_jax.data.tokenizer_files import (
     one_line,
     read_tokenizer_files,
 )
+from gidd_jax.data.tokenizer_spec import canonical, digest, pairs, unknown_id
 from gidd_jax.errors import InputError, first_line
 
 # What a fingerprint begins with: those without it are of the definition before this one.
@@ -84,9 +86,9 @@ class Tokenizer:
         """Version and SHA-256 of everything that decides which ids a text gets, what they mean and
         how they are written."""
         spec = {key: value for key, value in self._spec.items() if key not in _NOT_OF_TEXTS}
-        model = spec["model"] | {"merges": _pairs(spec["model"].get("merges", []))}
-        content = [_canonical(spec | {"model": model}), self._ids_by_role]
-        return _FINGERPRINT_VERSION + _digest(content)
+        model = spec["model"] | {"merges": pairs(spec["model"].get("merges", []))}
+        content = [canonical(spec | {"model": model}), self._ids_by_role]
+        return _FINGERPRINT_VERSION + digest(content)
 
     @functools.cached_property
     def _earlier_fingerprint(self) -> str:
@@ -95,12 +97,12 @@ class Tokenizer:
         content = {
             "vocab": self.backend.get_vocab(with_added_tokens=True),
             "model": spec["model"]["type"],
-            "merges": _pairs(spec["model"].get("merges", [])),
+            "merges": pairs(spec["model"].get("merges", [])),
             "normalizer": spec["normalizer"],
             "pre_tokenizer": spec["pre_tokenizer"],
             "special": [self.bos_id, self.eos_id, self.pad_id, self.mask_id],
         }
-        return _digest(content)
+        return digest(content)
 
     def has_fingerprint(self, recorded: str) -> bool:
         """Tell whether a fingerprint that was written with some ids, now or by an earlier version
@@ -118,7 +120,10 @@ class Tokenizer:
         with_ends: with what tokenizer.json puts around a text. What spells a special token is text
         like any other. Raises InputError for a text that the tokenizer cannot encode.
         """
-        return [ids for ids, _ in self._encode(texts, with_offsets=False, with_ends=with_ends)]
+        if with_ends:
+            return [ids for ids, _ in self._encode(texts, with_offsets=False, with_ends=True)]
+        found = self._encode_in_parts(texts, lambda _, ids, __: (ids,))
+        return [ids for (ids,) in found]
 
     def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Like `encode`, plus the number of UTF-8 bytes each token stands for, int32 [num_tokens].
@@ -127,11 +132,7 @@ class Tokenizer:
         blanks) counts with the next token, a character of several tokens with the first of them.
         Of a text without tokens nothing counts here (see `rows.tokenise`).
         """
-        encoded = self._encode(texts, with_offsets=True)
-        return [
-            (ids, _token_bytes(text, _ends(text, encoding)))
-            for text, (ids, encoding) in zip(texts, encoded, strict=True)
-        ]
+        return self._encode_in_parts(texts, with_bytes, with_offsets=True)
 
     def pieces(self, text: str) -> list[str]:
         """What each token of a text stands for: slices that together are the text.
@@ -139,7 +140,7 @@ class Tokenizer:
         They are divided as the bytes of `encode_with_bytes`; a text without tokens has none.
         """
         ((_, encoding),) = self._encode([text], with_offsets=True)
-        ends = _ends(text, encoding).tolist()
+        ends = share_ends(text, encoding).tolist()
         return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
@@ -200,7 +201,7 @@ class Tokenizer:
     def _is_control(self) -> np.ndarray:
         """Whether an id stands for something that is no text, bool [vocab_size]."""
         added = self.backend.get_added_tokens_decoder()
-        special = {i for i, token in added.items() if token.special} - {_unknown_id(self._spec)}
+        special = {i for i, token in added.items() if token.special} - {unknown_id(self._spec)}
         found = np.zeros(self.vocab_size, bool)
         found[[*special, *self._ids_by_role.values()]] = True
         return found
@@ -236,10 +237,49 @@ class Tokenizer:
                 return [token_id]
         return []
 
+    def _encode_in_parts(
+        self, texts: Sequence[str], arrays: Callable[..., Any], *, with_offsets: bool = False
+    ) -> list[Any]:
+        """Arrays of each text, from those of its parts: arrays(text, ids, encoding)."""
+        found: list[list[Any]] = [[] for _ in texts]
+        for lot in lots(texts, self._splits):
+            numbers = [part.number for part in lot], len(texts)
+            encoded = self._encode(
+                [part.text for part in lot], with_offsets=with_offsets, numbers=numbers
+            )
+            for part, (ids, encoding) in zip(lot, encoded, strict=True):
+                found[part.number].append(arrays(part.text, ids, encoding))
+        return [
+            parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
+            for parts in found
+        ]
+
+    def _splits(self, left: str, right: str) -> bool:
+        """Tell whether the words of left + right, its ids and their bytes are those of both."""
+        normalizer, pre_tokenizer = self.backend.normalizer, self.backend.pre_tokenizer
+        if pre_tokenizer is None:
+            return False
+        texts = left, right, left + right
+        normal = [t if normalizer is None else normalizer.normalize_str(t) for t in texts]
+        words = [[word for word, _ in pre_tokenizer.pre_tokenize_str(t)] for t in normal]
+        if normal[0] + normal[1] != normal[2] or words[0] + words[1] != words[2]:
+            return False
+        encoded = self._encode(texts, with_offsets=True)
+        a, b, both = (with_bytes(t, *e) for t, e in zip(texts, encoded, strict=True))
+        return min(len(a[0]), len(b[0])) > 0 and all(
+            np.array_equal([*x, *y], z) for x, y, z in zip(a, b, both, strict=True)
+        )
+
     def _encode(
-        self, texts: Sequence[str], *, with_offsets: bool, with_ends: bool = False
+        self,
+        texts: Sequence[str],
+        *,
+        with_offsets: bool,
+        with_ends: bool = False,
+        numbers: tuple[list[int], int] | None = None,
     ) -> list[tuple[np.ndarray, tokenizers.Encoding]]:
         texts = list(texts)
+        of_text, total = numbers or (range(len(texts)), len(texts))
 
         def run(backend: tokenizers.Tokenizer, some: list[str]) -> list[Any]:
             encode: Callable[..., Any] = (
@@ -264,7 +304,7 @@ class Tokenizer:
                 if len(left):
                     token = self.backend.id_to_token(int(left[0]))
                     raise InputError(
-                        f"tokenizer {self.name!r} turns a part of text {n + 1} of {len(texts)} "
+                        f"tokenizer {self.name!r} turns a part of text {of_text[n] + 1} of {total} "
                         f"into its special token {token!r} (id {left[0]}): take it out of the "
                         "texts, or use a tokenizer that can write it as text"
                     )
@@ -296,7 +336,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
                 f"tokenizer {name!r} has neither an EOS nor a SEP token: "
                 f"set eos_token in its {CONFIG_FILE}"
             )
-        if ids["mask"] == _unknown_id(files.spec):
+        if ids["mask"] == unknown_id(files.spec):
             raise InputError(
                 f"tokenizer {name!r}: mask and unk are one token (id {ids['mask']}): "
                 f"give each its own in {CONFIG_FILE}"
@@ -347,45 +387,3 @@ def _try(tokenizer: Tokenizer) -> None:
     tokenizer.decode(np.arange(min(tokenizer.vocab_size, 16)))
     with contextlib.suppress(Exception):  # a text that it does not know; a panic is none
         tokenizer.backend.encode("a 1\n", add_special_tokens=False)
-
-
-def _unknown_id(spec: dict[str, Any]) -> int | None:
-    """The id of what the model of a tokenizer.json does not know, if there is one."""
-    model = spec["model"]
-    if "unk_id" in model:
-        return model["unk_id"]
-    token = model.get("unk_token")
-    return None if token is None else model["vocab"].get(token)
-
-
-def _canonical(value: Any) -> Any:
-    """A spec without what is null or false, which other versions of the library may leave out."""
-    if isinstance(value, dict):
-        return {k: _canonical(v) for k, v in value.items() if v is not None and v is not False}
-    return [_canonical(v) for v in value] if isinstance(value, list) else value
-
-
-def _pairs(merges: list[Any]) -> list[Any]:
-    return [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _ends(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
-    """Where in a text the share of each token ends, in characters, int64 [num_tokens]."""
-    ends = np.array([end for _, end in encoding.offsets], np.int64)
-    if len(ends):
-        ends = np.maximum.accumulate(ends)
-        ends[-1] = len(text)
-    return ends
-
-
-def _token_bytes(text: str, ends: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes per token from the ends of their shares of the text."""
-    if not text.isascii():
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        lengths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-        ends = np.concatenate([[0], np.cumsum(lengths)])[ends]
-    return np.diff(ends, prepend=0).astype(np.int32)
