@@ -2,9 +2,9 @@
 
 A token stays unmasked with probability gamma_t and escapes random replacement with rho_t, each on
 a schedule of its own: alpha_t = gamma_t rho_t, the mask has 1 - gamma_t, and gamma_t (1 - rho_t)
-are random tokens. These are the marginals of arXiv 2603.02230; the shape of both schedules over t
-is this file's own, and weights, loss and sampler are those of every process here. Once masked, a
-token stays masked: what there is to correct comes from the random tokens alone.
+are random tokens. These are the marginals of arXiv 2603.02230. The shape of both schedules over t
+is this file's own; what happens between two times, weights, loss and sampler are those of every
+process here: what is masked can become a random token again, where the paper's masks stay.
 """
 
 import dataclasses

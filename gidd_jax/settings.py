@@ -28,6 +28,9 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint.",
     "logging.",
 )
+# Paths, which each host may spell its own way, and the speed of reading. Of a process of one's own
+# the class and the text must be the same.
+MAY_DIFFER_BETWEEN_HOSTS = ("data.path", "data.tokenizer", "data.num_workers", "process.name")
 REMOVED = ("logging.profile_at",)  # keys that only older runs have
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,26 +185,3 @@ def test_help_loads_nothing_heavy(module):
     loaded = loaded_modules(f"import runpy\nsys.argv = ['x', '--help']\n{run}")
     assert "absl" in loaded
     assert not loaded & HEAVY
-
-
-def words_of(name: str) -> str:
-    """The docstrings and comments of a module."""
-    with FILES[name].open("rb") as file:
-        tokens = list(tokenize.tokenize(file.readline))
-    kinds = (tokenize.COMMENT, tokenize.STRING)
-    return "\n".join(token.string for token in tokens if token.type in kinds)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_modules_that_docstrings_name_exist(name):
-    """In full (gidd_jax.sample), from their room on (`sampling.trace`), or after 'see'."""
-    text, known = words_of(name), {*FILES, *(m.removeprefix("gidd_jax.") for m in FILES)}
-    full = re.findall(r"\bgidd_jax(?:\.[a-z_]\w*)+", text)
-    rooms = re.findall(rf"`((?:{'|'.join(ROOMS)})\.\w+)[\w.]*`", text)
-    seen = re.findall(r"\bsee `([a-z]\w*)`", text)
-    here = {m.rpartition(".")[2] for m in FILES if m.rpartition(".")[0] == name.rpartition(".")[0]}
-    defined = set(re.findall(r"\b\w+\b", re.sub(r"`\w+`", "", FILES[name].read_text("utf-8"))))
-    missing = [n for n in (*full, *rooms) if n not in known and n.rpartition(".")[0] not in known]
-    assert missing + [n for n in seen if n not in {*known, *here, *defined}] == []
-    for path in re.findall(r"\bgidd_jax/[\w/]+\.py\b", text):
-        assert (PACKAGE.parent / path).is_file(), path

@@ -154,7 +154,7 @@ def test_the_examples_are_right(name, options):
     assert [check.name for check in checks if not check.ok] == []
 
 
-def test_two_log_snrs_are_the_two_of_the_paper():
+def test_two_log_snrs_are_masks_and_replacement_independently():
     own = read_source(f"{EXAMPLES}/two_log_snrs.py:TwoLogSnrs")
     assert own is not None
     process = make(own, 11, 10, "mask_shift=0.5,uniform_shift=2")
@@ -165,6 +165,11 @@ def test_two_log_snrs_are_the_two_of_the_paper():
     np.testing.assert_allclose(process.alpha(t), (1 - masked) * (1 - replaced), rtol=1e-6)
     np.testing.assert_allclose(mass.mask, masked, rtol=1e-6)
     np.testing.assert_allclose(mass.uniform * 10, (1 - masked) * replaced, rtol=1e-6)
+    # Its masks are not absorbing: they share the noise that all tokens get between two times.
+    signal, between = process.transition(t[1:], t[:-1])
+    more = mass.uniform[1:] - signal * mass.uniform[:-1]
+    np.testing.assert_allclose(between.uniform, more, rtol=1e-5)
+    assert np.all(more > 0)
 
 
 def test_a_run_with_it_is_that_of_the_same_class_built_in(here, monkeypatch):

@@ -22,11 +22,14 @@ from gidd_jax.checkpoints.storage import (
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.own_process import Source, from_record, read_source
+from gidd_jax.parallel.distributed import check_same, refused_together
 from gidd_jax.settings import (
     MAY_CHANGE_ON_RESUME,
+    MAY_DIFFER_BETWEEN_HOSTS,
     ProcessSettings,
     Settings,
     difference,
+    flatten,
     split_own_process,
 )
 
@@ -79,6 +82,31 @@ def check_workdir(
         raise InputError(
             f"{change}: put that text back, use another workdir, or --allow_config_change"
         )
+
+
+def agree(
+    workdir: str | epath.PathLike,
+    settings: Settings,
+    *,
+    allow_config_change: bool = False,
+    allow_code: bool = False,
+) -> Source | None:
+    """Return the source of the user's own process, once all processes may train in `workdir`.
+
+    Every process calls it. Raises InputError as `run_source` and `check_workdir` do, if one of the
+    processes has reason to, or if they were given different settings or different code.
+    """
+    with refused_together():
+        own = run_source(workdir, settings.process, allow_code=allow_code)
+        check_workdir(workdir, settings, own, allow_config_change=allow_config_change)
+    facts = {
+        key: repr(value)
+        for key, value in flatten(settings.to_dict()).items()
+        if key not in MAY_DIFFER_BETWEEN_HOSTS
+    }
+    code = settings.process.name if own is None else f"{own.class_name} of {own.sha256}"
+    check_same(facts | {"process.name": code})
+    return own
 
 
 def run_source(

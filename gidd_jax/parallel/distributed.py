@@ -3,6 +3,9 @@
 Imports jax only when it is started, so that `--help` answers at once.
 """
 
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from absl.flags import FlagHolder
@@ -78,3 +81,55 @@ def _initialize(address: dict[str, str | int | None]) -> int:
         jax.device_count(),
     )
     return jax.process_index()
+
+
+_LONGEST = 2000  # bytes of an error that processes tell each other
+
+
+@contextlib.contextmanager
+def refused_together() -> Iterator[None]:
+    """Let all processes end when one of them raises InputError in the block: none waits for it.
+
+    Every process must enter it. Raises InputError: its own, or that of the first to have one.
+    """
+    error = None
+    try:
+        yield
+    except InputError as caught:
+        error = caught
+    said = _told([str(error).encode()[:_LONGEST].ljust(_LONGEST) if error else b" " * _LONGEST])
+    if error is not None:
+        raise error
+    for number, (text,) in enumerate(said):
+        if text.strip():
+            raise InputError(f"process {number}: {text.decode(errors='replace').strip()}")
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Raise InputError, on all processes, that names what of `facts` differs between them.
+
+    The keys are the same everywhere.
+    """
+    said = _told([hashlib.sha256(value.encode()).digest() for value in facts.values()])
+    different = [
+        f"{name} is {value} on this process"
+        for name, value, *digests in zip(facts, facts.values(), *said, strict=True)
+        if len(set(digests)) > 1
+    ]
+    if different:
+        raise InputError(
+            f"the processes of this run were started differently ({'; '.join(different)}): start "
+            "all of them with the same flags and the same files"
+        )
+
+
+def _told(words: Sequence[bytes]) -> list[list[bytes]]:
+    """Return the words, all of one length, of each process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [list(words)]
+    own = np.stack([np.frombuffer(word, np.uint8) for word in words])
+    return [[row.tobytes() for row in rows] for rows in multihost_utils.process_allgather(own)]

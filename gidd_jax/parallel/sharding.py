@@ -6,7 +6,6 @@ Models name the axes of their parameters; RULES maps the names to mesh axes.
 """
 
 import contextlib
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -133,23 +132,6 @@ def gather_batches(parts: Iterable[Any]) -> list[Any]:
         for number in range(len(own))
         for process in range(jax.process_count())
     ]
-
-
-def check_same_everywhere(name: str, text: str) -> None:
-    """Raise InputError in every process if `text`, called `name`, is not the same in all of them.
-
-    All processes must call it.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    everyone = multihost_utils.process_allgather(digest)  # [processes, 32]
-    others = [n for n, one in enumerate(everyone) if not np.array_equal(one, everyone[0])]
-    if others:
-        raise InputError(
-            f"{name} is not the same on every host: that of process {others[0]} differs from that "
-            "of process 0: copy one file to all of them"
-        )
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:

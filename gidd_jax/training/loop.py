@@ -18,7 +18,7 @@ from etils import epath
 from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
 from gidd_jax.checkpoints.same_tokenizer import check_same_tokenizer
 from gidd_jax.checkpoints.storage import is_remote, run_folder
-from gidd_jax.checkpoints.workdir import check_workdir, lock_workdir, open_workdir, run_source
+from gidd_jax.checkpoints.workdir import agree, lock_workdir, open_workdir
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
@@ -62,10 +62,7 @@ def train(
     InputError for bad input before anything is written, DivergenceError when a loss or a gradient
     is not finite.
     """
-    own = run_source(workdir, settings.process, allow_code=allow_code)
-    check_workdir(workdir, settings, own, allow_config_change=allow_config_change)
-    if own is not None:
-        sharding.check_same_everywhere(own.name, own.class_name + own.text)
+    own = agree(workdir, settings, allow_config_change=allow_config_change, allow_code=allow_code)
     if profile and is_remote(workdir):
         raise InputError(f"--profile needs a local --workdir: {workdir}")
     if settings.logging.wandb:

@@ -202,6 +202,30 @@ def test_sigterm_to_one_stops_all_after_one_step(folder, finished, compile_quick
         np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
 
 
+def test_hosts_with_other_code_or_settings_are_refused(folder):
+    """Where the file is may differ; both end at once, and nothing is written."""
+    text = (Path(__file__).parents[2] / "examples" / "cosine.py").read_text()
+    flags = [f"--config={folder / 'config.py'}", f"--workdir={folder / 'refused'}"]
+    names = []
+    for number, own in enumerate((text, text + "# changed\n")):
+        (folder / f"cosine_{number}.py").write_text(own)
+        names.append(f"--config.process.name=cosine_{number}.py:CosineProcess")
+    arguments = [["0", "0", *flags, name, f"--config.seed={i}"] for i, name in enumerate(names)]
+    ended = two_processes(folder, TRAIN, arguments)
+    for number, end in enumerate(ended):
+        assert end.code == 2, end.err
+        (line,) = (line for line in end.err.splitlines() if line.startswith("error: "))
+        assert "the processes of this run were started differently (" in line
+        assert f"seed is {number} on this process; process.name is CosineProcess of " in line
+    arguments[1][-2] = "--config.process.name=missing.py:CosineProcess"
+    ended = two_processes(folder, TRAIN, arguments)
+    assert [end.code for end in ended] == [2, 2], ended[0].err + ended[1].err
+    words = "missing.py:CosineProcess: no such file: missing.py"
+    assert f"error: process 1: {words}\n" in ended[0].err
+    assert f"error: {words}\n" in ended[1].err
+    assert not (folder / "refused").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_sample_and_score_as_one(folder, finished, tmp_path):
     """Five rows in batches of two: the processes share them, and process 0 writes all."""
