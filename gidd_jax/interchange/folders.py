@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +29,7 @@ from gidd_jax.interchange.weight_files import (
     read_safetensors,
     read_torch,
 )
-from gidd_jax.models.dit import DiT, padded_vocab_size
+from gidd_jax.models.dit import ROTARY_BASE, DiT, padded_vocab_size
 from gidd_jax.models.layers import Llama3RopeScaling, check_heads
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
@@ -57,6 +58,11 @@ def from_hugging_face(folder: Path) -> Pretrained:
     state_dict, weights = read_safetensors(folder)
     tokenizer = load_tokenizer(folder)
     rows = fields.size("vocab_size")
+    _check_attention(fields)
+    if _rope(fields) != (ROTARY_BASE, None):
+        raise fields.error(f"rotary positions of a dit must have the base {ROTARY_BASE:g}")
+    if fields.flag("tie_word_embeddings", False):
+        raise fields.error("tie_word_embeddings must be false: a dit has its own output layer")
     network = _dit_network(
         fields,
         _real_vocab_size(rows, tokenizer, file),
@@ -90,12 +96,8 @@ def process_fields(kind: type[InterpolatingProcess]) -> list[str]:
 def _hugging_face_llama(fields: Fields) -> Llama:
     if fields.has("hidden_act") and fields.text("hidden_act") != "silu":
         raise fields.error("hidden_act must be silu: this is another architecture")
-    for key in ("attention_bias", "mlp_bias"):
-        if fields.flag(key, False):
-            raise fields.error(f"{key} must be false: biases are not supported")
+    _check_attention(fields)
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    if fields.has("head_dim") and fields.size("head_dim") * num_heads != hidden_size:
-        raise fields.error("head_dim must be hidden_size / num_attention_heads")
     num_kv_heads = fields.size("num_key_value_heads", num_heads)
     _checked(fields.file, lambda: check_heads(hidden_size, num_heads, num_kv_heads))
     theta, scaling = _rope(fields)
@@ -112,6 +114,22 @@ def _hugging_face_llama(fields: Fields) -> Llama:
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
+
+
+def _check_attention(fields: Fields) -> None:
+    """Raise InputError where a config asks for what neither network computes."""
+    for key in ("attention_bias", "mlp_bias"):
+        if fields.flag(key, False):
+            raise fields.error(f"{key} must be false: biases are not supported")
+    if fields.has("sliding_window"):
+        raise fields.error("sliding_window must be null: tokens attend to the whole context")
+    hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    if fields.has("head_dim") and fields.size("head_dim") * num_heads != hidden_size:
+        raise fields.error("head_dim must be hidden_size / num_attention_heads")
+    rope = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    for section in (fields, *([fields.section(rope)] if fields.has(rope) else [])):
+        if section.number("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.error("partial_rotary_factor must be 1: positions turn whole heads")
 
 
 def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
@@ -220,6 +238,12 @@ def _llama(network: Llama, state_dict: StateDict, tokenizer: Tokenizer, file: Pa
         shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32))
         _check_layers(network, state_dict)
         _check_shapes(state_dict, llama_tensor_shapes(shapes))
+        head, table = (state_dict.get(f"{n}.weight") for n in ("lm_head", "model.embed_tokens"))
+        if network.tie_embeddings and head is not None and not np.array_equal(head, table):
+            raise InputError(
+                "tie_word_embeddings is true, and lm_head.weight is not the embeddings: set it to "
+                "false in the config"
+            )
         return llama_params_from_torch(
             state_dict,
             network.num_layers,

@@ -411,6 +411,14 @@ def test_resumes_on_the_fly_and_with_workers(tmp_path, tokenizer, monkeypatch):
     train = TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1)
     train.set_state({"global_next_index": 12})
     assert_same(first_batches(train, 6), expected[3:])
+    # In the second epoch (of 20 rows), saved without workers.
+    plain = TrainBatches(settings(config.path), tokenizer, SEQ_LEN, 4, seed=1)
+    for batch in expected[:7]:
+        assert_same([next(plain)], [batch])
+    train = TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1)
+    train.set_state(json.loads(json.dumps(plain.get_state())))
+    assert plain.num_records == 20
+    assert_same(first_batches(train, 2), expected[7:])
 
 
 def test_share_of_padding(tmp_path, tokenizer, monkeypatch):
