@@ -24,6 +24,7 @@ from gidd_jax.models.dit import padded_vocab_size
 from gidd_jax.settings import ModelSettings
 
 METRICS_FILE = "metrics.jsonl"
+_WANDB_AXIS = "step"  # the axis of its charts, so that each figure stands at its step of training
 
 
 @flax.struct.dataclass
@@ -121,7 +122,10 @@ class MetricWriter:
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            # A run that went on from an older checkpoint is behind what W&B holds of it, and W&B
+            # drops what comes with a smaller step than its own: it gets the next one of these.
+            own = step if step >= self._wandb.step else None
+            self._wandb.log({_WANDB_AXIS: step, **values}, step=own)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Write the settings of the run (nested dictionaries)."""
@@ -287,4 +291,6 @@ def _start_wandb(home: epath.Path, folder: epath.Path, project: str) -> Any:
         if not path.exists():
             write_atomically(path, uuid.uuid4().hex)
         name = path.read_text()
-    return wandb.init(project=project, id=name, resume="allow", dir=str(folder))
+    run = wandb.init(project=project, id=name, resume="allow", dir=str(folder))
+    run.define_metric("*", step_metric=_WANDB_AXIS)
+    return run

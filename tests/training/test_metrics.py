@@ -1,7 +1,9 @@
 """Metrics: averages, what is written where, speed and FLOPs by hand."""
 
 import json
+import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,52 @@ def test_a_new_run_in_the_folder_starts_a_new_file(tmp_path):
         with MetricWriter(tmp_path) as writer:
             writer.write_scalars(1, {"loss": 1})
     assert len(lines_of(tmp_path)) == 1
+
+
+class WandbRun:
+    """Keeps rows as W&B does: by a step that never falls; what comes with a smaller one is lost."""
+
+    def __init__(self, step: int = 0):
+        self.step, self.rows, self.axes, self.is_finished = step, {}, {}, False
+        self.config = {}
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        number = self.step if step is None else step
+        if number < self.step:
+            return
+        self.rows.setdefault(number, {}).update(values)
+        self.step = number + (step is None)
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_wandb_loses_no_step_of_a_run_that_goes_on_from_an_older_checkpoint(tmp_path, monkeypatch):
+    started, runs = [], [WandbRun(), WandbRun(9)]
+
+    def init(**options):
+        started.append(options)
+        return runs[len(started) - 1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for resume_step, last in ((0, 8), (4, 10)):
+        with MetricWriter(tmp_path, resume_step=resume_step, wandb_project="p") as writer:
+            for step in range(resume_step + 1, last + 1):
+                writer.write_scalars(step, {"loss": 10 * resume_step + step})
+                if step % 4 == 0:
+                    writer.write_scalars(step, {"validation": 0.5})
+    before, after = ([run.rows[i] for i in sorted(run.rows)] for run in runs)
+    assert [(row["step"], row["loss"]) for row in before] == [(s, s) for s in range(1, 9)]
+    assert [row["step"] for row in before if "validation" in row] == [4, 8]
+    figures = [(row["step"], row["loss"]) for row in after if "loss" in row]
+    assert figures == [(s, 40 + s) for s in range(5, 11)]
+    assert [row["step"] for row in after if "validation" in row] == [8]
+    assert started[0] == started[1]
+    assert (started[0]["project"], started[0]["resume"]) == ("p", "allow")
+    assert all(run.axes == {"*": "step"} and run.is_finished for run in runs)
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
