@@ -24,7 +24,8 @@ Prints the figures. --out is JSON with
   distinct_1, distinct_2, distinct_3   different n-grams among those of all samples
   distinct_N_per_sample, distinct_N_per_sample_interval   the same within each sample, averaged
   mauve, mauve_note   with --references and mauve-text installed, on the scorer's hidden states;
-      otherwise null, and why
+      and 20 samples and different references at least; otherwise null, and why
+  notes   why other figures are null, by their names
 """
 
 from typing import Any

@@ -319,6 +319,9 @@ def test_one_document_has_no_error(data, model):
     )
     assert figures["nelbo_standard_error"] is None
     assert figures["perplexity_interval"] is None
+    assert figures["notes"] == {
+        "documents": "one alone is scored: no figure has an error or an interval"
+    }
 
 
 def test_damaged_parameters_are_an_error(data, model):
@@ -426,7 +429,8 @@ def test_command(data, tmp_path):
         f"--out={out}",
     )
     assert done.returncode == 0, done.stderr
-    header, first, second, written = done.stdout.splitlines()
+    header, first, second, note, written = done.stdout.splitlines()
+    assert note.startswith(f"{tmp_path}/more.jsonl: documents: one alone is scored: ")
     assert header.split()[:4] == ["data", "documents", "tokens", "nats/token"]
     report = json.loads(out.read_text())
     assert report["num_samples_t"] == 2

@@ -68,10 +68,13 @@ class CorpusRows(NamedTuple):
 
     @property
     def notes(self) -> dict[str, str]:
-        """Why there is no number of documents, where there is none."""
-        if self.num_documents is not None:
-            return {}
-        return {"documents": "shards do not say where documents begin: the bootstrap is over rows"}
+        """Why there is no number of documents, or no error, where there is none."""
+        words = []
+        if self.num_documents is None:
+            words.append("shards do not say where documents begin: the bootstrap is over rows")
+        if np.all(self.documents == self.documents[0]):
+            words.append("one alone is scored: no figure has an error or an interval")
+        return {"documents": "; ".join(words)} if words else {}
 
 
 class Scores(NamedTuple):

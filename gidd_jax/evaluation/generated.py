@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation.reports import NOTES
 from gidd_jax.evaluation.scorers import encode, score_sequences, sequence_features
 from gidd_jax.evaluation.text_metrics import (
     distinct_n,
@@ -14,6 +15,10 @@ from gidd_jax.evaluation.text_metrics import (
     token_entropy,
 )
 from gidd_jax.likelihood import perplexity
+
+# mauve-text sorts hidden states into clusters, one for ten texts and two at least: of fewer texts
+# its figure is chance.
+_MIN_TEXTS = 20
 
 
 def figures(
@@ -71,7 +76,22 @@ def figures(
         result[f"{name}_interval"] = estimate and estimate.interval
     human = None if references is None else encode(scorer, references, max_length)
     result["mauve"], result["mauve_note"] = _mauve(scorer, sequences, human, batch_size, seed)
-    return result
+    notes = _notes(result)
+    return result | ({NOTES: notes} if notes else {})
+
+
+def _notes(result: dict[str, Any]) -> dict[str, str]:
+    """Why figures are None, by their names; errors and intervals of such figures have none."""
+    notes = {}
+    for n in (1, 2, 3):
+        for name in (f"distinct_{n}", f"distinct_{n}_per_sample"):
+            if result[name] is None:
+                notes[name] = f"no sample has {n} tokens"
+    for name, value in result.items():
+        figure = name.removesuffix("_interval").removesuffix("_standard_error")
+        if value is None and figure != name and result[figure] is not None:
+            notes[name] = "one sample alone determines the figure: it has no error"
+    return notes
 
 
 def _mauve(
@@ -84,8 +104,13 @@ def _mauve(
         return None, "not computed: it needs the library mauve-text"
     import mauve  # pyright: ignore[reportMissingImports]
 
-    if min(sum(len(ids) > 0 for ids in part) for part in (references, sequences)) < 2:
-        return None, "not computed: it needs two samples and two references that are not empty"
+    samples = sum(len(ids) > 0 for ids in sequences)
+    different = len({ids.tobytes() for ids in references if len(ids)})
+    if min(samples, different) < _MIN_TEXTS:
+        return None, (
+            f"not computed: it needs {_MIN_TEXTS} samples and {_MIN_TEXTS} different references "
+            f"that are not empty, and there are {samples} and {different}"
+        )
     p, q = (
         sequence_features(scorer, [ids for ids in part if len(ids)], batch_size=batch_size)
         for part in (references, sequences)

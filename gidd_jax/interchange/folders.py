@@ -238,8 +238,9 @@ def _llama(network: Llama, state_dict: StateDict, tokenizer: Tokenizer, file: Pa
         shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32))
         _check_layers(network, state_dict)
         _check_shapes(state_dict, llama_tensor_shapes(shapes))
-        head, table = (state_dict.get(f"{n}.weight") for n in ("lm_head", "model.embed_tokens"))
-        if network.tie_embeddings and head is not None and not np.array_equal(head, table):
+        table = state_dict.get("model.embed_tokens.weight", np.zeros(0))
+        head = state_dict.get("lm_head.weight", table)
+        if network.tie_embeddings and not np.array_equal(head, table):
             raise InputError(
                 "tie_word_embeddings is true, and lm_head.weight is not the embeddings: set it to "
                 "false in the config"
