@@ -74,8 +74,10 @@ class HarnessModel(TemplateLM):
             "check_greedy",
         )
         _sampler_options(options, "model_args", own)
-        if not str(batch_size).isdigit():
-            raise InputError(f"batch_size must be a number: {batch_size}")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise InputError(
+                f"batch_size must be a number of at least 1, such as --batch_size 16: {batch_size}"
+            )
         self.batch_size = int(batch_size)
         self.model = Gidd.from_pretrained(
             str(checkpoint), ema=ema, allow_code=allow_code, process=process
@@ -95,6 +97,14 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         return begin_id(self.model.tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Raise InputError: the harness asks for the name of a chat template's tokenizer alone."""
+        raise InputError(
+            "--apply_chat_template needs a model of conversations, and these continue texts: leave "
+            "it out"
+        )
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

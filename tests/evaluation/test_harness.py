@@ -63,10 +63,13 @@ def folder(tmp_path_factory) -> Path:
         write_checkpoint(folder / name, folder, name, **{"model.max_seq_len": CONTEXT})
     data = folder / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    shots = folder / "shots.jsonl"
+    shots.write_text("".join(json.dumps(DOCS[i % 2]) + "\n" for i in range(60)))
     (folder / "tasks").mkdir()
     for name, body in TASKS.items():
-        head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
-        files = f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder / 'cache'}}}"
+        head = f"task: {name}\ndataset_path: json\ntest_split: test\nfewshot_split: train\n"
+        splits = f"{{test: {data}, train: {shots}}}"
+        files = f"dataset_kwargs: {{data_files: {splits}, cache_dir: {folder / 'cache'}}}"
         (folder / "tasks" / f"{name}.yaml").write_text(head + files + body)
     return folder
 
@@ -191,6 +194,45 @@ def test_generation_stops_at_stop_strings_and_reads_its_options(harness_models):
     assert mixed[2].startswith(whole)
 
 
+def test_a_chat_template_is_refused(folder, harness_models):
+    with pytest.raises(InputError, match="--apply_chat_template needs a model of conversations"):
+        lm_eval.simple_evaluate(
+            model=harness_models["ar"],
+            tasks=["tiny_choice"],
+            task_manager=TaskManager(include_path=str(folder / "tasks")),
+            apply_chat_template=True,
+        )
+
+
+def test_fifty_shots_leave_the_question_and_the_last_of_them(folder, harness_models):
+    """The context of a task with more examples than fit loses its beginning, as by hand."""
+    lm = harness_models["ar"]
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=["tiny_choice", "tiny_words"],
+        task_manager=TaskManager(include_path=str(folder / "tasks")),
+        num_fewshot=50,
+        bootstrap_iters=0,
+    )
+    assert results is not None
+    for sample in results["samples"]["tiny_choice"]:
+        for (context, choice), (value, _) in zip(
+            sample["arguments"], sample["filtered_resps"], strict=True
+        ):
+            assert len(context) > 50 * len("It is men")
+            stem = context.rstrip()  # its last blank goes to the choice, as the harness does it
+            text = context[len(stem) :] + choice
+            prompt = stem[len(text) + 1 - CONTEXT :]
+            expected = lm.model.log_likelihood([text], prompts=[prompt]).log_probs[0]
+            assert float(value) == pytest.approx(expected, rel=1e-4)
+    for sample, doc in zip(results["samples"]["tiny_words"], DOCS, strict=True):
+        (arguments,) = sample["arguments"]
+        assert arguments[0].endswith(doc["question"])
+        prompt = arguments[0][-(CONTEXT - 1 - 6) :]
+        made = lm.model.generate(prompts=[prompt], new_tokens=6, temperature=0.0)
+        assert made.texts[0] == prompt + sample["filtered_resps"][0]
+
+
 def test_a_text_ends_at_its_end_token(harness_models, monkeypatch):
     lm = harness_models["gidd"]
     made = Gidd.generate(lm.model, prompts=["It is"], new_tokens=8, temperature=0.0, num_steps=2)
@@ -204,7 +246,13 @@ def test_a_text_ends_at_its_end_token(harness_models, monkeypatch):
     ("call", "message"),
     [
         (lambda path: HarnessModel(), "checkpoint is required: --model_args checkpoint=RUN"),
-        (lambda path: HarnessModel(path, batch_size="auto"), "batch_size must be a number: auto"),
+        *(
+            (
+                lambda path, size=size: HarnessModel(path, batch_size=size),
+                f"batch_size must be a number of at least 1, such as --batch_size 16: {size}$",
+            )
+            for size in ("auto", "auto:4", "0", 0, "-1")
+        ),
         (lambda path: HarnessModel(path, num_step=2), "unknown model_args num_step: did you mean"),
         (lambda path: HarnessModel(path, temperature=1.0), "temperature belongs to --gen_kwargs"),
         (lambda path: HarnessModel(path, method="x"), "unknown method 'x'"),
