@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         CODE.process.value,
         CHECKPOINT.value,
         allow_code=CODE.allow_code.value,
-        config=CONFIG.value,
+        config=CONFIG.value if flags.names_config else None,
     )
     print(f"process: {process}", flush=True)
     passed = report(certify.formula_checks(process))

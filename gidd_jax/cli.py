@@ -34,12 +34,14 @@ class CommandFlags:
     """The flags of one command, apart from those of others: several can be imported together.
 
     `DEFINE_string` and so on are absl's functions of these names, for this command alone. `values`
-    holds its flags; `default_config` is the config of a command that names none.
+    holds its flags; `default_config` is the config of a command that names none, `names_config`
+    whether this one names one, or a key of it.
     """
 
     def __init__(self) -> None:
         self.values = flags.FlagValues()
         self.default_config: str | None = None
+        self.names_config = False
         if TYPE_CHECKING:  # their overloads
             self.DEFINE_bool = flags.DEFINE_bool
             self.DEFINE_enum = flags.DEFINE_enum
@@ -296,6 +298,10 @@ def _parse(
         return argv
     try:
         if _CONFIG_FLAG in command.values:
+            words = (word.lstrip("-") for word in argv[1:] if word.startswith("-"))
+            command.names_config = any(
+                re.match(rf"{_CONFIG_FLAG}[.=]|{_CONFIG_FLAG}$", w) for w in words
+            )
             argv = _resolve_config(argv, command.default_config)
             sys.argv = argv  # ml_collections reads the overrides from there
         rest = command.parse(argv)

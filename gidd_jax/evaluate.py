@@ -36,14 +36,17 @@ flags = CommandFlags()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
 )
-DATA = flags.DEFINE_list(
+DATA = flags.DEFINE_string(
     "data",
-    [],
-    "Corpora, separated by commas: files, folders or globs of texts, tfds:NAME, or 'embedded'. "
-    "Default: that of the run.",
+    None,
+    "Corpora, separated by commas: files, folders or globs of texts, folders of shards, tfds:NAME, "
+    "hf:OWNER/NAME, or 'embedded'. Default: that of the run.",
 )
 SPLIT = flags.DEFINE_string(
-    "split", "validation", "train or validation of the run's corpus, or the name of a tfds split."
+    "split",
+    None,
+    "Of the run's own corpus: train or validation. With --data: the split of tfds: and hf: "
+    "datasets; files are read whole. Default: validation.",
 )
 NUM_SAMPLES_T = flags.DEFINE_integer(
     "num_samples_t", 8, "Times drawn per row (diffusion only).", lower_bound=1
@@ -58,7 +61,7 @@ MAX_DOCUMENTS = flags.DEFINE_integer(
 )
 BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "Resamples of the documents.", lower_bound=2)
 TEXT_KEY = flags.DEFINE_string(
-    "text_key", None, "Field of the texts in .jsonl, .parquet and tfds. Default: the run's."
+    "text_key", None, "Field of the texts in .jsonl, .parquet, tfds and hf. Default: the run's."
 )
 TXT_DOCUMENTS = flags.DEFINE_enum(
     "txt_documents",
@@ -95,13 +98,15 @@ def main(argv: list[str]) -> None:
     from gidd_jax.evaluation.reports import NOTES, finite, write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
+    from gidd_jax.mixture import split_list
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     is_writer = DISTRIBUTED.start()
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     run_settings = corpora.run_data_settings(CHECKPOINT.value)
     if DATA.value:
-        settings = [corpora.zero_shot_settings(run_settings, path) for path in DATA.value]
+        paths = split_list(DATA.value)
+        settings = [corpora.zero_shot_settings(run_settings, path) for path in paths]
     elif run_settings is not None:
         settings = [run_settings]
     else:
@@ -109,12 +114,13 @@ def main(argv: list[str]) -> None:
     changes = {"text_key": TEXT_KEY.value, "txt_documents": TXT_DOCUMENTS.value}
     changes = {name: value for name, value in changes.items() if value is not None}
     settings = [dataclasses.replace(one, **changes) for one in settings]
+    splits = corpora.splits_of([one.path for one in settings], SPLIT.value, is_own=not DATA.value)
     # All corpora are opened first: a mistyped path shows before the first is scored.
     opened = [
         corpora.open_rows(
-            one, SPLIT.value, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
+            one, split, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
         )
-        for one in settings
+        for one, split in zip(settings, splits, strict=True)
     ]
     results = []
     report = {
@@ -127,7 +133,7 @@ def main(argv: list[str]) -> None:
         "max_seq_len": model.max_seq_len,
         "corpora": results,
     }
-    for one, corpus in zip(settings, opened, strict=True):
+    for one, split, corpus in zip(settings, splits, opened, strict=True):
         scores = corpora.score_rows(
             model,
             corpus,
@@ -139,7 +145,7 @@ def main(argv: list[str]) -> None:
         figures = corpora.corpus_figures(
             model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
         )
-        results.append(finite({"data": one.path, "split": SPLIT.value, **figures}))
+        results.append(finite({"data": one.path, "split": split, **figures}))
         if out is not None and is_writer:
             write_report(out, report)  # what fails later does not take this corpus with it
     if not is_writer:

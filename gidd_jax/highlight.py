@@ -53,7 +53,7 @@ CORRUPTION = flags.DEFINE_list(
 )
 DATA = flags.DEFINE_string("data", None, "Corpus to corrupt. Default: that of the run.")
 SPLIT = flags.DEFINE_string(
-    "split", "validation", "train or validation of the run's corpus, or the name of a tfds split."
+    "split", None, "train or validation of the run's corpus, or that of a dataset (see evaluate)."
 )
 MAX_DOCUMENTS = flags.DEFINE_integer(
     "max_documents", 200, "Corrupt a random sample of them, always the same.", lower_bound=1
@@ -121,8 +121,9 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     settings = corpora.zero_shot_settings(own, DATA.value) if DATA.value else own
     if settings is None:
         raise InputError(f"{CHECKPOINT.value} names no corpus of its own: give one with --data")
+    (split,) = corpora.splits_of([settings.path], SPLIT.value, is_own=not DATA.value)
     corpus = corpora.open_rows(
-        settings, SPLIT.value, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
+        settings, split, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
     )
     expected = expected_share(model.process, options.t)
     print(f"{settings.path}: {len(corpus.ids)} rows; noise expected at t = {options.t:g}: ", end="")
@@ -133,7 +134,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
         "ema": EMA.value,
         "process": repr(model.process),
         "data": settings.path,
-        "split": SPLIT.value,
+        "split": split,
         "method": options.method,
         "t": options.t,
         "seed": SEED.value,

@@ -59,11 +59,6 @@ def main(argv: list[str]) -> None:
     figures = corpora.corpus_figures(
         model.process, corpus, scores, num_resamples=1000, seed=settings.seed
     )
-    pictures.save_figures({"loss": pictures.loss_picture(workdir)}, workdir, formats=["png"])
-    drawn = pictures.run_pictures(workdir)
-    if "profile" in figures:  # of diffusion models
-        drawn["profile"] = pictures.profile_picture({"validation": figures["profile"]})
-    pictures.save_figures(drawn, workdir / "plots")
     data = (settings.data, model.tokenizer, model.max_seq_len)
     unigram = unigram_bits_per_byte(*data, validation_batches(*data, settings.train.batch_size))
     summary = {
@@ -75,6 +70,11 @@ def main(argv: list[str]) -> None:
         "steps": settings.train.num_steps,
     }
     write_report(workdir / "summary.json", summary)
+    pictures.save_figures({"loss": pictures.loss_picture(workdir)}, workdir, formats=["png"])
+    drawn = pictures.run_pictures(workdir, process=own)
+    if "profile" in figures:  # of diffusion models
+        drawn["profile"] = pictures.profile_picture({"validation": figures["profile"]})
+    pictures.save_figures(drawn, workdir / "plots")
     print(
         f"\nvalidation: {summary['bits_per_byte']:.3f} bits per byte (an upper bound), "
         f"{1 - summary['bits_per_byte'] / unigram:.1%} below the unigram baseline {unigram:.3f}; "

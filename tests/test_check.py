@@ -267,9 +267,10 @@ SCRIPT = """
 import json, sys
 from gidd_jax.evaluation import subjects
 from gidd_jax.errors import InputError
-for process, checkpoint in json.load(sys.stdin):
+for process, checkpoint, *allowed in json.load(sys.stdin):
     try:
-        print(*map(repr, subjects.find_subject(process, checkpoint)), sep=" and ")
+        found = subjects.find_subject(process, checkpoint, allow_code=bool(allowed))
+        print(*map(repr, found), sep=" and ")
     except InputError as error:
         print("error:", " ".join(str(error).split()))
 """
@@ -306,6 +307,7 @@ def test_the_processes_that_flags_name(tmp_path):
         (None, "run"): f"p_uniform=0.1, gamma=1.0) and HybridProcess({toy}",
         (None, "ar"): "error: ar is autoregressive: only diffusion has a process to check",
         (None, "missing"): "error: no such folder: missing",
+        ("masked", None, True): "error: --allow_code is for the code in a --checkpoint: leave it",
         ("autoregressive", None): "error: --process=autoregressive: only diffusion has",
         ("hybird:p_uniform=1", None): "unknown process 'hybird': did you mean hybrid?",
         ("hybrid", None): "error: --process=hybrid: p_uniform is missing: add it",
@@ -359,6 +361,18 @@ def test_right_processes_exit_with_0(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("ok   ") == 2
     assert result.stdout.endswith("all 2 checks passed\n")
+
+
+@pytest.mark.parametrize("named", ["--process=masked", "--checkpoint=run"])
+def test_a_config_beside_another_name_is_refused(named, tmp_path):
+    """One of the two would not be what is checked."""
+    config = "--config.process.options=mask_share=0.2"
+    result = run("-m", "gidd_jax.check", named, config, folder=tmp_path)
+    flag = named.partition("=")[0]
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: --config and {flag} both name a process: leave one of them out\n"
+    )
 
 
 def test_a_built_in_process_is_not_replaced(tmp_path):

@@ -105,9 +105,27 @@ def zero_shot_settings(run: DataSettings | None, path: str) -> DataSettings:
     return dataclasses.replace(base, path=path, mode=mode)
 
 
+def split_of(path: str, split: str | None, *, is_own: bool) -> str | None:
+    """Return the split that is read of a corpus: None of files that are not the run's own."""
+    if is_own or shards.is_shard_folder(path) or dataset_of(path) is not None:
+        return split or "validation"
+    return None
+
+
+def splits_of(paths: list[str], split: str | None, *, is_own: bool) -> list[str | None]:
+    """Return the split of each corpus; raises InputError for a `split` that none of them has."""
+    found = [split_of(path, split, is_own=is_own) for path in paths]
+    if split is not None and not any(found):
+        raise InputError(
+            f"--split={split}: files are read whole: leave it out, it is for the run's own corpus "
+            "and for datasets (tfds:NAME, hf:OWNER/NAME)"
+        )
+    return found
+
+
 def open_rows(
     settings: DataSettings,
-    split: str,
+    split: str | None,
     model: Gidd,
     *,
     is_own: bool,
@@ -116,12 +134,17 @@ def open_rows(
     """Read and tokenise a corpus with the model's tokenizer, and cut it into rows.
 
     is_own: `split` is 'train' or 'validation' by the run's rule, cut as its validation is;
-    otherwise every document of files, or the tfds split of that name. Of shards the rows of the
-    validation split count, as many as `max_documents`; rows of a mixture follow each other,
+    otherwise every document of files, or the split of that name of a dataset. Of shards the rows
+    of the validation split count, as many as `max_documents`; rows of a mixture follow each other,
     those of texts first. `max_documents` takes a fixed random sample. Raises InputError when there
     is no such corpus or split, or no token to score.
     """
     paths = [part.path for part in split_mixture(settings.path)]
+    if not is_own and paths != [settings.path]:
+        raise InputError(
+            f"--data={settings.path}: weights say how often a corpus is trained on, and each is "
+            "scored once: leave them out"
+        )
     folders = [path for path in paths if shards.is_shard_folder(path)]
     texts = [path for path in paths if path not in folders]
     find = _own_documents if is_own else _all_documents
@@ -137,7 +160,7 @@ def open_rows(
     if documents is not None and len(chosen[0]):
         is_all = len(chosen[0]) == len(documents)
         some = documents if is_all else Subset(documents, chosen[0])
-        parts.append(_text_rows(settings, some, split, model))
+        parts.append(_text_rows(settings, some, split or "all", model))
     for records, own, start in zip(held_out, chosen[1:], starts[1:-1], strict=True):
         if len(own):
             is_one_each = settings.mode != "packed" and records.num_documents == len(records)
@@ -162,7 +185,7 @@ def _text_rows(settings: DataSettings, documents: Documents, split: str, model: 
 
 
 def _shard_records(
-    settings: DataSettings, folder: str, split: str, model: Gidd
+    settings: DataSettings, folder: str, split: str | None, model: Gidd
 ) -> shards.ShardRecords:
     if split != "validation":
         raise InputError(
@@ -192,7 +215,7 @@ def _joined(parts: list[CorpusRows]) -> CorpusRows:
     )
 
 
-def _own_documents(settings: DataSettings, paths: list[str], split: str) -> Documents:
+def _own_documents(settings: DataSettings, paths: list[str], split: str | None) -> Documents:
     if split not in ("train", "validation"):
         raise InputError(
             f"--split={split}: the run's own corpus has the splits train and validation"
@@ -201,13 +224,13 @@ def _own_documents(settings: DataSettings, paths: list[str], split: str) -> Docu
     return corpus.train if split == "train" else corpus.validation
 
 
-def _all_documents(settings: DataSettings, paths: list[str], split: str) -> Documents:
+def _all_documents(settings: DataSettings, paths: list[str], split: str | None) -> Documents:
     parts: list[Documents] = []
     for path in paths:
         dataset = dataset_of(path)
         if dataset is not None:
             kind, name = dataset
-            parts.append(DATASETS[kind](name, split, settings.text_key))
+            parts.append(DATASETS[kind](name, split or "validation", settings.text_key))
         else:
             parts += [
                 open_text_file(file, settings.text_key, settings.txt_documents)

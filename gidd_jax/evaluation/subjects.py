@@ -36,7 +36,15 @@ def find_subject(
     allow_code: bool = False,
     config: Any = None,
 ) -> Subject:
-    """Return what the flags name; raises InputError that says what is wrong with it."""
+    """Return what the flags name; raises InputError that says what is wrong with it.
+
+    config: what the user gave, None for the base config.
+    """
+    named = "--checkpoint" if checkpoint is not None else "--process"
+    if config is not None and (checkpoint is not None or description is not None):
+        raise InputError(f"--config and {named} both name a process: leave one of them out")
+    if allow_code and checkpoint is None:
+        raise InputError("--allow_code is for the code in a --checkpoint: leave it out")
     if checkpoint is not None:
         process = checkpoint_process(checkpoint, Consent(allow_code, description))
         return Subject(process, reduced(process))
