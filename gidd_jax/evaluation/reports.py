@@ -50,7 +50,9 @@ def table(lines: Sequence[Sequence[str]], num_names: int = 0) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust] * num_names + [str.rjust] * (len(widths) - num_names)
     return "\n".join(
-        "  ".join(side(*cell) for side, *cell in zip(sides, line, widths, strict=True)).rstrip()
+        "  ".join(
+            side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)
+        ).rstrip()
         for line in lines
     )
 
