@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the figures as text, one line a corpus under a line of headers."""
-
+    from gidd_jax.evaluation import reports
     from gidd_jax.evaluation.reports import written
 
     lines: list[list[str]] = [list(HEADERS)]
@@ -180,11 +180,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 written(result["seconds"], 1),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    )
+    return reports.table(lines, num_names=1)
 
 
 if __name__ == "__main__":

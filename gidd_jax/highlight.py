@@ -106,7 +106,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
     from gidd_jax.evaluation import corpora
-    from gidd_jax.evaluation.detection import detection_figures
+    from gidd_jax.evaluation.detection import TABLE_HEADER, detection_figures, table_line
     from gidd_jax.evaluation.reports import NOTES, finite, write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
@@ -127,7 +127,7 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     )
     expected = expected_share(model.process, options.t)
     print(f"{settings.path}: {len(corpus.ids)} rows; noise expected at t = {options.t:g}: ", end="")
-    print(f"{expected:.2%} of the tokens\n{HEADER}")
+    print(f"{expected:.2%} of the tokens\n{TABLE_HEADER}")
     figures = []
     report = {
         "checkpoint": CHECKPOINT.value,
@@ -164,24 +164,6 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
             print(f"{where}{name}: {note}")
     if out is not None:
         print(f"wrote {out}")
-
-
-HEADER = "corruption   tokens    wrong  suspicion  AUROC (95% interval)        ECE   restored"
-
-
-def table_line(figures: dict) -> str:
-    """Return the figures of one share as a line below HEADER."""
-    auroc, interval, restored = (figures[k] for k in ("auroc", "auroc_interval", "restored"))
-    words = "-" if auroc is None else f"{auroc:.4f}"
-    if interval:
-        words += f" ({interval[0]:.4f} to {interval[1]:.4f})"
-    elif auroc is not None:
-        words += " (one document)"
-    return (
-        f"{figures['corruption']:>10g} {figures['tokens']:>8} {figures['share_wrong']:>8.2%}  "
-        f"{figures['mean_suspicion']:>8.2%}  {words:<26} {figures['calibration_error']:>6.4f}  "
-        f"{'-' if restored is None else format(restored, '.2%'):>8}"
-    )
 
 
 def shares(words: list[str]) -> list[float]:

@@ -15,10 +15,7 @@ Files of --out (each as .png and .svg):
   calibration   of --calibration: how often tokens of a suspicion are wrong
 """
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gidd_jax.cli import CommandFlags, code_flags, run
 from gidd_jax.errors import InputError
@@ -52,89 +49,30 @@ def main(argv: list[str]) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out={out} is a file: name a folder")
 
+    from gidd_jax.evaluation import reports
     from gidd_jax.views import pictures
 
     figures = {}
     if WORKDIR.value:
         figures = pictures.run_pictures(Path(WORKDIR.value), **CODE.values)
     if COMPARE.value:
-        runs = zip(labels(COMPARE.value), COMPARE.value, strict=True)
+        runs = zip(reports.labels(COMPARE.value), COMPARE.value, strict=True)
         figures["compare"] = pictures.training_curves(
             {label: pictures.read_metrics(Path(folder)) for label, folder in runs}
         )
     if EVALUATION.value:
-        figures["profile"] = pictures.profile_picture(load_profiles(EVALUATION.value))
+        figures["profile"] = pictures.profile_picture(reports.load_profiles(EVALUATION.value))
     if FRONTIER.value:
-        reports = zip(labels(FRONTIER.value), FRONTIER.value, strict=True)
+        files = zip(reports.labels(FRONTIER.value), FRONTIER.value, strict=True)
         figures["frontier"] = pictures.frontier_picture(
-            {label: load_report(file) for label, file in reports}
+            {label: reports.load_samples(file) for label, file in files}
         )
     if CALIBRATION.value:
-        figures["calibration"] = pictures.calibration_picture(load_detection(CALIBRATION.value))
+        figures["calibration"] = pictures.calibration_picture(
+            reports.load_detection(CALIBRATION.value)
+        )
     for path in pictures.save_figures(figures, out):
         print(f"wrote {path}")
-
-
-def labels(paths: Sequence[str]) -> list[str]:
-    """Return the last parts of paths that tell them apart; raises InputError for a path twice."""
-    parts = [Path(path.removesuffix(".json")).absolute().parts for path in paths]
-    if len(set(parts)) < len(parts):
-        raise InputError(f"{','.join(paths)}: name each only once")
-    for length in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-length:]) for part in parts]
-        if len(set(found)) == len(found):
-            return found
-    raise AssertionError("different paths have different parts")
-
-
-def load_profiles(path: str) -> dict[str, dict[str, Any]]:
-    """Return the profile over t of each corpus by its name; raises InputError if there is none."""
-    corpora = _load_json(path).get("corpora", [])
-    profiles = {
-        f"{corpus['data']} ({corpus['split']})": corpus["profile"]
-        for corpus in corpora
-        if "profile" in corpus
-    }
-    if not profiles:
-        raise InputError(
-            f"--evaluation={path} holds no profile over t: give what gidd_jax.evaluate --out wrote "
-            "of a diffusion model"
-        )
-    return profiles
-
-
-def load_report(path: str) -> dict[str, Any]:
-    """Return a report of generative_ppl; raises InputError when a figure is missing."""
-    report = _load_json(path)
-    for name in ("gen_ppl", "gen_ppl_interval", "token_entropy", "token_entropy_interval"):
-        if name not in report or report[name.removesuffix("_interval")] is None:
-            raise InputError(
-                f"--frontier: {path} holds no {name}: give what gidd_jax.generative_ppl --out wrote"
-            )
-    return report
-
-
-def load_detection(path: str) -> list[dict[str, Any]]:
-    """Return the figures of each share of wrong tokens; raises InputError if there are none."""
-    figures = _load_json(path).get("figures", [])
-    if not figures:
-        raise InputError(
-            f"--calibration={path} holds no figures: give what gidd_jax.highlight --evaluate --out "
-            "wrote"
-        )
-    return figures
-
-
-def _load_json(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is no report: give a file that --out of a command wrote")
-    return value
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     is_samples = source.suffix == ".npz" and source.is_file()
     texts = None if is_samples else read_texts(source, "--samples").texts
 
-    from gidd_jax.checkpoints.storage import write_atomically
+    from gidd_jax.evaluation.reports import write_csv
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.views.replay_page import write_files
 
@@ -97,12 +97,13 @@ def main(argv: list[str]) -> None:
         options=options,
     )
     columns = {name: getattr(result, name) for name in COLUMNS}
-    lines = [",".join(("text", *columns))]
-    for number, values in enumerate(zip(*columns.values(), strict=True)):
-        lines.append(",".join([str(number), *(f"{float(value):g}" for value in values)]))
+    rows = [
+        {"text": number, **{name: f"{float(values[number]):g}" for name, values in columns.items()}}
+        for number in range(len(result.texts))
+    ]
     # Files first: nobody should lose them by what a terminal does to the texts.
     save_samples(out, result, model.tokenizer)
-    write_atomically(table, "\n".join(lines) + "\n")
+    write_csv(table, rows)
     if result.trace is not None:
         title = f"Corrections by {CHECKPOINT.value}"
         for path in write_files(result.trace, trace_file, page, title):

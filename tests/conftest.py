@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # On several cores a file stays on one: those that take minutes come first, not last and alone.
 LONGEST = (
     "training/test_loop",
+    "training/test_loop_devices",
     "test_train_command",
     "parallel/test_distributed",
     "training/test_step",
@@ -81,6 +82,20 @@ def compile_quickly() -> Iterator[None]:
 def compile_all_quickly() -> Iterator[None]:
     """Compile the programs of a file quickly, those of its own fixtures too."""
     with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def on_first_device() -> Iterator[None]:
+    """Runs of a file use the first of the eight devices; what names devices has those."""
+    from gidd_jax.parallel import sharding
+
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "gidd_jax.training.loop.sharding.make_mesh",
+            lambda *sizes, devices=None: make_mesh(*sizes, devices=devices or jax.devices()[:1]),
+        )
         yield
 
 

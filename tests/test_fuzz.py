@@ -1,7 +1,6 @@
 """Every reader of files on damaged ones: nothing but InputError comes out, nothing is executed,
 and no entry leads out of its folder."""
 
-import contextlib
 import gzip
 import io
 import json
@@ -11,27 +10,21 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import GOLDEN
-from hypothesis import given, settings
+from fuzzing import damaged, fuzz, only_input_error
 from hypothesis import strategies as st
 from published_folders import LLAMA_CONFIG, ORIGINAL_AR, ORIGINAL_DIT, write_words
 from safetensors.numpy import save_file
 from tiny_run import tiny_settings, write_tokenizer
 
-from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
-from gidd_jax.checkpoints.checksums import json_checksum
 from gidd_jax.checkpoints.workdir import check_workdir
-from gidd_jax.data import shards
 from gidd_jax.data.files import open_text_file
-from gidd_jax.data.pipeline import TrainBatches
-from gidd_jax.data.preparation import prepare
 from gidd_jax.data.texts import read_texts
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
@@ -39,17 +32,6 @@ from gidd_jax.inference.samples import load_ids
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.weight_files import read_safetensors
 from gidd_jax.sampling.trace import changes_between, load_trace, make_trace, save_trace
-from gidd_jax.settings import Settings
-
-DEEP = 100_000  # nested deeper than Python's recursion goes
-HOSTILE = [
-    *(None, True, -1, 0, 1, (1 << 31) - 1, 1 << 63, 10**400),
-    *(0.5, 1e308, float("nan"), float("inf")),
-    *("", "x", "\ud800", "\0", "..", "../escaped", "/escaped", "a/../../escaped"),
-    *([], [0], ["x"], {}, {"x": 0}, [[[]]]),
-]
-NESTED = [b"[" * DEEP, b'{"a":' * DEEP]
-BYTES = [b"", b"\0" * 64, b"\xff\xfe\xfd", *NESTED, b"null", b"[]", b"{}", b"3"]
 
 
 class Reader(NamedTuple):
@@ -58,52 +40,6 @@ class Reader(NamedTuple):
     write: Callable[[Path], object]
     file: str
     read: Callable[[Path], object]
-
-
-def fuzz(check: Callable[[Any], object], strategy: st.SearchStrategy, count: int = 25) -> None:
-    """Run `check` on examples that are the same in every run."""
-    settings(max_examples=count, deadline=None, derandomize=True, database=None)(
-        given(strategy)(check)
-    )()
-
-
-def only_input_error(read: Callable[[], object]) -> None:
-    with contextlib.suppress(InputError):
-        read()
-
-
-@st.composite
-def damaged(draw: st.DrawFn, valid: bytes) -> bytes:
-    """Bytes in place of a valid file: others, a part of it, some changed, or JSON with one value
-    replaced or missing."""
-    place = st.integers(0, len(valid) - 1)
-    kind = draw(st.sampled_from(["other", "cut", "changed", "json", "json"]))
-    if kind == "other":
-        return draw(st.sampled_from(BYTES) | st.binary(max_size=64))
-    if kind == "cut":
-        return valid[: draw(place)]
-    if kind == "json":
-        try:
-            return json.dumps(draw(altered(json.loads(valid)))).encode()
-        except ValueError:
-            pass
-    start, length = draw(place), draw(st.integers(0, 8))
-    return valid[:start] + draw(st.binary(max_size=8)) + valid[start + length :]
-
-
-@st.composite
-def altered(draw: st.DrawFn, value: Any) -> Any:
-    """JSON with a hostile value in place of one in it, or without it."""
-    if not isinstance(value, dict | list) or not value or draw(st.integers(0, 9)) == 0:
-        return draw(st.sampled_from(HOSTILE))
-    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-    key = draw(st.sampled_from(keys))
-    other = value.copy()
-    if draw(st.integers(0, 9)) == 0:
-        del other[key]
-    else:
-        other[key] = draw(altered(value[key]))
-    return other
 
 
 # ---- the readers
@@ -294,174 +230,6 @@ def test_an_array_that_claims_more_than_the_memory(tmp_path):
         archive.writestr("ids.npy", header.getvalue())
     with pytest.raises(InputError, match="is no file of samples"):
         read_ids(tmp_path)
-
-
-# ---- shards
-
-
-@pytest.fixture(scope="module")
-def shard_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    (folder / "a.txt").write_text("\n".join(f"Text number {i}." for i in range(8)))
-    prepare(
-        str(folder / "a.txt"),
-        "embedded",
-        folder / "out",
-        seq_len=8,
-        mode="padded",
-        validation="last:2",
-        text_key="text",
-        txt_documents="line",
-        num_workers=1,
-        shard_size=3,
-    )
-    return folder / "out"
-
-
-def read_shards(folder: Path) -> None:
-    tokenizer = load_tokenizer("embedded")
-    for records in shards.open_shards(str(folder), tokenizer, "padded", 8):
-        for i in range(len(records)):
-            assert records[i].max() < tokenizer.vocab_size
-            assert records.num_bytes(i) >= 0
-
-
-def test_damaged_manifests(shard_folder):
-    file = shard_folder / shards.MANIFEST
-    valid = file.read_bytes()
-
-    def check(data: bytes) -> None:
-        file.write_bytes(data)
-        only_input_error(lambda: read_shards(shard_folder))
-        only_input_error(lambda: shards.verify(shard_folder))
-
-    try:
-        fuzz(check, damaged(valid), 50)
-    finally:
-        file.write_bytes(valid)
-
-
-def test_damaged_shards(shard_folder):
-    """Of the size that the manifest says, or not."""
-    file = shard_folder / "train-00000.array_record"
-    valid = file.read_bytes()
-
-    def check(data: bytes) -> None:
-        for content in (data, (data + valid[len(data) :])[: len(valid)]):
-            file.unlink()
-            file.write_bytes(content)
-            only_input_error(lambda: read_shards(shard_folder))
-
-    try:
-        fuzz(check, damaged(valid))
-    finally:
-        file.write_bytes(valid)
-
-
-@pytest.mark.parametrize("kind", ["parent", "absolute", "folder"])
-def test_manifests_cannot_leave_their_folder(shard_folder, tmp_path, kind):
-    shutil.copytree(shard_folder, tmp_path / "a" / "out")
-    folder = tmp_path / "a" / "out"
-    name = "train-00000.array_record"
-    shutil.move(folder / name, tmp_path / "a" / name)
-    shutil.copytree(folder / "tokenizer", folder / "sub")
-    shutil.copy(tmp_path / "a" / name, folder / "sub")
-    file = {"parent": f"../{name}", "absolute": str(tmp_path / "a" / name), "folder": f"sub/{name}"}
-    manifest = json.loads((folder / shards.MANIFEST).read_text())
-    manifest["splits"]["train"][0]["file"] = file[kind]
-    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="no file of the folder"):
-        read_shards(folder)
-
-
-@pytest.mark.parametrize("damage", BYTES)
-def test_damaged_plans(shard_folder, tmp_path, damage):
-    """What was to be made is not known: nothing is overwritten."""
-    shutil.copytree(shard_folder, tmp_path / "out")
-    (tmp_path / "out" / shards.PLAN).write_bytes(damage)
-    with pytest.raises(InputError, match=r"plan\.json is damaged|other settings"):
-        prepare(
-            "embedded",
-            "embedded",
-            tmp_path / "out",
-            seq_len=8,
-            mode="padded",
-            validation="last:2",
-            text_key="text",
-            txt_documents="line",
-            num_workers=1,
-            shard_size=3,
-        )
-
-
-# ---- checkpoints
-
-
-@pytest.fixture(scope="module")
-def step_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny_settings(folder).to_dict()
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    with Checkpointer(
-        folder / "w", every=1, max_to_keep=1, config=config, tokenizer=tokenizer
-    ) as writer:
-        writer.save(3, {"step": jnp.int32(3)}, {"global_next_index": 24})
-    return folder / "w" / "checkpoints" / "3"
-
-
-@pytest.fixture(scope="module")
-def batches(tmp_path_factory) -> TrainBatches:
-    data = tiny_settings(tmp_path_factory.mktemp("data")).data
-    return TrainBatches(data, load_tokenizer(data.tokenizer), 16, 4, seed=0)
-
-
-def read_items(folder: Path, batches: TrainBatches) -> None:
-    checkpoint = find_checkpoint(folder)
-    Settings.from_saved(checkpoint.config())
-    assert checkpoint.tokenizer().vocab_size > 0
-    batches.set_state(checkpoint.data_position())
-    assert isinstance(checkpoint.array_checksums(), dict)
-
-
-@pytest.mark.parametrize("with_checksum", [False, True], ids=["flipped", "forged"])
-@pytest.mark.parametrize("item", ["config", "tokenizer", "data", "checksums"])
-def test_damaged_items_of_checkpoints(step_folder, batches, item, with_checksum):
-    """Accidents change the checksum; who forges a checkpoint writes the right one."""
-    file, sums = step_folder / item / "metadata", step_folder / "checksums" / "metadata"
-    valid, valid_sums = file.read_bytes(), sums.read_bytes()
-    read_items(step_folder, batches)
-
-    def check(data: bytes) -> None:
-        file.write_bytes(data)
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            value = None
-        if with_checksum and item != "checksums":
-            sums.write_text(json.dumps({**json.loads(valid_sums), item: json_checksum(value)}))
-        only_input_error(lambda: read_items(step_folder, batches))
-
-    try:
-        fuzz(check, damaged(valid), 15)
-    finally:
-        file.write_bytes(valid)
-        sums.write_bytes(valid_sums)
-
-
-@pytest.mark.parametrize("name", ["../escaped", "{root}/escaped", "sub/../../escaped", "..", ""])
-def test_tokenizers_of_checkpoints_cannot_leave_their_folder(
-    step_folder, tmp_path, monkeypatch, name
-):
-    copy = shutil.copytree(step_folder, tmp_path / "3")
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    file, sums = copy / "tokenizer" / "metadata", copy / "checksums" / "metadata"
-    value = {**json.loads(file.read_text()), name.format(root=tmp_path): "text"}
-    file.write_text(json.dumps(value))
-    sums.write_text(json.dumps({**json.loads(sums.read_text()), "tokenizer": json_checksum(value)}))
-    with pytest.raises(InputError, match="no set of files"):
-        find_checkpoint(copy).tokenizer()
-    assert not list(tmp_path.rglob("escaped"))
 
 
 # ---- code

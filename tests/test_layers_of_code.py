@@ -25,6 +25,10 @@ FLOORS = (
     {"evaluation"},
     {"views"},
 )
+TESTS = Path(__file__).parent
+BESIDE = sorted((*TESTS.rglob("*.py"), *(PACKAGE.parent / "benchmarks").rglob("*.py")))
+# Tests that go through several modules of their room, by what they ask.
+OF_WHOLE_ROOMS = {"checkpoints/before_rooms", "checkpoints/remote", "inference/log_likelihood"}
 ROOMS = sorted(f.parent.name for f in PACKAGE.glob("*/__init__.py"))
 TOP = len(FLOORS)
 HEAVY = {
@@ -136,10 +140,29 @@ def test_a_room_has_a_face_and_nothing_behind_it(room):
         assert (PACKAGE / room / file).is_file() or (PACKAGE / file).is_file(), file
 
 
-def test_tests_mirror_the_rooms():
-    tests = Path(__file__).parent
-    folders = {f.parent.name for f in tests.glob("*/test_*.py")}
-    assert folders <= set(ROOMS)
+@pytest.mark.parametrize("room", ROOMS)
+def test_tests_mirror_the_rooms(room):
+    """A file of tests is named after a module of its room, or after that and what it asks of it."""
+    files = sorted((TESTS / room).glob("test_*.py"))
+    assert files, f"tests/{room}: a room has a folder of tests"
+    modules = {name.split(".")[2] for name in FILES if name.startswith(f"gidd_jax.{room}.")}
+    for file in files:
+        subject = file.stem.removeprefix("test_")
+        of_module = any(subject == name or subject.startswith(f"{name}_") for name in modules)
+        is_of_room = f"{room}/{subject}" in OF_WHOLE_ROOMS
+        assert of_module != is_of_room, f"{file}: name it after one of {sorted(modules)}"
+        assert is_of_room or f"gidd_jax.{room}" in file.read_text("utf-8"), f"{file}: not of {room}"
+
+
+def test_folders_of_tests_are_rooms():
+    assert {f.parent.name for f in TESTS.glob("*/test_*.py")} == set(ROOMS)
+    for name in OF_WHOLE_ROOMS:
+        assert (TESTS / name.replace("/", "/test_")).with_suffix(".py").is_file(), name
+
+
+@pytest.mark.parametrize("file", BESIDE, ids=lambda file: str(file.relative_to(PACKAGE.parent)))
+def test_tests_and_benchmarks_ask_one_question_a_file(file):
+    assert len(file.read_text("utf-8").splitlines()) <= 450
 
 
 @pytest.mark.parametrize("module", FILES)

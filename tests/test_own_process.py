@@ -18,10 +18,9 @@ from tiny_run import (
     tiny_settings,
 )
 
-from gidd_jax import sweep
 from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation import certify
+from gidd_jax.evaluation import certify, grid
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.own_process import Source, make, read_source
@@ -266,10 +265,10 @@ def test_plan_and_sweep_take_it(here):
     config = tiny_config(here, **RUN)
     both = type(config)({"base": config, "grid": {}})
     both.grid = {"process": {"options": ("mask_share=0.5", "mask_share=0.9")}}
-    names = [one.settings.process.options for one in sweep.plan_runs(both)]
+    names = [one.settings.process.options for one in grid.plan_runs(both)]
     assert names == ["mask_share=0.5", "mask_share=0.9"]
     both.grid.process.options = ("mask_shape=0.5",)
-    assert "did you mean mask_share?" in refused(sweep.plan_runs, both)
+    assert "did you mean mask_share?" in refused(grid.plan_runs, both)
 
 
 def test_check_takes_the_flags_of_training(here):

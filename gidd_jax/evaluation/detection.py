@@ -201,3 +201,21 @@ def calibration_of(scores: np.ndarray, wrong: np.ndarray, num_bins: int = 15) ->
     suspicion, share_wrong = sums
     error = np.sum(tokens[used] * np.abs(suspicion - share_wrong)) / len(scores)
     return Calibration(float(error), suspicion, share_wrong, tokens[used])
+
+
+TABLE_HEADER = "corruption   tokens    wrong  suspicion  AUROC (95% interval)        ECE   restored"
+
+
+def table_line(figures: dict) -> str:
+    """Return the figures of one share as a line below TABLE_HEADER."""
+    auroc, interval, restored = (figures[k] for k in ("auroc", "auroc_interval", "restored"))
+    words = "-" if auroc is None else f"{auroc:.4f}"
+    if interval:
+        words += f" ({interval[0]:.4f} to {interval[1]:.4f})"
+    elif auroc is not None:
+        words += " (one document)"
+    return (
+        f"{figures['corruption']:>10g} {figures['tokens']:>8} {figures['share_wrong']:>8.2%}  "
+        f"{figures['mean_suspicion']:>8.2%}  {words:<26} {figures['calibration_error']:>6.4f}  "
+        f"{'-' if restored is None else format(restored, '.2%'):>8}"
+    )

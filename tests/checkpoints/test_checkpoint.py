@@ -21,11 +21,8 @@ from jax.sharding import PartitionSpec as P
 from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint, load_params
 from gidd_jax.checkpoints.checksums import array_checksums
 from gidd_jax.checkpoints.storage import write_atomically
-from gidd_jax.checkpoints.workdir import check_workdir, open_workdir
-from gidd_jax.cli import load_config
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError, StorageError
-from gidd_jax.settings import Settings
 
 CONFIG = {"seed": 3, "process": {"name": "hybrid", "p_uniform": 0.1}}
 
@@ -424,36 +421,3 @@ def test_text_files_are_replaced_whole(tmp_path):
     write_atomically(path, json.dumps({"a": 2}))
     assert json.loads(path.read_text()) == {"a": 2}
     assert [p.name for p in path.parent.iterdir()] == ["config.json"]
-
-
-def settings_with(**changes):
-    values = load_config("quickstart").to_dict()
-    for key, value in changes.items():
-        section, leaf = key.split("__")
-        values[section][leaf] = value
-    return Settings.from_config(values)
-
-
-def test_a_workdir_says_what_differs_from_its_run(tmp_path, tokenizer):
-    settings = settings_with()
-    check_workdir(tmp_path / "new", settings)
-    assert not (tmp_path / "new").exists()
-    open_workdir(tmp_path, settings, tokenizer)
-    check_workdir(tmp_path, settings)
-    check_workdir(tmp_path, settings_with(train__num_steps=7, logging__every=1, mesh__fsdp=2))
-    other = settings_with(model__num_layers=5, optimizer__b1=0.5, checkpoint__every=7)
-    with pytest.raises(InputError) as caught:
-        check_workdir(tmp_path, other)
-    assert "(model.num_layers: 4 -> 5; optimizer.b1: 0.9 -> 0.5)" in str(caught.value)
-    check_workdir(tmp_path, other, allow_config_change=True)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json cannot be read"):
-        check_workdir(tmp_path, settings)
-
-
-def test_a_workdir_holds_its_settings_and_tokenizer_for_people_to_read(tmp_path, tokenizer):
-    settings = settings_with()
-    open_workdir(tmp_path / "a" / "b", settings, tokenizer)
-    written = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
-    assert Settings.from_config(written) == settings
-    assert load_tokenizer(tmp_path / "a" / "b" / "tokenizer").fingerprint == tokenizer.fingerprint

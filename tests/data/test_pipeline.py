@@ -1,49 +1,24 @@
-"""Corpora, splits, rows and batches: exact contents, coverage, resumption, errors."""
+"""Batches of training and validation: exact contents, coverage, resumption, errors."""
 
-import glob
-import gzip
 import json
-import lzma
 import math
-import pickle
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import tensorflow_datasets as tfds
 from absl import flags
+from tiny_corpus import TEXTS, first_batches, settings, write_jsonl
 
-from gidd_jax.data import files, pipeline, rows
+from gidd_jax.data import pipeline, rows
 from gidd_jax.data.build_assets import split_chapters
-from gidd_jax.data.corpus import list_files, open_corpus
+from gidd_jax.data.corpus import list_files
 from gidd_jax.data.pipeline import TrainBatches, unigram_bits_per_byte, validation_batches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.settings import DataSettings
 
-TEXTS = [f"Document {i}: " + f"words é {i} and more. " * (1 + 5 * (i % 4)) for i in range(23)]
 SEQ_LEN = 32
-
-
-class LocalText(tfds.core.GeneratorBasedBuilder):
-    """A prepared dataset that needs neither a network nor TensorFlow."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(TEXTS), "test": self._generate_examples(["held"])}
-
-    def _generate_examples(self, texts):
-        for i, text in enumerate(texts):
-            yield i, {"text": text}
 
 
 @pytest.fixture(scope="module")
@@ -51,255 +26,7 @@ def tokenizer():
     return load_tokenizer("embedded")
 
 
-@pytest.fixture(scope="module")
-def tfds_folder(tmp_path_factory):
-    builder = LocalText(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
-    builder.download_and_prepare()
-    return str(builder.data_dir)
-
-
-def write_jsonl(file: Path, texts=TEXTS, key="text") -> str:
-    file.write_text("".join(json.dumps({key: t}, ensure_ascii=False) + "\n" for t in texts))
-    return str(file)
-
-
-def settings(path, **changes) -> DataSettings:
-    values = {
-        "path": str(path),
-        "tokenizer": "embedded",
-        "validation": "last:3",
-        "text_key": "text",
-        "txt_documents": "line",
-        "mode": "crop",
-        "num_workers": 0,
-    }
-    return DataSettings(**{**values, **changes})
-
-
-def contents(documents) -> list[str]:
-    return [documents[i] for i in range(len(documents))]
-
-
-def both(path, validation="last:1", text_key="text", txt_documents="line") -> list[str]:
-    splits = open_corpus(str(path), validation, text_key, txt_documents)
-    return contents(splits.train) + contents(splits.validation)
-
-
-# ---- sources
-
-
-def test_kinds_of_file_hold_the_same_documents(tmp_path, tfds_folder):
-    plain = write_jsonl(tmp_path / "a.jsonl")
-    data = Path(plain).read_bytes()
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
-    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(data))
-    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
-    table = pyarrow.table({"text": TEXTS, "other": list(range(23))})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
-    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.txt", "a.parquet"):
-        assert both(tmp_path / name) == TEXTS, name
-    # tfds shuffles the examples once, when it prepares them.
-    assert sorted(both(f"tfds:{tfds_folder}")) == sorted(TEXTS)
-
-
-def test_documents_of_txt_files(tmp_path):
-    text = "\ufeffone\r\nstill one\r\n\r\n \t\r\ntwo é\nlast\n\n\n"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    write_jsonl(tmp_path / "held.jsonl", ["held"])
-    path, held = str(tmp_path / "a.txt"), f"path:{tmp_path / 'held.jsonl'}"
-    lines = open_corpus(path, held, "text", "line").train
-    assert contents(lines) == ["one", "still one", "two é", "last"]
-    blank = open_corpus(path, held, "text", "blank_line").train
-    assert contents(blank) == ["one\r\nstill one", "two é\nlast"]
-    whole = open_corpus(path, held, "text", "file").train
-    assert contents(whole) == [text[1:]]
-
-
-def test_folders_globs_and_comma_lists(tmp_path):
-    (tmp_path / "sub").mkdir()
-    a = write_jsonl(tmp_path / "a.jsonl", ["a0", "a1"])
-    b = write_jsonl(tmp_path / "sub" / "b.jsonl", ["b0"])
-    (tmp_path / "notes.md").write_text("not data")
-    assert both(tmp_path) == ["a0", "a1", "b0"]
-    assert both(f"{b},{a}") == ["b0", "a0", "a1"]
-    assert both(tmp_path / "**" / "*.jsonl") == ["a0", "a1", "b0"]
-    assert glob.glob(str(tmp_path / "*.jsonl")) == [a]
-    assert both(f"{a},{a},{b}") == ["a0", "a1", "b0"]  # a file counts once
-
-
-def test_documents_survive_pickling(tmp_path, tfds_folder):
-    for path in (write_jsonl(tmp_path / "a.jsonl"), f"tfds:{tfds_folder}"):
-        train = open_corpus(path, "last:3", "text", "line").train
-        assert contents(pickle.loads(pickle.dumps(train))) == contents(train)
-
-
-def test_unreadable_sources(tmp_path, tfds_folder):
-    def fails(match, path, validation="last:1", text_key="text", txt="line"):
-        with pytest.raises(InputError, match=match) as caught:
-            both(path, validation, text_key, txt)
-        assert "\n" not in str(caught.value)
-
-    fails("does not exist", tmp_path / "none.jsonl")
-    fails("holds no .txt", tmp_path)
-    (tmp_path / "empty.txt").write_text("")
-    fails("holds no text", tmp_path / "empty.txt")
-    (tmp_path / "latin.txt").write_bytes("ok\ncafé\n".encode("latin-1"))
-    fails("byte 6 is not UTF-8", tmp_path / "latin.txt")
-    a = write_jsonl(tmp_path / "a.jsonl", key="body")
-    fails("has no 'text'; it has: body", a)
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    fails("JSON document 2 is not valid", tmp_path / "bad.jsonl")
-    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
-    fails("is int, not a text", tmp_path / "number.jsonl")
-    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d"}\n')
-    fails("surrogate", tmp_path / "half.jsonl")
-    (tmp_path / "a.csv").write_text("text\na\n")
-    fails("legal suffixes", tmp_path / "a.csv")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(Path(a).read_bytes())[:-9])
-    fails("cannot be read", tmp_path / "a.jsonl.gz")
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
-    fails("not a Parquet file", tmp_path / "a.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
-    fails("no column 'text'; it has: body", tmp_path / "b.parquet")
-    fails("no feature 'body'; it has: text", f"tfds:{tfds_folder}", text_key="body")
-    fails("tfds dataset 'no_such_set'", "tfds:no_such_set")
-    fails("split 'nope'", f"tfds:{tfds_folder}", "split:nope")
-    fails("part of the training split", f"tfds:{tfds_folder}", "split:train[:5]")
-    fails("txt_documents 'page'", tmp_path / "latin.txt", txt="page")
-
-
-def test_unpacked_size_is_limited(tmp_path, monkeypatch):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100))
-    monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 1000)
-    with pytest.raises(InputError, match="decompress it"):
-        both(tmp_path / "a.jsonl.gz")
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_bars_of_tfds_are_for_terminals(tfds_folder, monkeypatch, terminal):
-    told = []
-    monkeypatch.setattr(tfds, "display_progress_bar", told.append)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    open_corpus(f"tfds:{tfds_folder}", "last:2", "text", "line")
-    assert set(told) == {terminal}
-
-
-# ---- splits
-
-
-def test_validation_rules(tmp_path, tfds_folder):
-    path = write_jsonl(tmp_path / "a.jsonl")
-    last = open_corpus(path, "last:5", "text", "line")
-    assert (contents(last.train), contents(last.validation)) == (TEXTS[:-5], TEXTS[-5:])
-    held = write_jsonl(tmp_path / "held.jsonl", ["held 1", "held 2"])
-    by_file = open_corpus(str(tmp_path), f"path:{held}", "text", "line")
-    assert contents(by_file.train) == TEXTS
-    assert contents(by_file.validation) == ["held 1", "held 2"]
-    by_split = open_corpus(f"tfds:{tfds_folder}", "split:test", "text", "line")
-    assert sorted(contents(by_split.train)) == sorted(TEXTS)
-    assert contents(by_split.validation) == ["held"]
-
-
-def test_hash_split_goes_by_contents(tmp_path):
-    texts = [f"text {i}" for i in range(400)]
-    one = open_corpus(write_jsonl(tmp_path / "a.jsonl", texts * 2), "hash:0.25", "text", "line")
-    train, held = contents(one.train), contents(one.validation)
-    assert Counter(train + held) == Counter(texts * 2)
-    assert not set(train) & set(held)  # a document that occurs twice is on one side
-    assert 0.2 < len(held) / 800 < 0.3
-    other = open_corpus(write_jsonl(tmp_path / "b.jsonl", texts[::-1]), "hash:0.25", "text", "line")
-    assert set(contents(other.validation)) == set(held)
-    wider = open_corpus(str(tmp_path / "b.jsonl"), "hash:0.5", "text", "line")
-    assert set(contents(wider.validation)) > set(held)
-
-
-@pytest.mark.parametrize(
-    ("rule", "match"),
-    [
-        ("last:0", "COUNT must be"),
-        ("last:23", "leaves no training document"),
-        ("hash:1.5", "between 0 and 1"),
-        ("hash:0.0001", "leaves no validation document"),
-        ("split:test", "legal values"),
-        ("some", "legal values"),
-        ("path:/none", "does not exist"),
-    ],
-)
-def test_bad_validation_rules(tmp_path, rule, match):
-    with pytest.raises(InputError, match=match):
-        open_corpus(write_jsonl(tmp_path / "a.jsonl"), rule, "text", "line")
-
-
-def test_validation_may_not_take_every_file(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="takes every file"):
-        open_corpus(path, f"path:{path}", "text", "line")
-
-
-# ---- rows
-
-
-def test_every_crop_is_drawn_and_the_last_token_is_in_reach():
-    ids = np.arange(10)
-    rng = np.random.default_rng(0)
-    starts = Counter(int(rows.crop(ids, 4, rng)[0]) for _ in range(7000))
-    assert sorted(starts) == list(range(7))
-    # 1000 expected for each: 5 standard deviations are 146.
-    assert all(abs(n - 1000) < 150 for n in starts.values())
-    np.testing.assert_array_equal(rows.crop(ids, 10, rng), ids)
-    np.testing.assert_array_equal(rows.crop(ids, 12, rng), ids)
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "starts"),
-    [(0, [0]), (3, [0]), (4, [0]), (5, [0, 1]), (8, [0, 4]), (11, [0, 4, 7])],
-)
-def test_windows_cover_everything(num_tokens, starts):
-    assert rows.window_starts(num_tokens, 4).tolist() == starts
-
-
-def test_pad():
-    row = rows.pad(np.array([5, 6]), 4, 1)
-    assert row["tokens"].tolist() == [5, 6, 1, 1]
-    assert row["mask"].tolist() == [True, True, False, False]
-    assert (row["tokens"].dtype, row["mask"].dtype) == (np.int32, np.bool_)
-
-
-def test_rows_of_each_mode(tokenizer):
-    texts = ["alpha beta", "gamma delta epsilon", ""]
-    ids = [i.tolist() for i in tokenizer.encode(texts)]
-    end = [tokenizer.eos_id]
-    framed = [end + i + end for i in ids]
-    tokenised = rows.tokenise(texts, tokenizer, "crop")
-    assert [tokenised.whole()[i].tolist() for i in range(3)] == framed
-    # BOS and EOS stand for no bytes.
-    sizes = [[0, *(len(tokenizer.decode([i])) for i in d), 0] for d in ids]
-    assert tokenised.num_bytes.tolist() == [size for document in sizes for size in document]
-    exact = len(framed[0])  # the document that exactly fills a row gains no other row
-    padded = rows.cut(tokenised, "padded", exact)
-    assert [padded[i].tolist() for i in range(len(padded))] == [f[:exact] for f in framed]
-    cropped = rows.cut(tokenised, "crop", exact)
-    assert cropped[0].tolist() == framed[0]
-    assert cropped[1].tolist() == framed[1][:exact]
-    assert cropped[len(cropped) - 2].tolist() == framed[1][-exact:]
-    # Packed: one separator where BOS and EOS are the same token.
-    stream = ids[0] + end + ids[1] + end + end
-    tokenised = rows.tokenise(texts, tokenizer, "packed")
-    assert tokenised.ids.tolist() == stream
-    packed = rows.cut(tokenised, "packed", 4)
-    starts = rows.window_starts(len(stream), 4)
-    assert [packed[i].tolist() for i in range(len(packed))] == [stream[s : s + 4] for s in starts]
-    assert packed.sums(tokenised.num_bytes)[0] == len(tokenizer.decode(packed[0], True))
-
-
 # ---- training batches
-
-
-def first_batches(train: TrainBatches, count: int) -> list[dict[str, np.ndarray]]:
-    try:
-        return [next(train) for _ in range(count)]
-    finally:
-        train.close()
 
 
 def assert_same(left, right):
@@ -442,23 +169,6 @@ def test_seed_changes_the_order(tmp_path, tokenizer):
     )
     assert_same(one, same)
     assert (one[0]["tokens"] != other[0]["tokens"]).any()
-
-
-def test_tfds_batches(tokenizer, tfds_folder):
-    config = settings(f"tfds:{tfds_folder}", validation="split:test", mode="padded")
-    train = TrainBatches(config, tokenizer, SEQ_LEN, len(TEXTS), seed=0)
-    (batch,) = first_batches(train, 1)
-    texts = [
-        tokenizer.decode(t[m], True) for t, m in zip(batch["tokens"], batch["mask"], strict=True)
-    ]
-    assert sorted(t[:10] for t in texts) == sorted(t[:10] for t in TEXTS)
-    held = validation_batches(config, tokenizer, SEQ_LEN, 4)
-    assert (len(held), held.num_bytes) == (1, 4)
-    parts = train.get_state()["corpus"]["parts"]
-    assert parts[0].keys() == {"split train", "split test"}
-    assert parts[0]["split train"].startswith("local_text/1.0.0, 23 examples, ")
-    part = open_corpus(f"tfds:{tfds_folder}", "split:test[:100%]", "text", "line")
-    assert contents(part.validation) == ["held"]
 
 
 def test_bad_batches(tmp_path, tokenizer, monkeypatch):

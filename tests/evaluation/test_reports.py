@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from gidd_jax.evaluation.reports import finite, write_report, written
+from gidd_jax.errors import InputError
+from gidd_jax.evaluation.reports import finite, labels, table, write_csv, write_report, written
 from gidd_jax.evaluation.text_metrics import ratio_estimate
 from gidd_jax.likelihood import perplexity
 
@@ -39,6 +40,22 @@ def test_figures_as_people_read_them():
     assert written(12.34567, 4) == "12.3457"
     assert written(1e300, 2) == "1e+300"
     assert [written(value, 2) for value in (None, math.nan, math.inf)] == ["-"] * 3
+
+
+def test_labels_tell_paths_apart():
+    assert labels(["x/a", "x/b.json"]) == ["a", "b"]
+    three = ["x/run.v1", "y/run.v1", "y/run.v2"]
+    assert labels([f"runs/{path}" for path in three]) == three
+    with pytest.raises(InputError, match="name each only once"):
+        labels(["x/a", "x/../x/a", "x/a"])
+
+
+def test_tables_and_csv_hold_every_cell(tmp_path):
+    lines = [["name", "n", "figure"], ["a", "10", "-"]]
+    assert table(lines, num_names=1).splitlines() == ["name   n  figure", "a     10       -"]
+    assert table(lines).splitlines()[1] == "   a  10       -"
+    write_csv(tmp_path / "new" / "a.csv", [{"text": 0, "bits": 1.5}, {"text": 'a,"b', "more": 2}])
+    assert (tmp_path / "new" / "a.csv").read_text() == 'text,bits,more\n0,1.5,\n"a,""b",,2\n'
 
 
 def test_a_perplexity_beyond_floats_is_infinite():

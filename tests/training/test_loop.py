@@ -1,4 +1,4 @@
-"""Whole runs of seconds: devices, resumption, stopping, seeds, divergence, validation figures."""
+"""Whole runs of seconds: resumption, seeds, stopping, skipped steps, divergence, bad input."""
 
 import contextlib
 import dataclasses
@@ -26,19 +26,14 @@ from tiny_run import (
 )
 
 from gidd_jax.checkpoints.workdir import lock_workdir
-from gidd_jax.cli import config_folder, load_config
-from gidd_jax.data.pipeline import TrainBatches, ValidationBatches
+from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.errors import DivergenceError, InputError
-from gidd_jax.models import dit
 from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
 from gidd_jax.training import loop
-from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import train
-from gidd_jax.training.optimizer import learning_rate, make_optimizer
-from gidd_jax.training.step import TrainState, abstract_params
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly")
+pytestmark = pytest.mark.usefixtures("compile_all_quickly", "on_first_device")
 
 # A run with everything that has to survive a restart: crops, parts of a batch, an average.
 RUN = {
@@ -71,18 +66,6 @@ def _compile_once(tmp_path_factory):
 def folder(tmp_path_factory) -> Path:
     """Corpus and tokenizer."""
     return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    """Runs use the first of the eight devices; the tests of meshes choose theirs."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
-        patch.setattr(
-            "gidd_jax.training.loop.sharding.make_mesh",
-            lambda *sizes, devices=None: make_mesh(*sizes, devices=devices or jax.devices()[:1]),
-        )
-        yield
 
 
 @contextlib.contextmanager
@@ -125,98 +108,6 @@ def finished(folder, tmp_path_factory) -> Finished:
 def assert_same_run(workdir: Path, finished: Finished) -> None:
     assert_same_arrays(saved_arrays(workdir), saved_arrays(finished.workdir))
     assert figures_by_step(workdir) == figures_by_step(finished.workdir)
-
-
-# ---- one device, many devices
-
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
-NAMES = ["gidd", "mdlm", "ar"]
-
-
-def run_steps(
-    settings: Settings,
-    sizes: tuple[int, int, int],
-    *,
-    start: TrainState | None = None,
-    num_steps: int = 10,
-    new_batches: bool = True,
-) -> tuple[TrainState, TrainState, list[float]]:
-    """The first and the last state and the losses of steps on random tokens.
-
-    On the first devices; from `start`, or from an initialisation on the mesh.
-    """
-    objective = build_objective(settings, VOCAB_SIZE, VOCAB_SIZE - 1)
-    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
-    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    rng, losses = np.random.default_rng(0), []
-    with sharding.activate(mesh):
-        make_state, abstract = loop.state_maker(settings, objective, optimizer, mesh)
-        rate = learning_rate(settings.optimizer, settings.train.num_steps)
-        step_fn = loop.compile_step(settings, objective, optimizer, rate, abstract, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = jax.device_put(start, shardings) if start else make_state(jax.random.key(0))
-        first, batch = jax.device_get(state), None
-        for _ in range(num_steps):
-            if batch is None or new_batches:
-                mask = np.arange(16) < rng.integers(1, 17, (8, 1))
-                batch = {"tokens": rng.integers(0, 257, (8, 16)).astype(np.int32), "mask": mask}
-            state, metrics = step_fn(state, loop.put_batch(batch, mesh), jax.random.key(1))
-            losses.append(float(metrics.loss.compute()))
-    return first, state, losses
-
-
-def mesh_settings(folder: Path, name: str) -> Settings:
-    return tiny_settings(folder, name, **{"train.mask_padding": True})
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def one_device(request, folder) -> tuple[str, TrainState, TrainState, list[float]]:
-    first, last, losses = run_steps(mesh_settings(folder, request.param), (1, 1, 1))
-    assert max(losses) - min(losses) > 0.01
-    return request.param, first, last, losses
-
-
-@pytest.mark.parametrize("sizes", MESHES)
-def test_devices_do_not_change_the_run(one_device, folder, sizes):
-    name, start, alone, expected = one_device
-    # One case initialises on the mesh: that draws the same numbers too.
-    given = None if (name, sizes) == ("gidd", (2, 2, 2)) else start
-    first, state, losses = run_steps(mesh_settings(folder, name), sizes, start=given)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(start), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
-    # What a step leaves is spread as asked, moments included, and is the same model.
-    parts = int(np.prod(sizes[1:]))
-    moments = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-        if "mlp_in" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
-    ]
-    assert len(moments) == 2
-    for array in (state.params["blocks"]["mlp_in"]["kernel"], *moments):
-        assert array.shape == (2, 32, 128)
-        assert len(array.addressable_shards) == 8
-        assert array.addressable_shards[0].data.size == array.size // parts
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("optimizer", [pytest.param("psgd", marks=pytest.mark.slow), "muon"])
-def test_every_optimizer_trains_sharded_parameters(folder, optimizer):
-    changes = {
-        "optimizer.name": optimizer,
-        "optimizer.schedule": "constant",
-        "optimizer.learning_rate": 3e-3,
-    }
-    settings = tiny_settings(folder, "ar", **changes)
-    # The preconditioners of psgd multiply vectors and matrices as NumPy would.
-    with jax.numpy_rank_promotion("allow"):
-        _, state, losses = run_steps(settings, (1, 2, 1), num_steps=5, new_batches=False)
-    kernel = state.params["blocks"]["mlp_in"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (2, 16, 128)
-    assert int(state.step) == 5
-    assert losses[-1] < losses[0] - 0.05
-    assert all(np.isfinite(losses))
 
 
 # ---- resumption
@@ -314,6 +205,17 @@ def test_length_logging_and_cadence_may_change(finished, folder, tmp_path):
     assert list(steps) == [*range(1, 21), 22, 23]
     assert "train/loss" not in steps[23]
     assert steps_on_disk(workdir) == [20, 23]
+
+
+def test_a_run_reports_its_last_validation(finished):
+    steps = figures_by_step(finished.workdir)
+    assert [step for step, values in steps.items() if "eval/nelbo" in values] == [10, 20]
+    for name, value in finished.figures.items():
+        assert steps[20][f"eval/{name}"] == value
+    assert 0 < finished.figures["nelbo"] < 2 * math.log(VOCAB_SIZE)
+    terms = sum(finished.figures[name] for name in ("middle", "reconstruction", "prior"))
+    assert terms == pytest.approx(finished.figures["nelbo"], rel=1e-5)
+    assert steps[20]["train/learning_rate"] < steps[6]["train/learning_rate"] == pytest.approx(3e-3)
 
 
 # ---- stopping
@@ -483,133 +385,3 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-
-
-# ---- validation
-
-
-class Sums:
-    """A stand-in for the compiled evaluation that returns given sums."""
-
-    def __init__(self, *parts: dict[str, float]):
-        self.parts, self.params = list(parts), []
-
-    def __call__(self, params, batch, key):
-        self.params.append(params)
-        return self.parts.pop(0)
-
-
-def test_bits_per_byte_by_hand():
-    """Three rows of 8, 8 and 4 tokens; an autoregressive model scores all but the first of each."""
-    records = [np.arange(n, dtype=np.int32) for n in (8, 8, 4)]
-    validation = ValidationBatches(records, [30, 34, 16], 8, 0, 2)
-    assert (validation.num_tokens, validation.num_bytes, len(validation)) == (20, 80, 2)
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    sums = Sums(
-        {"loss": 20.0, "nelbo": 30.0, "tokens": 14.0}, {"loss": 4.0, "nelbo": 4.0, "tokens": 3.0}
-    )
-    state = TrainState(jnp.int32(1), "parameters", None, None)
-    figures = loop.evaluate(sums, state, validation, jax.random.key(0), mesh)
-    assert figures["loss"] == pytest.approx(24 / 17)
-    assert figures["nelbo"] == pytest.approx(34 / 17)
-    assert figures["perplexity"] == pytest.approx(math.exp(2))
-    # 17 of the 20 tokens were scored: 68 of the 80 bytes.
-    assert figures["bits_per_byte"] == pytest.approx(34 / math.log(2) / 68)
-    assert sums.params == ["parameters"] * 2
-
-    averaged = Sums({"nelbo": 1.0, "tokens": 14.0}, {"nelbo": 1.0, "tokens": 3.0})
-    loop.evaluate(averaged, state.replace(ema="average"), validation, jax.random.key(0), mesh)
-    assert averaged.params == ["average"] * 2
-
-
-def test_validation_rows_without_a_byte_or_a_token():
-    records = [np.zeros(2, np.int32)] * 2
-    validation = ValidationBatches(records, [0, 0], 8, 0, 2)
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    state = TrainState(jnp.int32(1), "parameters", None, None)
-    sums = Sums({"loss": 2.0, "nelbo": 3.0, "tokens": 4.0})
-    figures = loop.evaluate(sums, state, validation, jax.random.key(0), mesh)
-    assert math.isnan(figures.pop("bits_per_byte"))
-    assert figures == {"loss": 0.5, "nelbo": 0.75, "perplexity": math.exp(0.75)}
-    nothing = Sums({"loss": 0.0, "nelbo": 0.0, "tokens": 0.0})
-    figures = loop.evaluate(nothing, state, validation, jax.random.key(0), mesh)
-    assert figures.keys() == {"loss", "nelbo", "perplexity", "bits_per_byte"}
-    assert all(math.isnan(value) for value in figures.values())
-
-
-def test_a_run_whose_validation_has_no_byte_ends_with_a_note(tmp_path, caplog):
-    """The four texts of the validation split are empty."""
-    changes = {"train.num_steps": 2, "data.mode": "crop", "data.path": str(tmp_path / "a.jsonl")}
-    settings = tiny_settings(tmp_path, **changes)
-    texts = ["A text that is longer than a row."] * 20 + [""] * 4
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    with caplog.at_level("INFO"):
-        figures = train(settings, tmp_path / "run")
-    assert math.isnan(figures["bits_per_byte"])
-    assert steps_on_disk(tmp_path / "run") == [2]
-    last = figures_by_step(tmp_path / "run")[2]
-    assert last["eval/bits_per_byte"] is None
-    assert last["eval/nelbo"] == figures["nelbo"]
-    assert "the validation rows stand for no byte of text" in caplog.text
-    assert "0 % of the training rows is padding" in caplog.text  # crops of long texts
-
-
-def test_mostly_padding_is_said(tmp_path, caplog):
-    """Rows of [END] two bytes [END] in a context of 16: three quarters are padding."""
-    settings = tiny_settings(tmp_path, **{"train.num_steps": 1, "data.mode": "crop"})
-    (tmp_path / "corpus.txt").write_text("ab\n" * 24)
-    with caplog.at_level("INFO"):
-        train(settings, tmp_path / "run")
-    assert "75 % of the training rows is padding: lower model.max_seq_len" in caplog.text
-
-
-def test_a_run_reports_its_last_validation(finished):
-    steps = figures_by_step(finished.workdir)
-    assert [step for step, values in steps.items() if "eval/nelbo" in values] == [10, 20]
-    for name, value in finished.figures.items():
-        assert steps[20][f"eval/{name}"] == value
-    assert 0 < finished.figures["nelbo"] < 2 * math.log(VOCAB_SIZE)
-    terms = sum(finished.figures[name] for name in ("middle", "reconstruction", "prior"))
-    assert terms == pytest.approx(finished.figures["nelbo"], rel=1e-5)
-    assert steps[20]["train/learning_rate"] < steps[6]["train/learning_rate"] == pytest.approx(3e-3)
-
-
-def test_validation_in_parts_is_validation_of_the_whole(folder):
-    """An exact likelihood shows that no row is lost or counted twice."""
-    found = []
-    for parts in (1, 4):
-        changes = {"train.micro_batches": parts, "train.batch_size": 16, "train.eval_batches": 1}
-        settings = tiny_settings(folder, "ar", **changes)
-        objective = build_objective(settings, VOCAB_SIZE, VOCAB_SIZE - 1)
-        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        optimizer = make_optimizer(settings.optimizer, 20)
-        rng = np.random.default_rng(0)
-        rows = [rng.integers(0, 257, n).astype(np.int32) for n in range(1, 17)]
-        validation = ValidationBatches(rows, [len(row) for row in rows], 16, 257, 16)
-        with sharding.activate(mesh):
-            make_state, abstract = loop.state_maker(settings, objective, optimizer, mesh)
-            evaluation = loop.compile_evaluation(settings, objective, abstract, mesh)
-            state = make_state(jax.random.key(0))
-            found.append(loop.evaluate(evaluation, state, validation, jax.random.key(1), mesh))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
-# ---- shipped configs
-
-CONFIGS = sorted(path.stem for path in config_folder().glob("*.py"))
-SHIPPED = [*CONFIGS, *(f"{name}:{size}" for name in NAMES for size in dit.SIZES)]
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_config_builds_its_objective(name):
-    settings = Settings.from_config(load_config(name))
-    objective = build_objective(settings, 4096, 2)
-    shapes = abstract_params(objective)
-    model = settings.model
-    assert shapes["vocab_embed"]["embedding"].shape == (4096, model.hidden_size)
-    assert shapes["blocks"]["norm1"]["scale"].shape == (model.num_layers, model.hidden_size)
-    ids = jax.ShapeDtypeStruct((2, model.max_seq_len), jnp.int32)
-    times = () if objective.process is None else (jax.ShapeDtypeStruct((2,), jnp.float32),)
-    logits = jax.eval_shape(objective.apply, shapes, ids, *times)
-    assert logits.shape == (2, model.max_seq_len, 4096)
-    assert logits.dtype == jnp.float32

@@ -187,7 +187,7 @@ def test_help_is_quick_and_shows_examples():
 
 def documented_corpora() -> list[dict[str, str]]:
     """The settings in the table of large corpora in docs/scaling.md."""
-    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text("utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text("utf-8")
     lines = page.partition("## Large corpora")[2].partition("\n## ")[0].splitlines()
     names, _, *rows = [
         [cell.strip().strip("`") for cell in line.strip("|").split("|")]

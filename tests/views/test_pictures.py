@@ -165,14 +165,6 @@ def test_the_calibration():
     np.testing.assert_array_equal(points, [[0.1, 0.2], [0.6, 0.9]])
 
 
-def test_labels_tell_paths_apart():
-    assert plots.labels(["x/a", "x/b.json"]) == ["a", "b"]
-    three = ["x/run.v1", "y/run.v1", "y/run.v2"]
-    assert plots.labels([f"runs/{path}" for path in three]) == three
-    with pytest.raises(InputError, match="name each only once"):
-        plots.labels(["x/a", "x/../x/a", "x/a"])
-
-
 def plot(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gidd_jax.plots", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,16 +1,14 @@
-"""Evaluating checkpoints: rows of corpora, figures against direct sums, the command's table."""
+"""Evaluating checkpoints: rows of corpora, figures against direct sums."""
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import tiny_model, write_checkpoint
+from tiny_checkpoint import tiny_model
 from tiny_run import SENTENCE, tiny_settings, write_corpus
 
 from gidd_jax import likelihood
@@ -403,50 +401,3 @@ def test_unknown_corpora_and_splits(data, model):
             dataclasses.replace(settings, path=str(data / "blank.txt")), "", model, is_own=False
         )
     assert corpora.run_data_settings(data) is None
-
-
-def command(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "gidd_jax.evaluate", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"JAX_PLATFORMS": "cpu", "HOME": "/nonexistent"},
-    )
-
-
-def test_command(data, tmp_path):
-    """Two corpora in one call: a table of two lines, and the same figures as JSON."""
-    write_checkpoint(tmp_path / "run", data)
-    (tmp_path / "other.jsonl").write_text('{"story": "A short one."}\n{"story": "Another."}\n')
-    (tmp_path / "more.jsonl").write_text('{"story": "Once upon a time, and so on and on."}\n')
-    out = tmp_path / "new" / "metrics.json"
-    done = command(
-        f"--checkpoint={tmp_path}/run",
-        f"--data={tmp_path}/other.jsonl,{tmp_path}/more.jsonl",
-        "--text_key=story",
-        "--num_samples_t=2",
-        f"--out={out}",
-    )
-    assert done.returncode == 0, done.stderr
-    header, first, second, note, written = done.stdout.splitlines()
-    assert note.startswith(f"{tmp_path}/more.jsonl: documents: one alone is scored: ")
-    assert header.split()[:4] == ["data", "documents", "tokens", "nats/token"]
-    report = json.loads(out.read_text())
-    assert report["num_samples_t"] == 2
-    assert report["process"].startswith("HybridProcess(vocab_size=259, mask_id=258")
-    for line, corpus, documents in zip((first, second), report["corpora"], (2, 1), strict=True):
-        assert line.split()[0] == corpus["data"]
-        assert line.split()[1] == str(corpus["documents"]) == str(documents)
-        assert float(line.split()[3]) == pytest.approx(corpus["nelbo"], abs=1e-4)
-    assert second.split()[4] == "-"
-    assert report["corpora"][1]["nelbo_standard_error"] is None
-    assert written == f"wrote {out}"
-    assert not list(out.parent.glob("*.part"))
-
-    before = out.read_text()
-    refused = command(f"--checkpoint={tmp_path}/run", f"--data={tmp_path}/no.txt", f"--out={out}")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: data path ")
-    assert len(refused.stderr.splitlines()) == 1
-    assert out.read_text() == before

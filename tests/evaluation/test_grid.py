@@ -18,6 +18,7 @@ from gidd_jax.checkpoints.workdir import open_workdir
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
+from gidd_jax.evaluation import grid
 from gidd_jax.settings import Settings
 from gidd_jax.training import loop
 from gidd_jax.views import pictures
@@ -25,15 +26,15 @@ from gidd_jax.views import pictures
 SWEEPS = sorted((config_folder() / "sweeps").glob("*.py"))
 
 
-def tiny_sweep(folder: Path, grid: dict, **changes: object) -> ConfigDict:
+def tiny_sweep(folder: Path, values: dict, **changes: object) -> ConfigDict:
     changes = {"train.num_steps": 2, "train.eval_batches": 1, **changes}
-    return ConfigDict({"base": tiny_config(folder, **changes), "grid": grid})
+    return ConfigDict({"base": tiny_config(folder, **changes), "grid": values})
 
 
 def test_the_grid_is_multiplied_out(tmp_path):
-    grid = {"process": {"p_uniform": (0.0, 0.2)}, "train": {"weighting": ("elbo", "clip")}}
-    config = tiny_sweep(tmp_path, {**grid, "seed": (3,)})
-    runs = sweep.plan_runs(config)
+    values = {"process": {"p_uniform": (0.0, 0.2)}, "train": {"weighting": ("elbo", "clip")}}
+    config = tiny_sweep(tmp_path, {**values, "seed": (3,)})
+    runs = grid.plan_runs(config)
     assert [list(one.values.values()) for one in runs] == [
         [0.0, "elbo", 3],
         [0.0, "clip", 3],
@@ -51,12 +52,12 @@ def test_the_grid_is_multiplied_out(tmp_path):
 
 
 def test_names_are_names_of_folders(tmp_path):
-    (one,) = sweep.plan_runs(tiny_sweep(tmp_path, {"data": {"path": (f"{tmp_path}/corpus.txt",)}}))
+    (one,) = grid.plan_runs(tiny_sweep(tmp_path, {"data": {"path": (f"{tmp_path}/corpus.txt",)}}))
     assert "/" not in one.name
 
 
 @pytest.mark.parametrize(
-    ("grid", "message"),
+    ("values", "message"),
     [
         ({}, "grid of the sweep is empty"),
         ({"train": {"weightin": ("elbo",)}}, "no key train.weightin: did you mean train.weighting"),
@@ -68,26 +69,26 @@ def test_names_are_names_of_folders(tmp_path):
         ({"process": {"p_uniform": ("x",)}}, "run process.p_uniform=x: "),
     ],
 )
-def test_a_bad_grid_is_refused_before_anything_runs(tmp_path, grid, message):
+def test_a_bad_grid_is_refused_before_anything_runs(tmp_path, values, message):
     with pytest.raises(InputError, match=message):
-        sweep.plan_runs(tiny_sweep(tmp_path, grid))
+        grid.plan_runs(tiny_sweep(tmp_path, values))
 
 
 def test_a_config_of_one_run_is_no_sweep(tmp_path):
     with pytest.raises(InputError, match="sections base and grid"):
-        sweep.plan_runs(tiny_config(tmp_path))
+        grid.plan_runs(tiny_config(tmp_path))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_shipped_sweep_is_legal(path):
-    runs = sweep.plan_runs(load_config(str(path)))
+    runs = grid.plan_runs(load_config(str(path)))
     assert len(runs) > 1
     assert len({one.name for one in runs}) == len(runs)
     assert f"--config=configs/sweeps/{path.name}" in path.read_text("utf-8")
 
 
 def test_the_ablation_is_that_of_the_paper():
-    runs = sweep.plan_runs(load_config(str(config_folder() / "sweeps" / "ablation.py")))
+    runs = grid.plan_runs(load_config(str(config_folder() / "sweeps" / "ablation.py")))
     values = {(one.settings.process.p_uniform, one.settings.train.weighting) for one in runs}
     assert values == {(p, w) for p in (0.0, 0.1, 0.2) for w in ("elbo", "clip", "dynamic")}
     assert {one.settings.data.path for one in runs} == {"embedded"}
@@ -146,8 +147,8 @@ def test_a_sweep_trains_compiles_once_and_writes_table_and_figure(tmp_path, monk
     printed = capsys.readouterr().out
     bits = np.array([float(row["bits_per_byte"]) for row in rows])
     assert f"{bits.mean():.4f}  {bits.std(ddof=1):.4f}" in printed
-    settings = sweep.plan_runs(config)[0].settings
-    assert f"unigram model: {sweep.unigram_baseline(settings):.4f} bits per byte" in printed
+    settings = grid.plan_runs(config)[0].settings
+    assert f"unigram model: {grid.unigram_baseline(settings):.4f} bits per byte" in printed
 
 
 class Training:
@@ -237,11 +238,11 @@ def test_the_figure_joins_means_over_seeds():
 
 
 def test_the_summary_is_over_seeds():
-    lines = [line.split() for line in sweep.summary(ROWS, ["p", "w", "seed"]).splitlines()]
+    lines = [line.split() for line in grid.summary(ROWS, ["p", "w", "seed"]).splitlines()]
     assert lines[0] == ["p", "w", "runs", "bits/byte", "+-", "perplexity"]
     assert lines[2] == ["0.0", "b", "2", "1.5000", f"{math.sqrt(0.5):.4f}", "2.00"]
     assert len(lines) == 5
-    alone = sweep.summary(ROWS[:1], ["seed"]).splitlines()[1].split()
+    alone = grid.summary(ROWS[:1], ["seed"]).splitlines()[1].split()
     assert alone == ["1", "0.0000", "-", "2.00"]
 
 
@@ -250,4 +251,4 @@ def test_figures_that_are_missing_are_dashes():
         {"seed": seed, "bits_per_byte": bits, "perplexity": 1e200}
         for seed, bits in enumerate((2.0, float("nan")))
     ]
-    assert sweep.summary(rows, ["seed"]).splitlines()[1].split() == ["2", "-", "-", "1e+200"]
+    assert grid.summary(rows, ["seed"]).splitlines()[1].split() == ["2", "-", "-", "1e+200"]
