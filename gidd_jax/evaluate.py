@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     del argv
     import dataclasses
 
-    from gidd_jax.evaluation import corpora
+    from gidd_jax.evaluation import corpora, scoring
     from gidd_jax.evaluation.reports import NOTES, finite, write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
         "corpora": results,
     }
     for one, split, corpus in zip(settings, splits, opened, strict=True):
-        scores = corpora.score_rows(
+        scores = scoring.score_rows(
             model,
             corpus,
             num_samples_t=NUM_SAMPLES_T.value,
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
             seed=SEED.value,
             label=f"Scoring {one.path}",
         )
-        figures = corpora.corpus_figures(
+        figures = scoring.corpus_figures(
             model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
         )
         results.append(finite({"data": one.path, "split": split, **figures}))

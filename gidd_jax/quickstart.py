@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
     from gidd_jax.checkpoints.checkpoint import find_checkpoint
     from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
-    from gidd_jax.evaluation import corpora
+    from gidd_jax.evaluation import corpora, scoring
     from gidd_jax.evaluation.reports import write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import save_samples
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         print(f"\n--- sample {number} ---\n{printable(text)}")
 
     corpus = corpora.open_rows(settings.data, "validation", model, is_own=True)
-    scores = corpora.score_rows(
+    scores = scoring.score_rows(
         model,
         corpus,
         num_samples_t=NUM_SAMPLES_T,
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         seed=settings.seed,
         label="Evaluating",
     )
-    figures = corpora.corpus_figures(
+    figures = scoring.corpus_figures(
         model.process, corpus, scores, num_resamples=1000, seed=settings.seed
     )
     data = (settings.data, model.tokenizer, model.max_seq_len)

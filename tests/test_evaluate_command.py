@@ -34,18 +34,20 @@ def test_command(data, tmp_path):
     """Two corpora in one call: a table of two lines, and the same figures as JSON."""
     write_checkpoint(tmp_path / "run", data)
     (tmp_path / "other.jsonl").write_text('{"story": "A short one."}\n{"story": "Another."}\n')
-    (tmp_path / "more.jsonl").write_text('{"story": "Once upon a time, and so on and on."}\n')
+    (tmp_path / "more,longer.jsonl").write_text(
+        '{"story": "Once upon a time, and so on and on."}\n'
+    )
     out = tmp_path / "new" / "metrics.json"
     done = command(
         f"--checkpoint={tmp_path}/run",
-        f"--data={tmp_path}/other.jsonl,{tmp_path}/more.jsonl",
+        f"--data={tmp_path}/other.jsonl,{tmp_path}/more,longer.jsonl",
         "--text_key=story",
         "--num_samples_t=2",
         f"--out={out}",
     )
     assert done.returncode == 0, done.stderr
     header, first, second, note, written = done.stdout.splitlines()
-    assert note.startswith(f"{tmp_path}/more.jsonl: documents: one alone is scored: ")
+    assert note.startswith(f"{tmp_path}/more,longer.jsonl: documents: one alone is scored: ")
     assert header.split()[:4] == ["data", "documents", "tokens", "nats/token"]
     report = json.loads(out.read_text())
     assert report["num_samples_t"] == 2
@@ -65,3 +67,17 @@ def test_command(data, tmp_path):
     assert refused.stderr.startswith("error: data path ")
     assert len(refused.stderr.splitlines()) == 1
     assert out.read_text() == before
+
+
+def test_a_split_and_weights_that_nothing_heeds_are_refused(data, tmp_path):
+    """They would stand in the report beside figures that they had no part in."""
+    write_checkpoint(tmp_path / "run", data)
+    run = f"--checkpoint={tmp_path}/run"
+    for flags, words in (
+        ([f"--data={data}/corpus.txt", "--split=train"], "--split=train: files are read whole"),
+        ([f"--data=0.7:{data}/corpus.txt,0.3:embedded"], "weights say how often a corpus is"),
+    ):
+        refused = command(run, *flags)
+        assert refused.returncode == 2
+        assert words in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1

@@ -292,3 +292,16 @@ def test_check_takes_the_flags_of_training(here):
         assert result.returncode == 0, result.stdout + result.stderr
         share = "0.6" if "run" not in flags[0] else "0.75"
         assert f"mask_share={share})" in result.stdout
+
+
+def test_the_quickstart_takes_it_to_its_last_picture(here):
+    """Whoever names the file in this very command has agreed to run it: no flag is asked for."""
+    config = tiny_config(here, **RUN).to_json()
+    text = f"import json\nfrom ml_collections import ConfigDict\nVALUES = json.loads({config!r})\n"
+    (here / "tiny.py").write_text(text + "def get_config(): return ConfigDict(VALUES)\n")
+    flags = "--config=tiny.py", "--workdir=quick", "--config.train.num_steps=1"
+    result = command("quickstart", *flags, folder=here)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("summary.json, samples.npz, loss.png, plots/\n")
+    assert json.loads((here / "quick" / "summary.json").read_text())["steps"] == 1
+    assert (here / "quick" / "plots" / "process.svg").exists()

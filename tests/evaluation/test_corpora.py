@@ -16,7 +16,7 @@ from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.data.preparation import prepare
 from gidd_jax.errors import InputError
 from gidd_jax.evaluate import table
-from gidd_jax.evaluation import corpora
+from gidd_jax.evaluation import corpora, scoring
 from gidd_jax.evaluation.reports import finite
 from gidd_jax.inference.gidd import Gidd
 
@@ -48,7 +48,7 @@ def rows_of(corpus) -> list[list[int]]:
 
 def score(model, corpus, **changes):
     options = {"num_samples_t": 2, "batch_size": 8, "seed": 0, "label": ""} | changes
-    return corpora.score_rows(model, corpus, **options)
+    return scoring.score_rows(model, corpus, **options)
 
 
 def test_own_rows_are_those_of_training(data, model):
@@ -142,7 +142,7 @@ def test_figures_of_a_mixture_are_those_of_its_parts(data, baseline, shard_folde
     """Weighted by tokens and by bytes; the baseline is exact, and draws nothing."""
     parts = open_parts(data, shard_folder, baseline)
     mixed, *alone = [
-        corpora.corpus_figures(None, part, score(baseline, part), num_resamples=10, seed=0)
+        scoring.corpus_figures(None, part, score(baseline, part), num_resamples=10, seed=0)
         for part in parts
     ]
     for key in ("tokens", "bytes", "rows", "documents"):
@@ -171,7 +171,7 @@ def test_rows_of_shards_are_not_counted_as_documents(data, baseline, tmp_path, m
     )
     settings = tiny_settings(data, **{"data.path": str(tmp_path / "out"), "data.mode": mode}).data
     corpus = corpora.open_rows(settings, "validation", baseline, is_own=True)
-    found = corpora.corpus_figures(None, corpus, score(baseline, corpus), num_resamples=10, seed=0)
+    found = scoring.corpus_figures(None, corpus, score(baseline, corpus), num_resamples=10, seed=0)
     assert (found["documents"], found["rows"]) == (None, 6)
     assert found["notes"]["documents"].endswith("the bootstrap is over rows")
     assert found["nelbo_standard_error"] > 0
@@ -234,7 +234,7 @@ def test_figures_are_sums_over_tokens(data, model):
     settings = corpora.zero_shot_settings(tiny_settings(data).data, str(data / "corpus.txt"))
     corpus = corpora.open_rows(settings, "validation", model, is_own=False, max_documents=6)
     scores = score(model, corpus, num_samples_t=64, batch_size=32)
-    figures = corpora.corpus_figures(model.process, corpus, scores, num_resamples=500, seed=0)
+    figures = scoring.corpus_figures(model.process, corpus, scores, num_resamples=500, seed=0)
     rows = rows_of(corpus)
     assert figures["tokens"] == sum(map(len, rows))
     assert figures["rows"] == len(rows)
@@ -282,7 +282,7 @@ def test_standard_error_covers_repetitions(data, model):
     corpus = corpora.open_rows(settings, "train", model, is_own=True)
     values, errors = [], []
     for seed in range(12):
-        figures = corpora.corpus_figures(
+        figures = scoring.corpus_figures(
             model.process, corpus, score(model, corpus, seed=seed), num_resamples=200, seed=seed
         )
         values.append(figures["nelbo"])
@@ -293,7 +293,7 @@ def test_standard_error_covers_repetitions(data, model):
 def test_the_baseline_is_exact(data, baseline):
     corpus = corpora.open_rows(tiny_settings(data, "ar").data, "train", baseline, is_own=True)
     scores = score(baseline, corpus)
-    figures = corpora.corpus_figures(None, corpus, scores, num_resamples=100, seed=0)
+    figures = scoring.corpus_figures(None, corpus, scores, num_resamples=100, seed=0)
     rows = rows_of(corpus)
     x = np.stack([np.pad(row, (0, 16 - len(row))) for row in rows])
     logits = jax.jit(baseline.network.apply)({"params": baseline.params}, jnp.asarray(x))
@@ -303,7 +303,7 @@ def test_the_baseline_is_exact(data, baseline):
     assert figures["tokens"] == tokens
     assert figures["nelbo"] == pytest.approx(nats / tokens, rel=1e-5)
     assert not {"middle", "original", "profile"} & set(figures)
-    again = corpora.corpus_figures(
+    again = scoring.corpus_figures(
         None, corpus, score(baseline, corpus, seed=5, batch_size=3), num_resamples=100, seed=0
     )
     assert again["nelbo"] == pytest.approx(figures["nelbo"], rel=1e-6)
@@ -312,7 +312,7 @@ def test_the_baseline_is_exact(data, baseline):
 def test_one_document_has_no_error(data, model):
     settings = tiny_settings(data, **{"data.validation": "last:1"}).data
     corpus = corpora.open_rows(settings, "validation", model, is_own=True)
-    figures = corpora.corpus_figures(
+    figures = scoring.corpus_figures(
         model.process, corpus, score(model, corpus), num_resamples=100, seed=0
     )
     assert figures["nelbo_standard_error"] is None
@@ -326,7 +326,7 @@ def test_damaged_parameters_are_an_error(data, model):
     broken = dataclasses.replace(model, params=jax.tree.map(lambda a: a * np.nan, model.params))
     corpus = corpora.open_rows(tiny_settings(data).data, "validation", model, is_own=True)
     with pytest.raises(InputError, match="not a number"):
-        corpora.corpus_figures(
+        scoring.corpus_figures(
             model.process, corpus, score(broken, corpus), num_resamples=100, seed=0
         )
 
@@ -343,7 +343,7 @@ def test_texts_of_no_byte_have_no_bits_per_byte(tmp_path, data, model):
     corpus = corpora.open_rows(settings, "validation", model, is_own=False)
     assert rows_of(corpus) == [[0, 0]] * 3
     figures = finite(
-        corpora.corpus_figures(
+        scoring.corpus_figures(
             model.process, corpus, score(model, corpus), num_resamples=20, seed=0
         )
     )
@@ -371,7 +371,7 @@ def test_a_bound_that_the_data_makes_infinite_blames_no_parameters(data, model):
     def figures(nats: float) -> dict:
         worst[0] = nats
         bounds = scores.bounds._replace(reconstruction=worst)
-        found = corpora.corpus_figures(
+        found = scoring.corpus_figures(
             model.process, corpus, scores._replace(bounds=bounds), num_resamples=20, seed=0
         )
         return finite(found)
