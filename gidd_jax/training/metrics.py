@@ -185,7 +185,7 @@ class MetricWriter:
 
 
 class Progress:
-    """Shows figures, speed and time left: a bar on a terminal, else one log line a report."""
+    """Shows figures, speed and time left: a bar on a terminal, else one log line per report."""
 
     def __init__(
         self,
