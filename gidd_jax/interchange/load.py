@@ -37,7 +37,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _NOT_CAUSAL = "{} is a diffusion model: give an autoregressive one, it has an exact likelihood"
 _NOT_BUILT_IN = (
     "the process of {} is code of its own, {}, which no published format can hold: give a model "
-    f"whose process is {' or '.join(PROCESSES)}"
+    f"whose process is built in ({', '.join(PROCESSES)})"
 )
 
 
