@@ -214,7 +214,7 @@ def run(
 
     `--help` shows the docstring of main's module, `examples` and the command's flags. Without flags
     of its own all other arguments are left to main. Ctrl-C ends in one line and exit code 130;
-    `resumes`: the same command goes on where it was.
+    `resumes`: the same command continues where it was.
     """
 
     for stream in (sys.stdout, sys.stderr):
@@ -240,7 +240,7 @@ def run(
         except KeyboardInterrupt:
             if sys.stderr.isatty():  # it shows ^C, and maybe half a progress bar
                 print(file=sys.stderr)
-            again = "goes on from what is done" if resumes else "starts again"
+            again = "continues from what is done" if resumes else "starts again"
             _fail(f"interrupted; no file is half-written: the same command {again}", code=130)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, main, command, examples))

@@ -1,4 +1,4 @@
-"""Train a GIDD, MDLM or autoregressive language model; a run in an existing workdir goes on.
+"""Train a GIDD, MDLM or autoregressive language model; a run in an existing workdir continues.
 
 Examples:
   python -m gidd_jax.train --config=configs/quickstart.py --workdir=outputs/quickstart

@@ -215,7 +215,7 @@ def test_another_broken_pipe_is_an_error(command):
 
 
 @pytest.mark.parametrize(
-    ("resumes", "again"), [(False, "starts again"), (True, "goes on from what is done")]
+    ("resumes", "again"), [(False, "starts again"), (True, "continues from what is done")]
 )
 def test_ctrl_c_is_one_line_and_exit_code_130(command, resumes, again):
     result = command("--workdir=long", resumes=resumes)
