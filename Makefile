@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.core  ## train, evaluate and sample a small model on the embedded corpus
 	$(BIN)/python -m gidd_jax.quickstart --workdir=outputs/quickstart
 
-# Every command on the quickstart's model. The scorer of the texts is a small autoregressive run.
+# Most commands on the quickstart's model. The scorer of the texts is a small autoregressive run.
 RUN := outputs/quickstart
 DEMO := outputs/demo
 demo: $(RUN)/summary.json  ## sample, correct, evaluate, exchange and check the quickstart's model

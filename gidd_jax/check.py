@@ -24,7 +24,8 @@ transitions, sampling, the bound) follows from them:
           noise = jnp.sin(0.5 * jnp.pi * t) ** 2
           return NoiseMass(mask=0.9 * noise, uniform=0.1 * noise / (self.vocab_size - 1))
 
-Prints one line a check: ok or FAIL, the error and the largest that is right, what was compared.
+Prints one line per check: ok or FAIL, the error found, the largest error allowed, and what was
+compared.
 Exit code 1 if a check fails. Errors are absolute for probabilities and nats, relative for weights
 and gradients; those of draws are -log10 of the chance that right draws look like that. Runs on the
 CPU. A log_snr process with scale > 1 fails: some of its rates are negative.
@@ -49,7 +50,7 @@ CODE = code_flags(
     "process of --config.",
 )
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Check the process of this model: a run, a checkpoint or a folder."
+    "checkpoint", None, "Check the process of this model, given as for gidd_jax.sample."
 )
 
 

@@ -3,18 +3,19 @@
 Imports neither jax nor anything heavy, so that `--help` answers at once.
 """
 
+import contextlib
 import difflib
 import functools
-import hashlib
 import importlib.util
 import io
 import logging as log
 import os
-import platform
 import re
+import select
 import sys
+import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from gidd_jax.compiled import keep_compiled_programs
 from gidd_jax.errors import InputError, RunError
 
-COMPILED_BYTES = 2 << 30  # of the programs that JAX keeps; those unused the longest go first
 _CONFIG_FLAG = "config"
 _WRITTEN = "\n\t\u200c\u200d"  # with the joiners of Persian, Hindi and emoji
 _OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, directions of writing, halves of characters
@@ -162,6 +163,17 @@ def config_flag(command: CommandFlags, default: str | None = None) -> flags.Flag
     )
 
 
+def checkpoint_flag(command: CommandFlags) -> flags.FlagHolder[str]:
+    """Define `--checkpoint`, the model of a command that needs one."""
+    return command.DEFINE_string(
+        "checkpoint",
+        None,
+        "A run, one of its checkpoints, a Hugging Face folder or owner/name, or a checkpoint of "
+        "the original.",
+        required=True,
+    )
+
+
 class CodeFlags(NamedTuple):
     """The flags of a command that reads models, whose process may be code of its own."""
 
@@ -180,7 +192,8 @@ def code_flags(command: CommandFlags, process_help: str = "") -> CodeFlags:
         command.DEFINE_bool(
             "allow_code",
             False,
-            "Run the code that is recorded in a checkpoint whose process is of somebody's own.",
+            "Run the process code that is recorded in the checkpoint. It is not part of this "
+            "package: read it first.",
         ),
         command.DEFINE_string(
             "process",
@@ -201,7 +214,7 @@ def run(
 
     `--help` shows the docstring of main's module, `examples` and the command's flags. Without flags
     of its own all other arguments are left to main. Ctrl-C ends in one line and exit code 130;
-    `resumes`: the same command goes on where it was.
+    `resumes`: the same command continues where it was.
     """
 
     for stream in (sys.stdout, sys.stderr):
@@ -211,9 +224,11 @@ def run(
 
     def guarded(argv: list[str]) -> None:
         _quieten_libraries()
-        _keep_compiled_programs(command)
+        values = command.values if command else {}
+        keep_compiled_programs("distributed" in values and bool(values["distributed"].value))
         try:
-            main(argv)
+            with _reader_may_leave():
+                main(argv)
         except InputError as error:
             _fail(str(error))
         except RunError as error:
@@ -225,11 +240,27 @@ def run(
         except KeyboardInterrupt:
             if sys.stderr.isatty():  # it shows ^C, and maybe half a progress bar
                 print(file=sys.stderr)
-            again = "goes on from what is done" if resumes else "starts again"
+            again = "continues from what is done" if resumes else "starts again"
             _fail(f"interrupted; no file is half-written: the same command {again}", code=130)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, main, command, examples))
     raise AssertionError("absl's run always exits")
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End with exit code 1 and no message once nobody reads stdout, as after `| head`."""
+    stdout = 1
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(stdout, 0)
+        if not poll.poll(0):  # the pipe is another, such as that of a worker
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # for what Python writes when it ends
+        sys.exit(1)
 
 
 def _quieten_libraries() -> None:
@@ -246,41 +277,6 @@ def _quieten_libraries() -> None:
     handler.setFormatter(log.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
 
 
-def _keep_compiled_programs(command: CommandFlags | None) -> None:
-    """Let JAX keep what it compiles on disk, unless the user's environment says where.
-
-    JAX reads these variables when it is imported, which is after this. Several processes keep
-    nothing: JAX writes the programs of the first alone, which would then compile nothing while the
-    others wait for its part of the autotuning that XLA shares out among GPUs.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return  # its size is the user's, too: a limit makes JAX refuse a folder without one
-    if command and "distributed" in command.values and command.values["distributed"].value:
-        return
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return  # a user without a home
-    folder = cache / "gidd_jax" / "compiled" / _processor()
-    for file in folder.glob("*-cache"):
-        # Left by a process that was killed: with it there JAX would keep nothing more.
-        if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
-            file.unlink(missing_ok=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
-
-
-def _processor() -> str:
-    """Return a name of this kind of CPU: a program that is compiled for one is for its features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = [platform.node()]
-    features = [line for line in lines if line.lower().startswith(("flags", "features"))] or lines
-    digest = hashlib.blake2b(features[0].encode(), digest_size=6)
-    return f"{platform.machine()}-{digest.hexdigest()}"
-
-
 def _fail(message: str, code: int = 2) -> NoReturn:
     print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
@@ -291,7 +287,8 @@ def _parse(
 ) -> list[str]:
     argv = list(argv)
     if {"--help", "-help", "-h", "--helpshort"} & set(argv):
-        print(_help_text(main, command, examples))
+        with _reader_may_leave():
+            print(_help_text(main, command, examples))
         sys.exit(0)
     if command is None:
         flags.FLAGS(argv[:1])
@@ -379,7 +376,22 @@ def _help_text(main: Callable[..., None], command: CommandFlags | None, examples
     text = (sys.modules[main.__module__].__doc__ or "").strip()
     own = [command.values[name] for name in command.values] if command else []
     listing = ["Flags:"] if own else []
+    wrapper = textwrap.TextWrapper(
+        88,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     for flag in sorted(own, key=lambda flag: flag.name):
-        default = "" if flag.default is None else f" (default: {flag.default})"
-        listing.append(flags.text_wrap(f"--{flag.name}: {flag.help}{default}", 88, "      ", "  "))
+        words = " ".join((flag.help or "").replace("|", " | ").split())  # choices can be wrapped
+        listing.append(wrapper.fill(f"--{flag.name}: {words}{_default(flag)}"))
     return "\n\n".join(filter(None, [text, examples.strip(), "\n".join(listing)]))
+
+
+def _default(flag: flags.Flag) -> str:
+    """Return what follows the help of a flag: that it is required, or its default."""
+    if flag.default is None:
+        return "" if all(rule.checker(None) for rule in flag.validators) else " (required)"
+    words = ",".join(flag.default) if isinstance(flag.default, list) else str(flag.default)
+    return f" (default: {words})" if words else ""

@@ -9,15 +9,12 @@ Examples:
   python -m gidd_jax.convert --checkpoint=original/checkpoint --out=gidd-small
 """
 
-from gidd_jax.cli import CommandFlags, code_flags, run
+from gidd_jax.cli import CommandFlags, checkpoint_flag, run
 
 flags = CommandFlags()
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir of a run, one of its checkpoints, or a model.", required=True
-)
+CHECKPOINT = checkpoint_flag(flags)
 OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist.", required=True)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
-CODE = code_flags(flags)
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +23,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.interchange.save import check_new_folder, save_pretrained
 
     out = check_new_folder(OUT.value)  # before the work, not after it
-    save_pretrained(load_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values), out)
+    save_pretrained(load_pretrained(CHECKPOINT.value, ema=EMA.value, built_in=True), out)
     print(f"wrote {out}")
 
 

@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something that ended a run: the message says what, and where the run can go on from."""
+    """Something that ended a run: the message says what, and where the run can continue from."""
 
 
 class DivergenceError(RunError):

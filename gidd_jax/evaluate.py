@@ -9,7 +9,7 @@ Without --data: the run's own validation split, in the rows that training valida
 every document of each corpus, cut into windows so that nothing is dropped. Windows of a document
 overlap at its end; what two windows share counts twice, in nats, tokens and bytes alike.
 
-Prints a table, one line a corpus. --out is JSON, written after each corpus: `checkpoint`, `ema`,
+Prints a table, one line per corpus. --out is JSON, written after each corpus: `checkpoint`, `ema`,
 `process`, `num_samples_t`, `seed`, `batch_size`, `max_seq_len` and `corpora`, a list with for each
 of them:
   data, split, documents, rows, tokens, bytes   what was scored (bytes: UTF-8, of scored tokens;
@@ -28,14 +28,12 @@ of them:
 
 from typing import Any
 
-from gidd_jax.cli import CommandFlags, code_flags, run
+from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 
 flags = CommandFlags()
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
-)
+CHECKPOINT = checkpoint_flag(flags)
 DATA = flags.DEFINE_string(
     "data",
     None,
@@ -45,8 +43,8 @@ DATA = flags.DEFINE_string(
 SPLIT = flags.DEFINE_string(
     "split",
     None,
-    "Of the run's own corpus: train or validation. With --data: the split of tfds: and hf: "
-    "datasets; files are read whole. Default: validation.",
+    "Without --data: train or validation. With --data: the split of a tfds: or hf: dataset (files "
+    "are read whole; of shards only validation). Default: validation.",
 )
 NUM_SAMPLES_T = flags.DEFINE_integer(
     "num_samples_t", 8, "Times drawn per row (diffusion only).", lower_bound=1
@@ -67,7 +65,7 @@ TXT_DOCUMENTS = flags.DEFINE_enum(
     "txt_documents",
     None,
     ["file", "line", "blank_line"],
-    "What a document of a .txt file is. Default: the run's.",
+    "What counts as one document in a .txt file. Default: the run's.",
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 CODE = code_flags(flags)
@@ -159,7 +157,7 @@ def main(argv: list[str]) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return the figures as text, one line a corpus under a line of headers."""
+    """Return the figures as text, one line per corpus under a line of headers."""
     from gidd_jax.evaluation import reports
     from gidd_jax.evaluation.reports import written
 

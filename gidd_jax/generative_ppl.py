@@ -4,7 +4,7 @@ Examples:
   python -m gidd_jax.generative_ppl --samples=samples.npz --scorer=gpt2-large --out=metrics.json
   python -m gidd_jax.generative_ppl --samples=texts.jsonl --scorer=LLAMA --references=val.txt
 
---samples: a file of gidd_jax.sample (.npz), or texts: .txt (one a line), .jsonl,
+--samples: a file of gidd_jax.sample (.npz), or texts: .txt (one per line), .jsonl,
 .jsonl.gz, .jsonl.xz or .parquet (field "text").
 Scorers: any causal language model of Hugging Face through PyTorch (extra `eval`), or without it a
 Llama folder or an autoregressive run in JAX. Repetitive text has a low perplexity: read it together
@@ -46,7 +46,7 @@ BACKEND = flags.DEFINE_enum(
     "backend", "auto", ["auto", "jax", "torch"], "What runs the scorer; auto: jax for Llamas."
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of the scorer's matrix products."
+    "dtype", "float32", ["float32", "bfloat16"], "Precision of the scorer's matrix products."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Samples scored together.", lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer(

@@ -9,7 +9,10 @@ Examples:
       --model_args checkpoint=RUN,ema=True,num_samples_t=128,num_steps=64 --gen_kwargs top_p=0.9
 
 --model_args:
-  checkpoint     workdir of a run, one of its checkpoints, a published folder, or a hub name
+  checkpoint     a run, one of its checkpoints, a Hugging Face folder or owner/name, or a
+                 checkpoint of the original
+  allow_code     run the process code recorded in the checkpoint (default: False)
+  process        FILE.py:CLASS to run instead
   ema            the moving average of the parameters (default: False)
   num_samples_t  times behind the bound of a diffusion model (default: 32)
   check_greedy   whether to answer is_greedy (default: True); False is faster, and enough for

@@ -25,14 +25,12 @@ A figure that the tokens do not determine is null, and `notes` says why.
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, code_flags, run
+from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, run
 from gidd_jax.errors import InputError
 from gidd_jax.sampling.options import SUSPICION_METHODS, SuspicionOptions
 
 flags = CommandFlags()
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
-)
+CHECKPOINT = checkpoint_flag(flags)
 TEXT = flags.DEFINE_string("text", None, "File of the text to mark.")
 EVALUATE = flags.DEFINE_bool("evaluate", False, "Measure on corrupted validation text instead.")
 OUT = flags.DEFINE_string("out", None, "File to write: .html, or .json with --evaluate.")
@@ -51,9 +49,14 @@ CODE = code_flags(flags)
 CORRUPTION = flags.DEFINE_list(
     "corruption", ["0.02", "0.1", "0.3"], "Shares of tokens to replace, separated by commas."
 )
-DATA = flags.DEFINE_string("data", None, "Corpus to corrupt. Default: that of the run.")
+DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Corpus to corrupt: files, a folder or glob of texts, a folder of shards, tfds:NAME, "
+    "hf:OWNER/NAME or 'embedded'. Default: that of the run.",
+)
 SPLIT = flags.DEFINE_string(
-    "split", None, "train or validation of the run's corpus, or that of a dataset (see evaluate)."
+    "split", None, "Split of the corpus, as for gidd_jax.evaluate. Default: validation."
 )
 MAX_DOCUMENTS = flags.DEFINE_integer(
     "max_documents", 200, "Corrupt a random sample of them, always the same.", lower_bound=1

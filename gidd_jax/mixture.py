@@ -18,7 +18,8 @@ class Part(NamedTuple):
 def split_mixture(path: str) -> list[Part]:
     """Return the parts of a data path; one part of weight 1 where it names no weights.
 
-    A weight is a number and a colon before a file, folder, glob, 'tfds:NAME' or folder of shards.
+    A weight is a number and a colon before a file, folder, glob, folder of shards, 'tfds:NAME' or
+    'hf:OWNER/NAME'.
     What exists under a name is meant by it, whatever colons and commas are in there.
     Raises InputError when only some parts have weights, or one does not lie in [1e-6, 1e6].
     """

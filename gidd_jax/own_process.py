@@ -154,7 +154,7 @@ def from_record(record: Any, settings: ProcessSettings, where: object) -> Source
             return source
     raise InputError(
         f"the record of the process in {where} is damaged: read the model with "
-        "--process=FILE.py:CLASS; a run goes on with its file and --allow_config_change"
+        "--process=FILE.py:CLASS; a run continues with its file and --allow_config_change"
     )
 
 

@@ -15,7 +15,9 @@ flags.DEFINE_string(
     "path", None, "Corpus, as data.path: files, folders, globs, tfds:NAME, hf:OWNER/NAME."
 )
 flags.DEFINE_string("tokenizer", None, "embedded, a local folder or a Hugging Face hub name.")
-flags.DEFINE_string("out", None, "Folder for the shards; an unfinished one is continued.")
+flags.DEFINE_string(
+    "out", None, "Folder for the shards; an unfinished one is continued.", required=True
+)
 flags.DEFINE_integer("seq_len", 512, "Tokens per row.", lower_bound=2)
 flags.DEFINE_string("mode", "packed", "crop | packed | padded, as data.mode.")
 flags.DEFINE_string(
@@ -24,7 +26,11 @@ flags.DEFINE_string(
     "Rule of the validation split, as data.validation.",
 )
 flags.DEFINE_string("text_key", "text", "Field of the text in jsonl, parquet, tfds and hf.")
-flags.DEFINE_string("txt_documents", "blank_line", "Document of a .txt: file|line|blank_line.")
+flags.DEFINE_string(
+    "txt_documents",
+    "blank_line",
+    "What counts as one document in a .txt file: file, line or blank_line.",
+)
 flags.DEFINE_integer("num_workers", 2, "Processes that tokenise.", lower_bound=1)
 flags.DEFINE_integer("shard_size", 10_000, "Documents per shard.", lower_bound=1)
 flags.DEFINE_bool("verify", False, "Only hash the shards in --out against the manifest.")

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     settings, workdir = Settings.from_config(CONFIG.value), Path(WORKDIR.value)
     train(settings, workdir)
     if find_checkpoint(workdir).step < settings.train.num_steps:
-        return  # stopped by a signal; the same command goes on
+        return  # stopped by a signal; the same command continues
 
     # Who names a file to train with has said that its code may run.
     own = settings.process.name if split_own_process(settings.process.name) else None

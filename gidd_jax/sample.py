@@ -13,19 +13,17 @@ log-probability in the network call that put it there, and the number of that st
 texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
 
-from gidd_jax.cli import CommandFlags, code_flags, printable, run
+from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, printable, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
 from gidd_jax.sampling.options import GRIDS, METHODS, SamplerOptions
 
 flags = CommandFlags()
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
-)
+CHECKPOINT = checkpoint_flag(flags)
 NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Sequences to draw. Default: 16, or one for each prompt.", lower_bound=1
 )
-PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be repeated.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue")
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .npz.")
 TRACE = flags.DEFINE_string("trace", None, "File for every change on the way, ending in .npz.")
 REPLAY = flags.DEFINE_string("replay", None, "Page that plays the changes, ending in .html.")
@@ -44,10 +42,19 @@ OPTIONS = {
         None,
         f"Denoising steps, each at most one network call. Default: {SamplerOptions.num_steps}.",
     ),
-    "method": flags.DEFINE_enum("method", None, METHODS, f"Default: {SamplerOptions.method}."),
-    "grid": flags.DEFINE_enum("grid", None, GRIDS, "Times; reference: the original's."),
+    "method": flags.DEFINE_enum(
+        "method", None, METHODS, f"Sampler. Default: {SamplerOptions.method}."
+    ),
+    "grid": flags.DEFINE_enum(
+        "grid",
+        None,
+        GRIDS,
+        "How the times of the steps are spaced; `reference` is the original code's grid.",
+    ),
     "temperature": flags.DEFINE_float(
-        "temperature", None, "Of the predicted distribution; 0 is greedy."
+        "temperature",
+        None,
+        "Temperature of the predicted distribution; 0 takes the most probable token.",
     ),
     "top_k": flags.DEFINE_integer("top_k", None, "Draw from the top_k most probable tokens."),
     "top_p": flags.DEFINE_float("top_p", None, "Draw from the most probable tokens of this sum."),

@@ -6,10 +6,10 @@ Examples:
     --replay=replay.html
 
 --samples: a file of gidd_jax.sample (.npz; all tokens of its sequences may change), or of texts:
-.txt (one a line), .jsonl, .jsonl.gz, .jsonl.xz or .parquet (field "text"). In each step (arXiv
+.txt (one per line), .jsonl, .jsonl.gz, .jsonl.xz or .parquet (field "text"). In each step (arXiv
 2503.04482, section 5.3) the network proposes a token for every position and the most probable
 changes are made; every text stops by itself. Writes the corrected ids and texts, and beside them a
-.csv file with one line a text: initial and final self-accuracy (share of tokens that are the
+.csv file with one line per text: initial and final self-accuracy (share of tokens that are the
 network's first choice), number of changed tokens, steps, whether it converged and whether it was
 stopped early by --patience. --replay writes a page that plays the corrections, --trace the file
 behind it (see gidd_jax.replay).
@@ -17,13 +17,11 @@ behind it (see gidd_jax.replay).
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, code_flags, printable, run
+from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, printable, run
 from gidd_jax.sampling.options import CorrectionOptions
 
 flags = CommandFlags()
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True
-)
+CHECKPOINT = checkpoint_flag(flags)
 SAMPLES = flags.DEFINE_string(
     "samples", None, "File of samples (.npz), or of texts.", required=True
 )

@@ -17,7 +17,7 @@ from gidd_jax.cli import load_config, nearest
 from gidd_jax.errors import InputError
 from gidd_jax.mixture import split_mixture
 
-# What may differ when a run goes on in its workdir: none of these changes the numbers of a step,
+# What may differ when a run continues in its workdir: none of these changes the numbers of a step,
 # except that a new run length stretches the learning-rate schedule from there on.
 MAY_CHANGE_ON_RESUME = (
     "train.num_steps",

@@ -7,7 +7,7 @@ Examples:
 
 The config has two sections: `base`, a config of gidd_jax.train, and `grid`, which names keys of it
 and gives each a tuple of values. Every combination is a run of its own, in a workdir as
-gidd_jax.train makes it: WORKDIR/runs/KEY=VALUE+... The same command goes on after a stop; what is
+gidd_jax.train makes it: WORKDIR/runs/KEY=VALUE+... The same command continues after a stop; what is
 finished is not repeated.
 Programs are compiled once for all runs that they fit, such as those that differ in the seed: JAX
 keeps them on disk. Runs go in turn: several seeds as one program were no faster on CPU
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         logging.info("Run %d of %d: %s", number, len(runs), one.name)
         result = grid.finish(one, workdir / "runs" / one.name)
         if result is None:
-            return  # stopped by a signal; the same command goes on
+            return  # stopped by a signal; the same command continues
         rows.append({**one.values, **result})
         write_csv(workdir / "sweep.csv", rows)
     keys, unigram = list(runs[0].values), grid.unigram_baseline(runs[0].settings)

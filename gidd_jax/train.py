@@ -1,4 +1,4 @@
-"""Train a GIDD, MDLM or autoregressive language model; a run in an existing workdir goes on.
+"""Train a GIDD, MDLM or autoregressive language model; a run in an existing workdir continues.
 
 Examples:
   python -m gidd_jax.train --config=configs/quickstart.py --workdir=outputs/quickstart
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     DISTRIBUTED.start()
     figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value, ALLOW_CODE.value)
     words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())
-    print(f"validation: {words or 'none'}\nworkdir: {workdir}")
+    print(f"validation: {words or 'none before the stop'}\nworkdir: {workdir}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 #     launch/tpu_vm.sh keep --config=gidd:small --workdir=/mnt/bucket/runs/small
 #   launch/tpu_vm.sh create | install | run ARGS... | logs | delete | keep ARGS...
 #
-# keep does all of it, and makes a preempted slice again: the run goes on from the newest
+# keep does all of it, and makes a preempted slice again: the run continues from the newest
 # checkpoint of its workdir, which must outlive the slice: BUCKET=name is mounted at /mnt/bucket.
 # DRY_RUN=1 prints the gcloud commands.
 set -euo pipefail

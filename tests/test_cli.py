@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from gidd_jax import cli
+from gidd_jax import cli, compiled
 from gidd_jax.cli import (
     config_folder,
     find_config,
@@ -32,6 +32,11 @@ from gidd_jax.errors import InputError
 flags = cli.CommandFlags()
 CONFIG = cli.config_flag(flags, {default!r})
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+flags.DEFINE_list("shares", ["0.02", "0.1"], "Shares.")
+flags.DEFINE_list("compare", [], "Runs.")
+flags.DEFINE_enum("method", None, ["_".join(20 * [word]) for word in ("a", "b", "c")], "How.")
+flags.DEFINE_integer("num", None, "How many.", lower_bound=1)
+{required}
 def main(argv):
     import sys
     print("heavy:", sorted({{"jax", "flax", "transformers", "grain"}} & set(sys.modules)))
@@ -50,6 +55,10 @@ def main(argv):
         jax.jit(lambda x: x + 1)(1.0)
         kept = jax.config.values
         print("kept:", kept["jax_compilation_cache_dir"], kept["jax_compilation_cache_max_size"])
+    if WORKDIR.value == "talks":
+        print("much\\n" * 100_000)
+    if WORKDIR.value == "worker":
+        raise BrokenPipeError(32, "Broken pipe")
     if WORKDIR.value == "bug":
         raise RuntimeError("a bug")
 if __name__ == "__main__":
@@ -61,9 +70,11 @@ if __name__ == "__main__":
 def command(tmp_path):
     """Return a function that runs a small command elsewhere and returns its result."""
 
-    def run(*args: str, default: str | None = "quickstart", resumes: bool = False):
+    def run(
+        *args: str, default: str | None = "quickstart", resumes: bool = False, required: str = ""
+    ):
         script = tmp_path / "command.py"
-        script.write_text(COMMAND.format(default=default, resumes=resumes))
+        script.write_text(COMMAND.format(default=default, resumes=resumes, required=required))
         return subprocess.run(
             [sys.executable, str(script), *args],
             cwd=tmp_path,
@@ -84,7 +95,20 @@ def test_help_is_quick_and_shows_only_our_flags(command):
     assert result.stdout.startswith("What it does.\n\nExamples:\n  python -m command")
     assert "--workdir: Folder of the run." in result.stdout
     assert "gidd, mdlm, quickstart" in result.stdout
-    assert result.stdout.count("\n  --") == 2  # none of absl's own
+    assert result.stdout.count("\n  --") == 6  # none of absl's own
+
+
+def test_help_says_what_is_required_and_what_is_left_out(command):
+    lines = command("--help", required="cli.checkpoint_flag(flags)").stdout.splitlines()
+    assert "  --shares: Shares. (default: 0.02,0.1)" in lines
+    assert "  --compare: Runs." in lines
+    assert "  --num: How many." in lines
+    assert [line for line in lines if "(required)" in line] == [
+        "      checkpoint of the original. (required)"
+    ]
+    assert max(map(len, lines)) <= 88
+    for choice in ("a", "b", "c"):  # none is cut in two
+        assert any("_".join(20 * [choice]) in line for line in lines)
 
 
 def test_the_default_config_is_found_from_any_folder_without_heavy_imports(command):
@@ -169,8 +193,29 @@ def test_a_full_disk_is_one_line_and_exit_code_1(command):
     assert result.stderr == "error: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.parametrize("flag", ["--workdir=talks", "--workdir=few", "--help"])
+def test_nothing_is_said_when_nobody_reads_on(command, tmp_path, flag):
+    command("--help")  # writes the script
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "command.py"), flag],
+        cwd=tmp_path,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_another_broken_pipe_is_an_error(command):
+    result = command("--workdir=worker")
+    assert (result.returncode, result.stderr) == (1, "error: [Errno 32] Broken pipe\n")
+
+
 @pytest.mark.parametrize(
-    ("resumes", "again"), [(False, "starts again"), (True, "goes on from what is done")]
+    ("resumes", "again"), [(False, "starts again"), (True, "continues from what is done")]
 )
 def test_ctrl_c_is_one_line_and_exit_code_130(command, resumes, again):
     result = command("--workdir=long", resumes=resumes)
@@ -215,7 +260,7 @@ def test_a_short_name_means_one_config():
 def test_configs_inside_the_package_are_found_as_a_wheel_ships_them(tmp_path):
     package = tmp_path / "site" / "gidd_jax"
     shutil.copytree(config_folder(), package / "configs")
-    for name in ("__init__.py", "cli.py", "errors.py"):
+    for name in ("__init__.py", "cli.py", "compiled.py", "errors.py"):
         shutil.copy(Path(cli.__file__).parent / name, package)
     code = (
         "from gidd_jax import cli; print(cli.load_config('configs/mdlm.py:tiny').model.num_layers)"
@@ -261,7 +306,7 @@ def test_compiled_programs_are_kept_in_the_users_cache(command, tmp_path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     printed = command("--workdir=compiles").stdout
     (folder,) = (tmp_path / "cache/gidd_jax/compiled").iterdir()
-    assert f"kept: {folder} {cli.COMPILED_BYTES}" in printed
+    assert f"kept: {folder} {compiled.MOST_BYTES}" in printed
     (kept,) = folder.glob("jit__lambda*-cache")
     # What a killed process left would stop JAX from writing: it is dropped.
     kept.with_name(kept.name.replace("-cache", "-atime")).unlink()
@@ -303,11 +348,9 @@ print(own["sample"].values.seed, own["highlight"].values.seed, flags.FLAGS.verbo
 
 @pytest.mark.parametrize("several", [False, True])
 def test_several_processes_keep_no_programs(monkeypatch, several):
-    command = cli.CommandFlags()
-    command.DEFINE_bool("distributed", several, "One of several.")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "restored afterwards")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "restored afterwards")
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
         del os.environ[name]
-    cli._keep_compiled_programs(command)
+    compiled.keep_compiled_programs(several)
     assert ("JAX_COMPILATION_CACHE_DIR" in os.environ) is not several

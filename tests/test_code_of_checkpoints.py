@@ -128,7 +128,7 @@ def test_a_run_whose_file_is_gone_goes_on_with_what_is_recorded(copy, trained, c
     own = run_source("run", settings.process, allow_code=True)
     assert own is not None
     assert (own.name, own.text) == ("cosine.py:CosineProcess", text)
-    assert "cosine.py is gone: going on with the text recorded in run" in caplog.text
+    assert "cosine.py is gone: continuing with the text recorded in run" in caplog.text
     check_workdir("run", settings, own)
     assert "no such file: other.py" in refused(
         run_source, "none", settings_of(trained, "other.py:P").process

@@ -1,5 +1,6 @@
 """The console command: what it lists, what it starts, what it refuses."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -92,3 +93,17 @@ def test_what_is_no_command_is_one_line_and_exit_code_2(args, message):
     assert result.returncode == 2
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
+
+
+def test_the_help_of_the_harness_names_what_a_model_takes():
+    source = (ROOT / "gidd_jax" / "evaluation" / "harness_model.py").read_text("utf-8")
+    (made,) = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    taken = [a.arg for a in [*made.args.args[1:], *made.args.kwonlyargs]]
+    of_lm_eval = {"batch_size", "device", "max_batch_size"}
+    text = (ROOT / "gidd_jax" / "harness.py").read_text("utf-8").partition("\n--model_args:\n")[2]
+    listed = re.findall(r"^  (\w+)  ", text.partition("\n\n")[0], re.MULTILINE)
+    assert set(listed) == set(taken) - of_lm_eval

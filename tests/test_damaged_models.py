@@ -66,7 +66,7 @@ def test_every_command_names_the_damaged_array(runs, tmp_path, command, name, fl
     step = folder / name / "checkpoints" / "4"
     assert f"checkpoint {step} is damaged (1 of the " in str(error.value)
     assert f"numbers in params.{arrays[name]} are NaN or infinite)" in str(error.value)
-    assert str(error.value).endswith("delete it to go on from step 3")
+    assert str(error.value).endswith("delete it to continue from step 3")
     assert not (tmp_path / "new").exists()
 
 

@@ -111,7 +111,7 @@ def results(folder) -> dict[str, Result]:
 def test_one_line_and_exit_code_130(results, folder, name):
     code, err = results[name]
     assert code == 130, err
-    again = "goes on from what is done" if name in RESUMED else "starts again"
+    again = "continues from what is done" if name in RESUMED else "starts again"
     assert err.splitlines()[-1] == (
         f"error: interrupted; no file is half-written: the same command {again}"
     )

@@ -227,6 +227,20 @@ def command(name: str, *words: str, folder: Path) -> subprocess.CompletedProcess
     )
 
 
+def test_convert_refuses_by_the_settings_alone(here):
+    """No flag is asked for that would run code, and then be of no use."""
+    result = command("convert", "--checkpoint=run", "--out=converted", folder=here)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: the process of {find_checkpoint('run').folder} is code of its own, "
+        "cosine.py:CosineProcess, which no published format can hold: give a model whose process "
+        "is built in (hybrid, masked, log_snr)\n"
+    )
+    result = command("convert", "--checkpoint=run", "--out=converted", "--allow_code", folder=here)
+    assert "Unknown command line flag 'allow_code'" in result.stderr
+    assert not (here / "converted").exists()
+
+
 def test_the_sample_command_refuses_and_runs(here):
     flags = "--checkpoint=run", "--num_samples=1", "--num_steps=2"
     result = command("sample", *flags, folder=here)

@@ -124,7 +124,8 @@ def test_interrupted_run_is_one_line_and_goes_on(corpus, tmp_path, moment):
     err = process.communicate(timeout=60)[1]
     assert (process.returncode, err) == (
         130,
-        "error: interrupted; no file is half-written: the same command goes on from what is done\n",
+        "error: interrupted; no file is half-written: "
+        "the same command continues from what is done\n",
     )
     assert workers
     while any(Path(f"/proc/{p}").exists() for p in workers) and time.monotonic() < deadline:

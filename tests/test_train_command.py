@@ -100,8 +100,8 @@ def test_kill_9_and_sigterm_leave_a_run_that_goes_on_bitwise(folder, finished):
     stopped = run_train(folder, workdir, signal.SIGTERM, 3)
     assert stopped.code == 0, stopped.err
     last = saved[-1] + 3  # it finished its third step
-    assert f"Going on from step {saved[-1]}" in stopped.err
-    assert f"Stopped after step {last}: the same command goes on from there" in stopped.err
+    assert f"Continuing from step {saved[-1]}" in stopped.err
+    assert f"Stopped after step {last}: the same command continues from there" in stopped.err
     assert steps_on_disk(workdir)[-1] == last
     assert list(figures_by_step(workdir)) == list(range(1, last + 1))
 

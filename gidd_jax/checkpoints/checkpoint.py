@@ -252,7 +252,7 @@ class Checkpointer:
                 raise
             raise StorageError(
                 f"a checkpoint could not be written to {self._root} ({first_line(error)}): make "
-                f"room or mend the folder; the same command goes on from {self._last_words()}"
+                f"room or mend the folder; the same command continues from {self._last_words()}"
             ) from error
 
     def _last_words(self) -> str:
@@ -360,7 +360,7 @@ def _damaged(checkpoint: Checkpoint, error: Exception) -> InputError:
         return InputError(f"checkpoint {checkpoint.folder} cannot be read now: {first_line(error)}")
     steps = ocp.utils.checkpoint_steps(checkpoint.folder.parent)
     older = [step for step in steps if step < checkpoint.step]
-    fix = f"delete it to go on from step {max(older)}" if older else "there is no older one"
+    fix = f"delete it to continue from step {max(older)}" if older else "there is no older one"
     return InputError(f"checkpoint {checkpoint.folder} is damaged ({first_line(error)}): {fix}")
 
 

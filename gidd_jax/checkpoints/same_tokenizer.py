@@ -1,4 +1,4 @@
-"""Whether a run that goes on gives texts the ids that it gave them before."""
+"""Whether a run that continues gives texts the ids that it gave them before."""
 
 from absl import logging
 

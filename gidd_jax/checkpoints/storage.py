@@ -70,7 +70,7 @@ def named_failures(folder: epath.Path) -> Iterator[None]:
             raise
         raise StorageError(
             f"{folder} could not be written ({first_line(error)}): check the network and your "
-            "rights in the bucket; the same command goes on from the last checkpoint"
+            "rights in the bucket; the same command continues from the last checkpoint"
         ) from error
 
 

@@ -129,10 +129,12 @@ def run_source(
     if not allow_code:
         raise InputError(
             f"{settings.name}: no such file: {path}; its text (sha256 {short}) is recorded in "
-            f"{workdir}: put the file back, or pass --allow_code to gidd_jax.train to go on with "
-            "what is recorded"
+            f"{workdir}: put the file back, or pass --allow_code to gidd_jax.train to continue "
+            "with what is recorded"
         )
-    logging.warning("%s is gone: going on with the text recorded in %s (%s)", path, workdir, short)
+    logging.warning(
+        "%s is gone: continuing with the text recorded in %s (%s)", path, workdir, short
+    )
     return Source(path, class_name, recorded.text)
 
 
@@ -186,7 +188,7 @@ def _warn_of_change(root: epath.Path, own: Source | None) -> None:
     except InputError as error:
         change = str(error)
     if change:
-        logging.warning("%s: going on with the file as it is", change)
+        logging.warning("%s: continuing with the file as it is", change)
 
 
 @contextlib.contextmanager

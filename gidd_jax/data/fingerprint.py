@@ -1,4 +1,4 @@
-"""What a corpus was, so that a run that goes on notices when it has changed.
+"""What a corpus was, so that a run that continues notices when it has changed.
 
 A file is told by its size and its contents, under its name relative to the data path: a folder may
 move. Shards are told by the hashes of their manifest, datasets by their version and size.

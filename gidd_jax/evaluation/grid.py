@@ -71,7 +71,7 @@ def plan_runs(config: Any) -> list[Run]:
 
 
 def finish(one: Run, folder: Path) -> dict[str, Any] | None:
-    """Train a run to its end, or go on with it, and return its step, seconds and figures.
+    """Train a run to its end, or continue it, and return its step, seconds and figures.
 
     What is finished is only read. None: a signal stopped the run before its end. Raises InputError
     when the folder belongs to a run with other settings, RunError when training failed.

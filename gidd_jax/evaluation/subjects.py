@@ -90,6 +90,8 @@ def built_in_process(description: str) -> InterpolatingProcess:
     name, _, rest = description.partition(":")
     if name == "autoregressive":
         raise InputError("--process=autoregressive: only diffusion has a process to check")
+    if name.endswith(".py"):
+        raise InputError(f"--process={description}: name its class too: {name}:CLASS")
     if name not in PROCESSES:
         raise InputError(
             f"--process={description}: unknown process {name!r}: {nearest(name, PROCESSES)}; "

@@ -121,10 +121,9 @@ class Gidd:
         length: tokens of a sequence, prompt included (default: the context); new_tokens: how many
         to add to each prompt instead of filling the length. `changes` are fields of `options`,
         such as num_steps=64. trace: return every change on the way, too (see
-        `sampling.trace`). Batches are
-        split over the local devices; a sample depends on the seed, its number and its prompt, not
-        on the batch. Raises InputError for options outside their range, and prompts that do not
-        fit.
+        `sampling.trace`). Batches are split over the local devices; a sample depends on the seed,
+        its number and its prompt, not on the batch. Raises InputError for options outside their
+        range, and prompts that do not fit.
         """
         length = self.max_seq_len if length is None else length
         if not 1 <= length <= self.max_seq_len:

@@ -14,7 +14,7 @@ from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
-from gidd_jax.interchange.folders import from_hugging_face, from_original
+from gidd_jax.interchange.folders import PROCESSES, from_hugging_face, from_original
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.weight_files import (
     INDEX_FILE,
@@ -28,13 +28,17 @@ from gidd_jax.own_process import (
     recorded_source,
 )
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.settings import ProcessSettings, Settings
+from gidd_jax.settings import ProcessSettings, Settings, split_own_process
 from gidd_jax.training.build import build_objective, build_process
 from gidd_jax.training.step import abstract_params
 
 # What a hub folder is asked for: no code, no pickles.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _NOT_CAUSAL = "{} is a diffusion model: give an autoregressive one, it has an exact likelihood"
+_NOT_BUILT_IN = (
+    "the process of {} is code of its own, {}, which no published format can hold: give a model "
+    f"whose process is built in ({', '.join(PROCESSES)})"
+)
 
 
 def load_pretrained(
@@ -44,6 +48,7 @@ def load_pretrained(
     allow_code: bool = False,
     process: str | None = None,
     causal: bool = False,
+    built_in: bool = False,
 ) -> Pretrained:
     """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
 
@@ -51,17 +56,27 @@ def load_pretrained(
     original's training (model.pt and config.yaml; needs PyTorch). ema: the moving average of the
     parameters, which only `gidd_jax.train` keeps. A model with a process of its own is refused
     unless allow_code (run the text recorded in the checkpoint) or process (run this FILE.py:CLASS
-    in its place) says otherwise. causal: only autoregressive models; a run of diffusion is refused
-    by its settings, whoever's process it has. Raises InputError when no model is there, or it is
-    damaged or of an unknown architecture.
+    in its place) says otherwise. causal, built_in: only autoregressive models, only processes of
+    this package; runs with others are refused by their settings, before any code runs. Raises
+    InputError when no model is there, or it is damaged or of an unknown architecture.
     """
     consent = Consent(allow_code, process)
+
+    def of_run(checkpoint: Checkpoint) -> Pretrained:
+        settings = Settings.from_saved(checkpoint.config())
+        name = settings.process.name
+        if causal and name != "autoregressive":
+            raise InputError(_NOT_CAUSAL.format(checkpoint.folder))
+        if built_in and split_own_process(name) is not None:
+            raise InputError(_NOT_BUILT_IN.format(checkpoint.folder, name))
+        return _from_checkpoint(checkpoint, settings, ema, consent)
+
     if "://" in str(path):
-        return _from_checkpoint(find_checkpoint(path), ema, consent, causal)
+        return of_run(find_checkpoint(path))
     folder = _local_folder(str(path))
     is_hugging_face, is_original = _is_hugging_face(folder), (folder / "config.yaml").is_file()
     if (folder / CHECKPOINTS).is_dir() or not (is_hugging_face or is_original):
-        return _from_checkpoint(find_checkpoint(folder), ema, consent, causal)
+        return of_run(find_checkpoint(folder))
     check_no_process_given(consent, path, "built in")
     if ema:
         raise InputError(f"{path} has no moving average of the parameters: load it without ema")
@@ -120,11 +135,8 @@ def _own_source(
 
 
 def _from_checkpoint(
-    checkpoint: Checkpoint, ema: bool, consent: Consent, causal: bool
+    checkpoint: Checkpoint, settings: Settings, ema: bool, consent: Consent
 ) -> Pretrained:
-    settings = Settings.from_saved(checkpoint.config())
-    if causal and settings.process.name != "autoregressive":
-        raise InputError(_NOT_CAUSAL.format(checkpoint.folder))
     own = _own_source(checkpoint, settings.process, consent)
     tokenizer = checkpoint.tokenizer()
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)

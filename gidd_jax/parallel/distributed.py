@@ -50,12 +50,15 @@ def distributed_flags(flags: CommandFlags) -> DistributedFlags:
         flags.DEFINE_bool(
             "distributed",
             False,
-            "One of several processes that run the same command. JAX finds the others on TPU pods, "
-            "SLURM, Open MPI and Kubernetes; elsewhere give the three flags below.",
+            "Run as one of several processes with the same command. JAX finds the others on TPU "
+            "pods, SLURM, Open MPI and Kubernetes; elsewhere also give --coordinator_address, "
+            "--num_processes and --process_id.",
         ),
         flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0."),
         flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1),
-        flags.DEFINE_integer("process_id", None, "Number of this one, from 0.", lower_bound=0),
+        flags.DEFINE_integer(
+            "process_id", None, "Number of this process, counted from 0.", lower_bound=0
+        ),
     )
 
 

@@ -54,7 +54,7 @@ def train(
     profile: bool = False,
     allow_code: bool = False,
 ) -> dict[str, Any]:
-    """Train to settings.train.num_steps, going on from the newest checkpoint in the workdir.
+    """Train to settings.train.num_steps, continuing from the newest checkpoint in the workdir.
 
     `profile` writes a trace of PROFILED_STEPS steps, the second of this start and those after it,
     into the workdir's tensorboard folder. `allow_code` runs the recorded text of a process of the
@@ -102,7 +102,7 @@ def train(
             state, position = checkpointer.restore(abstract_state)
             check_same_tokenizer(find_checkpoint(workdir), tokenizer, settings)
             batches.set_state(position)
-            logging.info("Going on from step %d of %s", state.step, workdir)
+            logging.info("Continuing from step %d of %s", state.step, workdir)
         open_workdir(workdir, settings, tokenizer, own)
         describe_data(batches, validation)
         logging.info("\n%s", parameter_overview.get_parameter_overview(state.params))
@@ -163,7 +163,7 @@ def train(
                 checkpointer.save(step, state, batches.get_state(), force=True)
             if stop:
                 checkpointer.wait()
-                logging.info("Stopped after step %d: the same command goes on from there", step)
+                logging.info("Stopped after step %d: the same command continues from there", step)
                 break
         if first >= num_steps:
             figures = evaluate(eval_fn, state, validation, eval_key, mesh)
@@ -362,7 +362,8 @@ class Reporter:
         except InputError:
             return "there is no checkpoint yet; lower optimizer.learning_rate"
         return (
-            f"the last good checkpoint is {good}; lower optimizer.learning_rate and go on from it"
+            f"the last good checkpoint is {good}; lower optimizer.learning_rate and continue "
+            "from it"
         )
 
 

@@ -185,7 +185,7 @@ class MetricWriter:
 
 
 class Progress:
-    """Shows figures, speed and time left: a bar on a terminal, else one log line a report."""
+    """Shows figures, speed and time left: a bar on a terminal, else one log line per report."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ def check_wandb() -> None:
 def _start_wandb(home: epath.Path, folder: epath.Path, project: str) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    # Kept in the workdir, so that a resumed run goes on in the same W&B run.
+    # Kept in the workdir, so that a resumed run continues in the same W&B run.
     path = home / "wandb_run_id"
     with named_failures(home):
         if not path.exists():

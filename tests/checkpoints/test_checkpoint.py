@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_named_with_the_older_one(tmp_path, open_in, dam
             checkpointer.restore(abstract(state))
         message = str(caught.value)
         assert "checkpoints/2 is damaged" in message
-        assert message.endswith("delete it to go on from step 1")
+        assert message.endswith("delete it to continue from step 1")
         assert "\n" not in message
         restored, _ = checkpointer.restore(abstract(state), step=1)
     assert_same(restored, make_state(1))
@@ -350,7 +350,7 @@ def test_a_full_disk_is_named_and_the_last_step_stays(tmp_path, open_in):
             checkpointer.wait()
 
     state, old = make_state(1), resource.getrlimit(resource.RLIMIT_FSIZE)
-    message = r"a checkpoint could not be written to .*: make room .* goes on from step 1"
+    message = r"a checkpoint could not be written to .*: make room .* continues from step 1"
     try:
         with pytest.raises(StorageError, match=message):
             fill()

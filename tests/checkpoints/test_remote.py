@@ -140,7 +140,7 @@ def test_a_step_counts_when_it_is_complete(bucket):
         checkpointer.save(1, STATE, {"next_index": 1})
     bucket.refuse = "POST .*/2/commit_success.txt"
     with (
-        pytest.raises(StorageError, match=r"goes on from step 1$"),
+        pytest.raises(StorageError, match=r"continues from step 1$"),
         open_in(workdir) as checkpointer,
     ):
         checkpointer.save(2, STATE, {"next_index": 2})  # leaving the block waits for it

@@ -1,4 +1,4 @@
-"""A run that goes on gives texts the ids that it gave them before, or says that it does not."""
+"""A run that continues gives texts the ids that it gave them before, or says that it does not."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A run that goes on notices that its corpus has changed, and names the file."""
+"""A run that continues notices that its corpus has changed, and names the file."""
 
 import json
 import shutil

@@ -310,6 +310,7 @@ def test_the_processes_that_flags_name(tmp_path):
         ("masked", None, True): "error: --allow_code is for the code in a --checkpoint: leave it",
         ("autoregressive", None): "error: --process=autoregressive: only diffusion has",
         ("hybird:p_uniform=1", None): "unknown process 'hybird': did you mean hybrid?",
+        ("own.py", None): "error: --process=own.py: name its class too: own.py:CLASS",
         ("hybrid", None): "error: --process=hybrid: p_uniform is missing: add it",
         ("hybrid:p_uniform", None): "'p_uniform' must be KEY=VALUE",
         ("hybrid:p_uniform=x", None): "p_uniform must be a number",

@@ -169,7 +169,7 @@ def test_a_killed_pair_goes_on_and_is_read_on_other_devices(folder, finished):
     assert steps_on_disk(workdir) == [4]
     again = run_two(folder, workdir)
     assert [end.code for end in again] == [0, 0], again[0].err
-    assert "Going on from step 4" in again[0].err
+    assert "Continuing from step 4" in again[0].err
     found, wanted = saved_arrays(workdir), saved_arrays(finished)
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
@@ -192,7 +192,7 @@ def test_sigterm_to_one_stops_all_after_one_step(folder, finished, compile_quick
     assert [end.code for end in ended] == [0, 0], ended[0].err
     last = steps_on_disk(workdir)[-1]
     assert 4 <= last < 10
-    assert f"Stopped after step {last}: the same command goes on from there" in ended[0].err
+    assert f"Stopped after step {last}: the same command continues from there" in ended[0].err
     # Elsewhere: one process with eight devices, and another mesh.
     settings = tiny_settings(folder, **CHANGES, **{"mesh.data": 2, "mesh.fsdp": 4})
     train(settings, workdir)

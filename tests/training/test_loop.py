@@ -177,7 +177,7 @@ def test_another_config_in_the_same_workdir(finished, folder, tmp_path):
     assert "\n" not in message
     assert contents(workdir) == before
 
-    # Asked to, it goes on from its last step with the new config, and is that run from then on.
+    # Asked to, it continues from its last step with the new config, and is that run from then on.
     for step in (16, 20):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     settings = tiny_settings(folder, **{**RUN, "data.mode": "padded"})
@@ -341,7 +341,7 @@ def test_a_diverged_run_stops_and_saves_nothing_broken(
     assert "\n" not in message
     assert steps_on_disk(workdir) == [2, 4]
     assert all(np.all(np.isfinite(array)) for array in saved_arrays(workdir).values())
-    # The command goes on from there once the cause is gone.
+    # The command continues from there once the cause is gone.
     monkeypatch.undo()
     train(settings, workdir)
     assert_same_arrays(saved_arrays(workdir, 8), saved_arrays(finished.workdir, 8))
