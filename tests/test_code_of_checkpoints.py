@@ -25,7 +25,6 @@ COMMANDS = {
     "self_correct": ["--checkpoint=run", "--samples=texts.txt", "--out=corrected.npz"],
     "highlight": ["--checkpoint=run", "--text=texts.txt", "--out=page.html"],
     "evaluate": ["--checkpoint=run"],
-    "convert": ["--checkpoint=run", "--out=published"],
     "plots": ["--workdir=run"],
     "check": ["--checkpoint=run"],
 }
@@ -65,6 +64,17 @@ def test_no_command_runs_it_unasked(trained, name):
     for flag in ("allow_code", "process"):
         assert f"--{flag}" in line
         assert flag in flags
+
+
+def test_convert_refuses_by_the_settings(trained):
+    """No published format holds such a process: neither flag would help, and none is offered."""
+    result = command("convert", "--checkpoint=run", "--out=published", folder=trained)
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert "cosine.py:CosineProcess, which no published format can hold" in line
+    assert "--" not in line
+    assert not (trained / "ran").exists()
+    assert not (trained / "published").exists()
 
 
 def test_a_scorer_is_judged_by_its_settings(trained):
