@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     DISTRIBUTED.start()
     figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value, ALLOW_CODE.value)
     words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())
-    print(f"validation: {words or 'none before the stop'}\nworkdir: {workdir}")
+    print(f"validation: {words or 'none since this start'}\nworkdir: {workdir}")
 
 
 if __name__ == "__main__":

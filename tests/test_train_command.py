@@ -103,6 +103,7 @@ def test_kill_9_and_sigterm_leave_a_run_that_goes_on_bitwise(folder, finished):
     assert f"Continuing from step {saved[-1]}" in stopped.err
     assert f"Stopped after step {last}: the same command continues from there" in stopped.err
     assert steps_on_disk(workdir)[-1] == last
+    assert f"validation: none since this start\nworkdir: {workdir}" in stopped.out
     assert list(figures_by_step(workdir)) == list(range(1, last + 1))
 
     assert run_train(folder, workdir).code == 0
