@@ -1,4 +1,4 @@
-"""Check a mixing process, built-in or your own: is it legal, and do weights, draws and bound agree?
+"""Check a mixing process: is it legal, do weights, draws and bound agree? And what samplers draw.
 
 Examples:
   python -m gidd_jax.check
@@ -9,6 +9,8 @@ Examples:
   python -m gidd_jax.check --config.process.name=cosine.py:CosineProcess \\
       --config.process.options='mask_share=0.8'
   python -m gidd_jax.check --checkpoint=outputs/quickstart
+  python -m gidd_jax.check --sampler --process=hybrid:p_uniform=0.2 --out=laws.json
+  python -m gidd_jax.check --sampler --methods=ancestral,entropy_bound:epsilon=0 --told=position
 
 Your own process is two functions of t, made of jax.numpy, here in cosine.py; all else (weights,
 transitions, sampling, the bound) follows from them:
@@ -29,6 +31,15 @@ compared.
 Exit code 1 if a check fails. Errors are absolute for probabilities and nats, relative for weights
 and gradients; those of draws are -log10 of the chance that right draws look like that. Runs on the
 CPU. A log_snr process with scale > 1 fails: some of its rates are negative.
+
+--sampler measures the samplers instead, with the network that is exactly right for a Markov chain.
+For each method and number of steps it prints the network calls and the total variation between what
+the method draws and the chain (5 tokens, 60,000 rows; a line above says what as many exact draws
+have); for a longer chain the calls, E[-log p] - H in nats a token and the total variation of
+neighbours. The last column says in words whether the method samples the model, has a floor that no
+number of steps removes, or seeks the mode; exit code 1 when a method that must sample does not.
+--told=row: the network knows one time a row, as most do; position: one of each token, so that it
+knows which are clean. Takes minutes.
 """
 
 import sys
@@ -36,9 +47,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gidd_jax.cli import CommandFlags, code_flags, config_flag, run
+from gidd_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gidd_jax.evaluation.definitions import Check
+    from gidd_jax.process import InterpolatingProcess
 
 flags = CommandFlags()
 CONFIG = config_flag(flags, "base")
@@ -52,16 +67,31 @@ CODE = code_flags(
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Check the process of this model, given as for gidd_jax.sample."
 )
+SAMPLER = flags.DEFINE_bool("sampler", False, "Measure samplers instead of checking the process.")
+METHODS = flags.DEFINE_string(
+    "methods",
+    None,
+    "--sampler: methods, separated by commas, each with options as in NAME:KEY=VALUE:KEY=VALUE. "
+    "Default: all that can sample the process.",
+)
+TOLD = flags.DEFINE_enum("told", "row", ["row", "position"], "--sampler: the times it knows.")
+OUT = flags.DEFINE_string("out", None, "--sampler: file to write, ending in .json.")
 
 
 def main(argv: list[str]) -> None:
     del argv
     import jax
 
+    from gidd_jax.inference.samples import check_output
+
+    out = check_output(OUT.value, ".json") if OUT.value else None
+    if not SAMPLER.value and (OUT.value or METHODS.value):
+        raise InputError("--methods and --out belong to --sampler: add it, or leave them out")
+
     # The references are float64; and no accelerator is taken from a run that uses it.
     jax.config.update("jax_platforms", "cpu")
-    # Every program runs once: to compile it is what takes the time.
-    jax.config.update("jax_disable_most_optimizations", True)
+    # Every program of a check runs once: to compile it is what takes the time.
+    jax.config.update("jax_disable_most_optimizations", not SAMPLER.value)
     from gidd_jax.evaluation import certify
     from gidd_jax.evaluation.subjects import find_subject
 
@@ -72,6 +102,8 @@ def main(argv: list[str]) -> None:
         config=CONFIG.value if flags.names_config else None,
     )
     print(f"process: {process}", flush=True)
+    if SAMPLER.value:
+        sys.exit(measure_samplers(process, out))
     passed = report(certify.formula_checks(process))
     if small.vocab_size != process.vocab_size:
         print(f"with {small.vocab_size} tokens instead of {process.vocab_size}, to enumerate them:")
@@ -80,6 +112,50 @@ def main(argv: list[str]) -> None:
         print(f"{passed.count(False)} of {len(passed)} checks failed")
         sys.exit(1)
     print(f"all {len(passed)} checks passed")
+
+
+def measure_samplers(process: "InterpolatingProcess", out: "Path | None") -> int:
+    """Print a line for each method and number of steps as it ends; return the exit code."""
+    from gidd_jax.evaluation import sampler_laws
+    from gidd_jax.evaluation.certify import resized
+    from gidd_jax.evaluation.reports import write_report
+    from gidd_jax.sampling.schedule import check_options
+
+    sizes = sampler_laws.SHORT_TOKENS, sampler_laws.LONG_TOKENS
+    short, long = (resized(process, size + 1, size) for size in sizes)
+    methods = sampler_laws.parse_methods(METHODS.value or sampler_laws.legal_methods(short))
+    for options in methods.values():
+        check_options(short, options)
+    floor, failed, told = sampler_laws.noise_floor(), [], TOLD.value
+    bounds = sampler_laws.bounds(long)
+    print(
+        f"bound of a long row: middle {bounds['middle']:.3f}, full {bounds['full']:.3f} +- "
+        f"{bounds['full_standard_error']:.3f}, entropy {bounds['entropy']:.3f} nats"
+    )
+    print(f"total variation of as many exact draws: {floor:.4f}; the network knows times by {told}")
+    headers = ("steps", "calls", "tv", "calls", "nats/token", "neighbours")
+    print("  ".join([f"{'method':28}", *(f"{name:>10}" for name in headers)]), flush=True)
+    found = {}
+    for name, laws in sampler_laws.measure(short, long, methods, told):
+        words = sampler_laws.verdict(laws, floor)
+        for law in laws:
+            excess = "-" if law.excess is None else f"{law.excess:+.4f}"
+            cells = (law.steps, law.calls, f"{law.total_variation:.4f}", law.long_calls, excess)
+            cells = (*cells, f"{law.bigrams:.4f}")
+            ending = f"  {words}" if law is laws[-1] else ""
+            print("  ".join([f"{name:28}", *(f"{c:>10}" for c in cells)]) + ending, flush=True)
+        if words != sampler_laws.SAMPLES and sampler_laws.claims_to_sample(
+            short, told, methods[name]
+        ):
+            failed.append(name)
+        found[name] = {"verdict": words, "laws": [law._asdict() for law in laws]}
+    if out is not None:
+        report = {"process": str(process), "told": told, "floor": floor, "bounds": bounds}
+        write_report(out, report | {"methods": found})
+        print(f"wrote {out}")
+    for name in failed:
+        print(f"FAIL  {name} must sample the model, and does not")
+    return 1 if failed else 0
 
 
 def report(checks: Iterable["Check"]) -> list[bool]:

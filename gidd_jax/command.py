@@ -27,6 +27,7 @@ COMMANDS = (  # in the order in which people meet them
     "sample",
     "self_correct",
     "generative_ppl",
+    "frontier",
     "highlight",
     "replay",
     "convert",

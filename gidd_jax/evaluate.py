@@ -4,14 +4,16 @@ Examples:
   python -m gidd_jax.evaluate --checkpoint=outputs/quickstart
   python -m gidd_jax.evaluate --checkpoint=RUN --data=wiki.txt,books/,tfds:lm1b --split=test \\
       --num_samples_t=16 --out=metrics.json
+  python -m gidd_jax.evaluate --checkpoint=RUN --estimator=importance --num_paths=16
+  python -m gidd_jax.evaluate --checkpoint=RUN --against=OTHER
 
 Without --data: the run's own validation split, in the rows that training validates on. With it:
 every document of each corpus, cut into windows so that nothing is dropped. Windows of a document
 overlap at its end; what two windows share counts twice, in nats, tokens and bytes alike.
 
-Prints a table, one line per corpus. --out is JSON, written after each corpus: `checkpoint`, `ema`,
-`process`, `num_samples_t`, `seed`, `batch_size`, `max_seq_len` and `corpora`, a list with for each
-of them:
+Prints a table, one line per corpus. --out is JSON, written after each corpus: `checkpoint`,
+`against`, `ema`, `process`, `estimator`, `num_samples_t`, `seed`, `batch_size`, `max_seq_len` and
+`corpora`, a list with for each of them:
   data, split, documents, rows, tokens, bytes   what was scored (bytes: UTF-8, of scored tokens;
       documents: null for shards that do not say where they begin, errors are then over rows)
   nelbo, nelbo_standard_error   upper bound of -log p in nats per token = reconstruction + middle +
@@ -24,13 +26,22 @@ of them:
   profile   {edges, integrand, tokens}: mean integrand (nats per token) in bins of t, and how many
       tokens times draws are behind it
   seconds   of scoring, with compilation
+Another --estimator gives `options` and `quantities` in place of the bound and its terms, from the
+loosest on: `quantity`, what it `says` of log p, nats_per_token, standard_error (by document),
+perplexity, bits_per_byte and calls_per_token. --against adds
+  against   {difference, difference_standard_error, difference_interval, share_better}: nats per
+      token less than the other model needs, by the paired bootstrap, and the share of documents
+      that the first model predicts better
 """
 
-from typing import Any
-
 from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, run
-from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
+from gidd_jax.sampling.options import (
+    CHAIN_ORDERS,
+    ESTIMATORS,
+    EstimatorOptions,
+    changed_options,
+)
 
 flags = CommandFlags()
 CHECKPOINT = checkpoint_flag(flags)
@@ -72,113 +83,107 @@ CODE = code_flags(flags)
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .json.")
 DISTRIBUTED = distributed_flags(flags)
 
-HEADERS = (
-    "data",
-    "documents",
-    "tokens",
-    "nats/token",
-    "+-",
-    "perplexity",
-    "bits/byte",
-    "reconstr.",
-    "middle",
-    "prior",
-    "original ppl",
-    "seconds",
+AGAINST = flags.DEFINE_string(
+    "against", None, "Another model, given as --checkpoint, to compare with on the same rows."
 )
+# Fields of EstimatorOptions, but for num_samples_t; what is not given keeps the default there.
+OPTIONS = {
+    "estimator": flags.DEFINE_enum(
+        "estimator",
+        None,
+        ESTIMATORS,
+        "Diffusion only: the diffusion bound; the chain of decoders that put in one token a call; "
+        f"weighted paths of the ancestral sampler. Default: {EstimatorOptions.estimator}.",
+    ),
+    "num_orders": flags.DEFINE_integer(
+        "num_orders", None, f"chain: orders per row. Default: {EstimatorOptions.num_orders}."
+    ),
+    "chain_order": flags.DEFINE_enum(
+        "chain_order",
+        None,
+        CHAIN_ORDERS,
+        f"chain: which orders. Default: {EstimatorOptions.chain_order}.",
+    ),
+    "num_paths": flags.DEFINE_integer(
+        "num_paths", None, f"importance: paths per row. Default: {EstimatorOptions.num_paths}."
+    ),
+    "path_steps": flags.DEFINE_integer(
+        "path_steps", None, f"importance: steps of a path. Default: {EstimatorOptions.path_steps}."
+    ),
+}
 
 
 def main(argv: list[str]) -> None:
     del argv
-    import dataclasses
-
-    from gidd_jax.evaluation import corpora, scoring
+    from gidd_jax.evaluation import corpora, likelihoods, tables
     from gidd_jax.evaluation.reports import NOTES, finite, write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import check_output
-    from gidd_jax.mixture import split_list
+    from gidd_jax.sampling.estimators import check_estimator
 
     out = check_output(OUT.value, ".json") if OUT.value else None
+    given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
+    is_bound = given.get("estimator", "bound") == "bound"
+    times = {"num_samples_t": NUM_SAMPLES_T.value} if is_bound else {}
+    options = changed_options(EstimatorOptions(), given | times)
     is_writer = DISTRIBUTED.start()
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
-    run_settings = corpora.run_data_settings(CHECKPOINT.value)
-    if DATA.value:
-        paths = split_list(DATA.value)
-        settings = [corpora.zero_shot_settings(run_settings, path) for path in paths]
-    elif run_settings is not None:
-        settings = [run_settings]
-    else:
-        raise InputError(f"{CHECKPOINT.value} names no corpus of its own: give one with --data")
-    changes = {"text_key": TEXT_KEY.value, "txt_documents": TXT_DOCUMENTS.value}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    settings = [dataclasses.replace(one, **changes) for one in settings]
-    splits = corpora.splits_of([one.path for one in settings], SPLIT.value, is_own=not DATA.value)
+    check_estimator(model.process, options)
+    other = None
+    if AGAINST.value:
+        other = Gidd.from_pretrained(AGAINST.value, ema=EMA.value, **CODE.values)
+        likelihoods.check_comparable(model, other)
+        check_estimator(other.process, options)
     # All corpora are opened first: a mistyped path shows before the first is scored.
-    opened = [
-        corpora.open_rows(
-            one, split, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
-        )
-        for one, split in zip(settings, splits, strict=True)
-    ]
+    opened = corpora.open_corpora(
+        model,
+        CHECKPOINT.value,
+        DATA.value,
+        SPLIT.value,
+        max_documents=MAX_DOCUMENTS.value,
+        text_key=TEXT_KEY.value,
+        txt_documents=TXT_DOCUMENTS.value,
+    )
+    exact = model.process is None
     results = []
     report = {
         "checkpoint": CHECKPOINT.value,
+        "against": AGAINST.value,
         "ema": EMA.value,
         "process": "autoregressive" if model.process is None else repr(model.process),
-        "num_samples_t": 0 if model.process is None else NUM_SAMPLES_T.value,
+        "estimator": "exact" if exact else options.estimator,
+        "num_samples_t": 0 if exact or not is_bound else options.num_samples_t,
         "seed": SEED.value,
         "batch_size": BATCH_SIZE.value,
         "max_seq_len": model.max_seq_len,
         "corpora": results,
     }
-    for one, split, corpus in zip(settings, splits, opened, strict=True):
-        scores = scoring.score_rows(
-            model,
-            corpus,
-            num_samples_t=NUM_SAMPLES_T.value,
-            batch_size=BATCH_SIZE.value,
-            seed=SEED.value,
-            label=f"Scoring {one.path}",
+    common = {"batch_size": BATCH_SIZE.value, "seed": SEED.value, "num_resamples": BOOTSTRAP.value}
+    for name, split, corpus in opened:
+        label = f"Scoring {name}"
+        figures, nats, tokens = likelihoods.score_corpus(
+            model, corpus, options, label=label, **common
         )
-        figures = scoring.corpus_figures(
-            model.process, corpus, scores, num_resamples=BOOTSTRAP.value, seed=SEED.value
-        )
-        results.append(finite({"data": one.path, "split": split, **figures}))
+        if other is not None:
+            _, nats_of_other, _ = likelihoods.score_corpus(
+                other, corpus, options, label=f"{label} with {AGAINST.value}", **common
+            )
+            figures["against"] = likelihoods.comparison(
+                corpus, nats, nats_of_other, tokens, num_resamples=BOOTSTRAP.value, seed=SEED.value
+            )
+        results.append(finite({"data": name, "split": split, **figures}))
         if out is not None and is_writer:
             write_report(out, report)  # what fails later does not take this corpus with it
     if not is_writer:
         return
-    print(table(results))
+    print(tables.bounds_table(results) if is_bound else tables.estimates_table(results))
+    if AGAINST.value:
+        print(tables.comparisons_table(results, AGAINST.value))
     for result in results:
         for name, note in result.get(NOTES, {}).items():
             print(f"{result['data']}: {name}: {note}")
     if out is not None:
         print(f"wrote {out}")
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the figures as text, one line per corpus under a line of headers."""
-    from gidd_jax.evaluation import reports
-    from gidd_jax.evaluation.reports import written
-
-    lines: list[list[str]] = [list(HEADERS)]
-    for result in results:
-        original = result.get("original", {})
-        lines.append(
-            [
-                result["data"],
-                "-" if result["documents"] is None else str(result["documents"]),
-                str(result["tokens"]),
-                written(result["nelbo"], 4),
-                written(result["nelbo_standard_error"], 4),
-                written(result["perplexity"], 2),
-                written(result["bits_per_byte"], 4),
-                *(written(result.get(k), 4) for k in ("reconstruction", "middle", "prior")),
-                written(original.get("perplexity"), 2),
-                written(result["seconds"], 1),
-            ]
-        )
-    return reports.table(lines, num_names=1)
 
 
 if __name__ == "__main__":

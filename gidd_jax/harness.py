@@ -15,6 +15,8 @@ Examples:
   process        FILE.py:CLASS to run instead
   ema            the moving average of the parameters (default: False)
   num_samples_t  times behind the bound of a diffusion model (default: 32)
+  estimator      bound, chain or importance (default: bound), with num_orders, chain_order,
+                 num_paths and path_steps, as in gidd_jax.evaluate
   check_greedy   whether to answer is_greedy (default: True); False is faster, and enough for
                  multiple choice and perplexity
   seed           of times, noise and sampling (default: 0)

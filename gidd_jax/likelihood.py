@@ -24,7 +24,8 @@ from gidd_jax.loss import (
 )
 from gidd_jax.process import InterpolatingProcess, expand_time
 
-Denoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (z_t [B, L], t [B]) -> logits [B, L, C]
+# (z_t [B, L], t [B], or [B, L] where positions are at times of their own) -> logits [B, L, C]
+Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class RowBounds(NamedTuple):
@@ -132,7 +133,7 @@ def sample_integrand(
     """Draw the ELBO integrand of x [B, L] at times [S, B], float32 [S, B, L] in nats per unit t.
 
     keys [B]: what a row draws does not depend on the others. given bool [B, L]: tokens that are
-    known, stay clean in z_t and cost nothing.
+    known, stay clean in z_t, are at time 0 and cost nothing.
     """
 
     def draw(number: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +141,7 @@ def sample_integrand(
         z_t = _keep(given, x, z_t)
         losses = gidd_loss(
             process,
-            denoise(z_t, t),
+            denoise(z_t, _times(given, t)),
             x,
             z_t,
             t,
@@ -165,8 +166,14 @@ def sample_reconstruction(
     """Draw the reconstruction term of x [B, L] at the first time, [B, L] in nats; keys [B]."""
     t = jnp.full((x.shape[0],), process.t_min, jnp.float32)
     z_t = _keep(given, x, jax.vmap(process.sample)(keys, x, t))
-    nll = reconstruction_nll(process, denoise(z_t, t), x, z_t, t, keep_padding_columns)
+    logits = denoise(z_t, _times(given, t))
+    nll = reconstruction_nll(process, logits, x, z_t, t, keep_padding_columns)
     return _keep(given, jnp.zeros_like(nll), nll)
+
+
+def _times(given: jax.Array | None, t: jax.Array) -> jax.Array:
+    """Return t [B] where nothing is given, else the times [B, L], 0 at what is given."""
+    return t if given is None else jnp.where(given, 0.0, t[:, None])
 
 
 def _keep(given: jax.Array | None, kept: jax.Array, other: jax.Array) -> jax.Array:

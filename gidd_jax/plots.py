@@ -5,6 +5,7 @@ Examples:
   python -m gidd_jax.plots --workdir=RUN --evaluation=evaluation.json --out=pictures
   python -m gidd_jax.plots --compare=RUN_A,RUN_B,RUN_C --out=pictures
   python -m gidd_jax.plots --frontier=t0.8.json,t0.9.json,t1.0.json --out=pictures
+  python -m gidd_jax.plots --samplers=masks.json,hybrid.json --out=pictures
 
 Files of --out (each as .png and .svg):
   training   of --workdir: losses, KL and IS parts, bounds, learning rate, gradient norm, speed
@@ -13,6 +14,7 @@ Files of --out (each as .png and .svg):
   profile    of --evaluation: which times the bound comes from
   frontier   of --frontier: generative perplexity against token entropy, with 95% intervals
   calibration   of --calibration: how often tokens of a suspicion are wrong
+  samplers   of --samplers: how far samplers are from an exact model, by network calls
 """
 
 from pathlib import Path
@@ -30,13 +32,16 @@ FRONTIER = flags.DEFINE_list(
 CALIBRATION = flags.DEFINE_string(
     "calibration", None, "File that gidd_jax.highlight --evaluate --out wrote."
 )
+SAMPLERS = flags.DEFINE_list(
+    "samplers", [], "Files that gidd_jax.check --sampler --out wrote, separated by commas."
+)
 CODE = code_flags(flags)
 OUT = flags.DEFINE_string("out", None, "Folder to write to. Default: WORKDIR/plots.")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    sources = (WORKDIR, COMPARE, EVALUATION, FRONTIER, CALIBRATION)
+    sources = (WORKDIR, COMPARE, EVALUATION, FRONTIER, CALIBRATION, SAMPLERS)
     if not any(source.value for source in sources):
         names = ", ".join(f"--{source.name}" for source in sources)
         raise InputError(f"nothing to draw: give one or more of {names}")
@@ -50,7 +55,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out={out} is a file: name a folder")
 
     from gidd_jax.evaluation import reports
-    from gidd_jax.views import pictures
+    from gidd_jax.views import pictures, sampler_pictures
 
     figures = {}
     if WORKDIR.value:
@@ -70,6 +75,10 @@ def main(argv: list[str]) -> None:
     if CALIBRATION.value:
         figures["calibration"] = pictures.calibration_picture(
             reports.load_detection(CALIBRATION.value)
+        )
+    if SAMPLERS.value:
+        figures["samplers"] = sampler_pictures.sampler_picture(
+            [reports.load_sampler_laws(file) for file in SAMPLERS.value]
         )
     for path in pictures.save_figures(figures, out):
         print(f"wrote {path}")

@@ -16,7 +16,7 @@ texts came about, call by call; --trace the file behind it (see gidd_jax.replay)
 from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, printable, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
-from gidd_jax.sampling.options import GRIDS, METHODS, SamplerOptions
+from gidd_jax.sampling.options import GRIDS, METHODS, ORDERS, SamplerOptions
 
 flags = CommandFlags()
 CHECKPOINT = checkpoint_flag(flags)
@@ -63,7 +63,43 @@ OPTIONS = {
         "block_length", None, "Generate blocks of so many tokens from left to right."
     ),
     "tokens_per_step": flags.DEFINE_integer(
-        "tokens_per_step", None, "method=adaptive: tokens redrawn in a step."
+        "tokens_per_step", None, "method=mode_seeking: tokens redrawn in a step."
+    ),
+    "order": flags.DEFINE_enum(
+        "order",
+        None,
+        ORDERS,
+        "method=confidence: lift the masks of least entropy first, or those whose drawn tokens are "
+        f"most probable. Default: {SamplerOptions.order}.",
+    ),
+    "epsilon": flags.DEFINE_float(
+        "epsilon",
+        None,
+        "method=entropy_bound: nats of dependence that tokens drawn together may lose. Default: "
+        f"{SamplerOptions.epsilon}.",
+    ),
+    "edit_above": flags.DEFINE_float(
+        "edit_above",
+        None,
+        "method=entropy_bound: draw a token anew when it is wrong with more than this probability.",
+    ),
+    "stop_after": flags.DEFINE_integer(
+        "stop_after",
+        None,
+        "method=entropy_bound: stop a text when its best guess stood still for so many calls.",
+    ),
+    "stop_entropy": flags.DEFINE_float(
+        "stop_entropy",
+        None,
+        "method=entropy_bound: and its mean entropy is below this, in nats. Default: "
+        f"{SamplerOptions.stop_entropy}.",
+    ),
+    "sweeps": flags.DEFINE_integer(
+        "sweeps", None, "method=gibbs: of each 1 + sweeps calls one is a step, the others redraw."
+    ),
+    "rho": flags.DEFINE_float("rho", None, "method=gibbs: share of the tokens that are redrawn."),
+    "guidance": flags.DEFINE_float(
+        "guidance", None, "Weight of --prompt; above 1 exaggerates it, at twice the network calls."
     ),
     "kappa": flags.DEFINE_float("kappa", None, "method=psi: weight of the posterior."),
     "eta": flags.DEFINE_float("eta", None, "method=remdm_*: strength of remasking."),

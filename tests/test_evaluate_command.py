@@ -81,3 +81,63 @@ def test_a_split_and_weights_that_nothing_heeds_are_refused(data, tmp_path):
         assert refused.returncode == 2
         assert words in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
+
+
+def test_estimators_and_a_second_model(data, tmp_path):
+    """Quantities that say what they bound; a model against itself, and against another."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    write_checkpoint(run, data)
+    write_checkpoint(other, data, **{"model.num_layers": 1})
+    out = tmp_path / "metrics.json"
+    flags = (f"--checkpoint={run}", f"--out={out}")
+    importance = ("--estimator=importance", "--num_paths=3", "--path_steps=4", "--max_documents=3")
+    done = command(*flags, *importance, f"--against={other}")
+    assert done.returncode == 0, done.stderr
+    assert "mean of log w: lower bound of log p of the ancestral sampler with 4" in done.stdout
+    report = json.loads(out.read_text())
+    assert (report["estimator"], report["num_samples_t"]) == ("importance", 0)
+    loose, tight = report["corpora"][0]["quantities"]
+    assert loose["nats_per_token"] > tight["nats_per_token"]
+    tokens, rows = report["corpora"][0]["tokens"], report["corpora"][0]["rows"]
+    assert loose["calls_per_token"] == pytest.approx(3 * 5 * rows / tokens)
+    assert report["corpora"][0]["against"]["difference"] != 0
+    assert 0 <= report["corpora"][0]["against"]["share_better"] <= 1
+
+    done = command(*flags, "--num_samples_t=2", "--max_documents=3", f"--against={run}")
+    assert done.returncode == 0, done.stderr
+    against = json.loads(out.read_text())["corpora"][0]["against"]
+    assert against["difference"] == 0
+    assert against["difference_interval"] == [0, 0]
+
+    one = ("--estimator=chain", "--chain_order=left_to_right", "--num_orders=1")
+    done = command(*flags, *one, "--max_documents=2")
+    assert done.returncode == 0, done.stderr
+    (exact,) = json.loads(out.read_text())["corpora"][0]["quantities"]
+    assert exact["says"].startswith("exact log p of one token a call")
+    assert exact["calls_per_token"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_paths=3",), "num_paths has no effect with estimator 'bound'"),
+        (("--estimator=chain", "--num_orders=0"), "num_orders must be at least 1"),
+    ],
+)
+def test_estimators_that_are_none_are_one_line(data, tmp_path, flags, message):
+    write_checkpoint(tmp_path / "run", data)
+    done = command(f"--checkpoint={tmp_path}/run", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_autoregressive_model_has_no_estimator_and_is_no_rival_of_diffusion(data, tmp_path):
+    write_checkpoint(tmp_path / "run", data)
+    write_checkpoint(tmp_path / "ar", data, "ar")
+    done = command(f"--checkpoint={tmp_path}/ar", "--estimator=importance")
+    assert done.returncode == 2
+    assert "this model is autoregressive: its log p is exact" in done.stderr
+    done = command(f"--checkpoint={tmp_path}/run", f"--against={tmp_path}/ar")
+    assert done.returncode == 2
+    assert "the first token of a row counts for one of them only" in done.stderr

@@ -29,7 +29,9 @@ def tiny_model(folder: Path, name: str = "gidd", **changes: object) -> Gidd:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
     params = random_params(abstract_params(objective))
-    return Gidd(objective.model, params, tokenizer, objective.process)  # type: ignore[arg-type]
+    return Gidd(  # type: ignore[arg-type]
+        objective.model, params, tokenizer, objective.process, row_mode=settings.data.mode
+    )
 
 
 def write_checkpoint(

@@ -48,13 +48,18 @@ def reduced(process: InterpolatingProcess) -> InterpolatingProcess:
     """Return the same process with few enough tokens to enumerate."""
     if process.vocab_size <= 2 * TOY_VOCAB_SIZE:
         return process
+    return resized(process, TOY_VOCAB_SIZE, TOY_MASK_ID)
+
+
+def resized(process: InterpolatingProcess, vocab_size: int, mask_id: int) -> InterpolatingProcess:
+    """Return the same process over another vocabulary, its background by a sample of quantiles."""
     background = None
     if process.background is not None:
         tokens = np.sort(np.delete(process.background, process.mask_id))
-        tokens = tokens[np.linspace(0, len(tokens) - 1, TOY_VOCAB_SIZE - 1).round().astype(int)]
-        background = tuple(np.insert(tokens / tokens.sum(), TOY_MASK_ID, 0.0))
+        tokens = tokens[np.linspace(0, len(tokens) - 1, vocab_size - 1).round().astype(int)]
+        background = tuple(np.insert(tokens / tokens.sum(), mask_id, 0.0))
     return dataclasses.replace(
-        process, vocab_size=TOY_VOCAB_SIZE, mask_id=TOY_MASK_ID, background=background
+        process, vocab_size=vocab_size, mask_id=mask_id, background=background
     )
 
 

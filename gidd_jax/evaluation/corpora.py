@@ -23,7 +23,7 @@ from gidd_jax.data.files import open_text_file
 from gidd_jax.data.pipeline import Records, tokenise_all
 from gidd_jax.errors import InputError
 from gidd_jax.inference.gidd import Gidd
-from gidd_jax.mixture import split_mixture
+from gidd_jax.mixture import split_list, split_mixture
 from gidd_jax.settings import DataSettings, Settings
 
 
@@ -85,6 +85,38 @@ def splits_of(paths: list[str], split: str | None, *, is_own: bool) -> list[str 
             "and for datasets (tfds:NAME, hf:OWNER/NAME)"
         )
     return found
+
+
+def open_corpora(
+    model: Gidd,
+    checkpoint: str,
+    data: str | None,
+    split: str | None,
+    *,
+    max_documents: int | None,
+    text_key: str | None,
+    txt_documents: str | None,
+) -> list[tuple[str, str | None, CorpusRows]]:
+    """Return the name, split and rows of every corpus of `data`, separated by commas.
+
+    data None: that of the run `checkpoint`; text_key, txt_documents: None are the run's. Raises
+    InputError when one of them cannot be had.
+    """
+    run_settings = run_data_settings(checkpoint)
+    if data:
+        settings = [zero_shot_settings(run_settings, path) for path in split_list(data)]
+    elif run_settings is not None:
+        settings = [run_settings]
+    else:
+        raise InputError(f"{checkpoint} names no corpus of its own: give one with --data")
+    changes = {"text_key": text_key, "txt_documents": txt_documents}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    settings = [dataclasses.replace(one, **changes) for one in settings]
+    splits = splits_of([one.path for one in settings], split, is_own=not data)
+    return [
+        (one.path, part, open_rows(one, part, model, is_own=not data, max_documents=max_documents))
+        for one, part in zip(settings, splits, strict=True)
+    ]
 
 
 def open_rows(

@@ -25,7 +25,8 @@ from gidd_jax.cli import nearest
 from gidd_jax.errors import InputError
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.inference.prompts import begin_id
-from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.estimators import check_estimator
+from gidd_jax.sampling.options import EstimatorOptions, SamplerOptions, changed_options
 
 TokenPair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 
@@ -46,7 +47,6 @@ class HarnessModel(TemplateLM):
         process: str | None = None,
         batch_size: int | str = 16,
         seed: int = 0,
-        num_samples_t: int = 32,
         check_greedy: bool = True,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -54,8 +54,9 @@ class HarnessModel(TemplateLM):
     ):
         """Load a model; `options` are those of the sampler, but for what gen_kwargs set.
 
-        num_samples_t: times behind a diffusion bound; check_greedy: whether to answer `is_greedy`
-        (False: say no to all, which is faster for tasks that do not ask). device and
+        Fields of EstimatorOptions, such as num_samples_t (32 here) and estimator, choose what is
+        returned as the log-likelihood of a diffusion model. check_greedy: whether to answer
+        `is_greedy` (False: say no to all, which is faster for tasks that do not ask). device and
         max_batch_size, which the harness always passes, have no effect. Raises InputError.
         """
         super().__init__()
@@ -70,9 +71,10 @@ class HarnessModel(TemplateLM):
             "allow_code",
             "process",
             "seed",
-            "num_samples_t",
             "check_greedy",
+            *(field.name for field in dataclasses.fields(EstimatorOptions)),
         )
+        chosen = {name: options.pop(name) for name in own if name in options}
         _sampler_options(options, "model_args", own)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(
@@ -82,7 +84,11 @@ class HarnessModel(TemplateLM):
         self.model = Gidd.from_pretrained(
             str(checkpoint), ema=ema, allow_code=allow_code, process=process
         )
-        self.seed, self.num_samples_t, self.check_greedy = seed, num_samples_t, check_greedy
+        if chosen.get("estimator", "bound") == "bound":
+            chosen.setdefault("num_samples_t", 32)
+        self.estimator = changed_options(EstimatorOptions(), chosen)
+        check_estimator(self.model.process, self.estimator)
+        self.seed, self.check_greedy = seed, check_greedy
         self.options = options
 
     @property
@@ -221,7 +227,7 @@ class HarnessModel(TemplateLM):
         return self.model.log_likelihood(
             texts,
             prompts=prompts,
-            num_samples_t=self.num_samples_t,
+            options=self.estimator,
             batch_size=self.batch_size,
             seed=self.seed,
         ).log_probs

@@ -116,6 +116,16 @@ def load_detection(path: str) -> list[dict[str, Any]]:
     return figures
 
 
+def load_sampler_laws(path: str) -> dict[str, Any]:
+    """Return what samplers draw; raises InputError when the file holds no such thing."""
+    report = read_report(path)
+    if not report.get("methods") or not {"process", "floor"} <= report.keys():
+        raise InputError(
+            f"{path} measures no samplers: give what gidd_jax.check --sampler --out wrote"
+        )
+    return report
+
+
 def read_report(path: str) -> dict[str, Any]:
     """Return a report that a command wrote; raises InputError when the file holds none."""
     try:

@@ -11,7 +11,7 @@ print(model.log_likelihood(["the best of times"], prompts=["It was"]).log_probs[
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,13 +20,15 @@ import numpy as np
 
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.inference import programs
+from gidd_jax.inference import programs, scores
 from gidd_jax.inference.batches import split_rows
+from gidd_jax.inference.framing import framed, scheduled_tokens, trace_of, unframed, widened
 from gidd_jax.inference.programs import Batch, SpecialIds
 from gidd_jax.inference.prompts import (
     Piece,
     Rows,
     Text,
+    bucket,
     by_width,
     check_some,
     continuations,
@@ -41,25 +43,21 @@ from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
-from gidd_jax.parallel.sharding import (
-    gather_batches,
-)
+from gidd_jax.parallel.sharding import gather_batches
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import check_autoregressive
 from gidd_jax.sampling.correction import Correction
+from gidd_jax.sampling.estimators import check_estimator, log_mean_exp
 from gidd_jax.sampling.loop import Drawn
 from gidd_jax.sampling.options import (
     CorrectionOptions,
+    EstimatorOptions,
     SamplerOptions,
     SuspicionOptions,
     changed_options,
 )
 from gidd_jax.sampling.suspicion import check_suspicion
-from gidd_jax.sampling.trace import changes_of, changes_of_correction, join_changes, make_trace
-
-_NOT_A_NUMBER = (
-    "the network's output is not a number: its parameters are damaged, use an older checkpoint"
-)
+from gidd_jax.sampling.trace import changes_of, changes_of_correction
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +69,7 @@ class Gidd:
     tokenizer: Tokenizer
     process: InterpolatingProcess | None
     keep_padding_columns: bool = False
+    row_mode: str = "packed"  # how rows were framed in training, see `framing`
 
     @classmethod
     def from_pretrained(
@@ -95,7 +94,12 @@ class Gidd:
         Raises InputError when it exists, or the process is one that the format cannot hold.
         """
         model = Pretrained(
-            self.network, self.params, self.tokenizer, self.process, self.keep_padding_columns
+            self.network,
+            self.params,
+            self.tokenizer,
+            self.process,
+            self.keep_padding_columns,
+            self.row_mode,
         )
         save_pretrained(model, path)
 
@@ -141,6 +145,8 @@ class Gidd:
             check_some(prompts, "prompts")
             rows = continuations(self.tokenizer, prompts, length, new_tokens)
         options = changed_options(options or SamplerOptions(), changes)
+        if prompts is None and options.guidance != 1:
+            raise InputError("guidance weighs prompts: give some, or leave it at 1")
         return self._draw(rows, batch_size, seed, options, trace)
 
     def infill(
@@ -196,17 +202,19 @@ class Gidd:
                 traced.append(changes_of_correction(part))
             return part._replace(frames=None)
 
-        parts = gather_batches(map(corrected, split_rows(self.params, rows, batch_size, seed)))
+        batches = split_rows(self.params, self._framed(rows), batch_size, seed)
+        parts = gather_batches(map(corrected, batches))
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
-        if np.isnan([result.initial_accuracy, result.final_accuracy]).any():
-            raise InputError(_NOT_A_NUMBER)
-        texts_out = self._revised(texts, rows, result.ids)
-        fields = result._asdict() | {"texts": texts_out, "network_calls": calls}
+        _check_numbers(result.initial_accuracy, result.final_accuracy)
+        ids = unframed(result.ids, rows, self.tokenizer)
+        texts_out = self._revised(texts, rows, ids)
+        fields = result._asdict() | {"ids": ids, "texts": texts_out, "network_calls": calls}
         del fields["frames"]
         if trace:
-            joined, given = join_changes(traced, len(rows.ids)), np.ones(rows.ids.shape, bool)
-            fields["trace"] = make_trace(joined, given, rows.lengths, texts_out, self.tokenizer)
+            fields["trace"] = trace_of(
+                traced, rows, np.ones(rows.ids.shape, bool), texts_out, self.tokenizer
+            )
         return Corrected(**fields)
 
     def suspicion(
@@ -230,25 +238,14 @@ class Gidd:
         check_suspicion(self.process, settings)
         given = isinstance(texts, Rows)
         rows = texts if given else scored_texts(self.tokenizer, texts, None, self.max_seq_len)
-        kinds = (np.float32, np.int32, np.float32)  # wrong, proposals, proposal_probs
-        found, calls = [np.zeros(rows.ids.shape, kind) for kind in kinds], 0
-        for numbers, part in by_width(rows):
-            width = part.ids.shape[1]
-            parts = gather_batches(
-                programs.suspicion(
-                    batch, network=self.network, process=self.process, options=settings
-                )
-                for batch in split_rows(self.params, part, batch_size, seed=0)
-            )
-            for whole, *leaves in zip(found, *parts, strict=True):
-                whole[numbers, :width] = np.concatenate(leaves)[: len(numbers)]
-            calls += len(parts) * (width if settings.method == "leave_one_out" else 1)
-        if not np.isfinite(found[0]).all():
-            raise InputError(_NOT_A_NUMBER)
+        whole_rows = self._framed(rows, ends=not given)
+        found, calls = scores.suspicion(self, whole_rows, settings, batch_size)
+        _check_numbers(found[0])
         texts_out = self._decode_rows(rows.ids, rows)
         if not given:
             pairs = zip(texts, texts_out, strict=True)
             texts_out = [text if isinstance(text, str) else decoded for text, decoded in pairs]
+        found = [leaf[:, : rows.ids.shape[1]] for leaf in found]
         return Suspicions(rows.ids, texts_out, rows.free, *found, network_calls=calls)
 
     def log_likelihood(
@@ -256,39 +253,31 @@ class Gidd:
         texts: Sequence[Text],
         *,
         prompts: Sequence[Text] | None = None,
-        num_samples_t: int = 8,
         batch_size: int = 16,
         seed: int = 0,
+        options: EstimatorOptions | None = None,
+        **changes: Any,
     ) -> Likelihoods:
         """Return log p of each text (or list of token ids) given its prompt, in nats.
 
-        Exact for autoregressive models; for diffusion an unbiased estimate, from `num_samples_t`
-        times, of a lower bound: that of filling in the text beside the prompt. A value depends on
-        the seed and the text's number, not on the batch. Raises InputError for texts that are
-        empty or, with their prompt and the token that begins it, longer than the context.
+        Exact for autoregressive models; for diffusion the lower bound that the options choose, by
+        default the diffusion bound of filling in the text beside the prompt (see
+        `sampling.estimators`). `changes` are fields of `options`, such as num_samples_t=32 or
+        estimator="importance". A value depends on the seed and the text's number, not on the
+        batch. Raises InputError for texts that are empty or, with their prompt and the token that
+        begins it, longer than the context, and for estimators that the process does not have.
         """
         check_some(texts, "texts")
-        if num_samples_t < 1:
-            raise InputError(f"num_samples_t must be at least 1: {num_samples_t}")
+        settings = changed_options(options or EstimatorOptions(), changes)
+        check_estimator(self.process, settings)
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
-        by_token, calls = np.zeros(rows.ids.shape, np.float32), 0
-        for numbers, part in by_width(rows):
-            scores = gather_batches(
-                programs.log_likelihood(
-                    batch,
-                    network=self.network,
-                    process=self.process,
-                    keep_padding_columns=self.keep_padding_columns,
-                    num_samples_t=num_samples_t,
-                )
-                for batch in split_rows(self.params, part, batch_size, seed, numbers)
-            )
-            by_token[numbers, : part.ids.shape[1]] = np.concatenate(scores)[: len(numbers)]
-            calls += len(scores) * (1 if self.process is None else num_samples_t + 1)
-        if not np.isfinite(by_token).all():
-            raise InputError(_NOT_A_NUMBER)
-        log_probs = by_token.sum(axis=-1, dtype=np.float64)
-        return Likelihoods(rows.ids, log_probs, by_token, rows.free.sum(axis=-1), calls)
+        by_token, calls = scores.log_likelihood_draws(
+            self, self._framed(rows), settings, batch_size, seed
+        )
+        _check_numbers(by_token)
+        draws = by_token.sum(axis=-1, dtype=np.float64)
+        mean = by_token[..., : rows.ids.shape[1]].mean(axis=0)
+        return Likelihoods(rows.ids, log_mean_exp(draws), mean, rows.free.sum(axis=-1), calls)
 
     def is_greedy(
         self,
@@ -305,17 +294,21 @@ class Gidd:
         check_some(texts, "texts")
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
         found = np.zeros(len(rows.ids), bool)
-        for numbers, part in by_width(rows):
+        for numbers, part in by_width(self._framed(rows)):
             parts = gather_batches(
                 programs.is_greedy(
                     batch, network=self.network, process=self.process, special=self._special_ids
                 )
                 for batch in split_rows(self.params, part, batch_size, seed=0)
             )
-            if any(part.is_broken.any() for part in parts):
-                raise InputError(_NOT_A_NUMBER)
+            _check_numbers(*(np.where(part.is_broken, np.nan, 0.0) for part in parts))
             found[numbers] = np.concatenate([part.matches for part in parts])[: len(numbers)]
         return found
+
+    def _framed(self, rows: Rows, *, ends: bool = True) -> Rows:
+        if self.process is None:  # no token sees those after it
+            return rows
+        return framed(rows, self.tokenizer, self.row_mode, self.max_seq_len, ends=ends)
 
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of one sequence of ids, without special tokens."""
@@ -345,43 +338,38 @@ class Gidd:
                 traced.append(changes_of(drawn, self.tokenizer.mask_id))
             return drawn._replace(frames=None)
 
-        drawn = self._drawn_batches(rows, batch_size, seed, options, trace)
-        parts = gather_batches(map(noted_down, drawn))
-        calls = sum(int(part.network_calls) for part in parts)
-        ids, log_probs, drawn_at = (
-            np.concatenate(leaves)[: len(rows.ids)]
-            for leaves in zip(*(part[:3] for part in parts), strict=True)
-        )
-        if np.isnan(log_probs).any():
-            raise InputError(_NOT_A_NUMBER)
-        texts, noted = self._decode_rows(ids, rows), None
-        if trace:
-            changes = join_changes(traced, len(rows.ids))
-            noted = make_trace(changes, ~rows.free, rows.lengths, texts, self.tokenizer)
-        return Samples(ids, texts, log_probs, drawn_at, calls, noted)
-
-    def _drawn_batches(
-        self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
-    ) -> Iterator[Drawn]:
-        batches = split_rows(self.params, rows, batch_size, seed)
+        whole_rows = self._framed(rows)
         if self.process is None:
             check_autoregressive(options)
-            for batch in batches:
-                yield programs.autoregressive(
-                    batch, network=self.network, special=self._special_ids, options=options
-                )
-            return
-        # Where the schedule does not depend on it, any number of tokens shares one program.
-        depends = options.block_length > 0 or options.method == "first_hitting"
-        for batch in batches:
-            yield programs.diffusion(
+        else:  # prompts of many lengths share programs
+            width = bucket(whole_rows.ids.shape[1], self.max_seq_len)
+            whole_rows = widened(whole_rows, self.tokenizer, width)
+        batches = split_rows(self.params, whole_rows, batch_size, seed)
+        drawn = (
+            programs.draw(
                 batch,
                 network=self.network,
                 process=self.process,
+                special=self._special_ids,
                 options=options,
-                num_free=int(rows.free.sum(-1).max()) if depends else rows.ids.shape[1],
+                num_free=scheduled_tokens(options, whole_rows),
                 trace=trace,
             )
+            for batch in batches
+        )
+        parts = gather_batches(map(noted_down, drawn))
+        calls = sum(int(part.network_calls) for part in parts)
+        ids, log_probs, drawn_at, stopped_at = (
+            np.concatenate([getattr(part, name) for part in parts])[: len(rows.ids)]
+            for name in ("ids", "log_probs", "drawn_at", "stopped_at")
+        )
+        _check_numbers(log_probs)
+        ids = unframed(ids, rows, self.tokenizer)
+        log_probs, drawn_at = (leaf[:, : ids.shape[1]] for leaf in (log_probs, drawn_at))
+        texts, noted = self._decode_rows(ids, rows), None
+        if trace:
+            noted = trace_of(traced, rows, ~rows.free, texts, self.tokenizer)
+        return Samples(ids, texts, log_probs, drawn_at, calls, stopped_at, noted)
 
     @property
     def _special_ids(self) -> SpecialIds:
@@ -391,6 +379,14 @@ class Gidd:
             self.tokenizer.mask_id,
             # An imported model may lack the last tokens of its tokenizer, or have more rows.
             min(self.tokenizer.vocab_size, self.network.vocab_size),
+        )
+
+
+def _check_numbers(*arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise InputError(
+            "the network's output is not a number: its parameters are damaged, use an older "
+            "checkpoint"
         )
 
 

@@ -11,10 +11,17 @@ from gidd_jax import likelihood
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import sample_autoregressive
 from gidd_jax.sampling.correction import Correction, proposals, self_correct
+from gidd_jax.sampling.estimators import estimate
 from gidd_jax.sampling.greedy import Greedy, autoregressive_is_greedy, diffusion_is_greedy
 from gidd_jax.sampling.loop import Drawn, Prompt, sample_diffusion
-from gidd_jax.sampling.options import CorrectionOptions, SamplerOptions, SuspicionOptions
+from gidd_jax.sampling.options import (
+    CorrectionOptions,
+    EstimatorOptions,
+    SamplerOptions,
+    SuspicionOptions,
+)
 from gidd_jax.sampling.suspicion import Suspicion, judge
+from gidd_jax.sampling.times import row_times
 
 
 class Batch(NamedTuple):
@@ -41,17 +48,37 @@ class SpecialIds(NamedTuple):
         return tuple({self.mask, self.pad} - {self.eos})
 
 
-def denoiser(network: Any, batch: Batch) -> likelihood.Denoiser:
-    """Return the network as a function of noisy ids and time alone."""
-    return lambda z_t, t: network.apply({"params": batch.params}, z_t, t, batch.lengths)
+def within(batch: Batch) -> jax.Array | None:
+    """Return which positions belong to the rows, bool [B, L]; None: all."""
+    if batch.lengths is None:
+        return None
+    return jnp.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
+
+
+def told(network: Any, process: InterpolatingProcess, batch: Batch, times: jax.Array) -> jax.Array:
+    """Return what the network is told of rows at times [B] or [B, L]: those it was trained with."""
+    if times.ndim == 1 or network.position_times:
+        return times
+    return row_times(process, times, within(batch))
+
+
+def denoiser(network: Any, process: InterpolatingProcess, batch: Batch) -> likelihood.Denoiser:
+    """Return the network as a function of noisy ids and their times."""
+
+    def logits(z_t: jax.Array, times: jax.Array) -> jax.Array:
+        t = told(network, process, batch, times)
+        return network.apply({"params": batch.params}, z_t, t, batch.lengths)
+
+    return logits
 
 
 def halves(
-    network: Any, batch: Batch
+    network: Any, process: InterpolatingProcess, batch: Batch
 ) -> tuple[likelihood.Denoiser, Callable[[jax.Array], jax.Array]]:
     """Return the network up to the output projection, and the projection."""
 
-    def features(z_t: jax.Array, t: jax.Array) -> jax.Array:
+    def features(z_t: jax.Array, times: jax.Array) -> jax.Array:
+        t = told(network, process, batch, times)
         return network.apply({"params": batch.params}, z_t, t, batch.lengths, method="features")
 
     def project(h: jax.Array) -> jax.Array:
@@ -60,19 +87,49 @@ def halves(
     return features, project
 
 
-@functools.partial(jax.jit, static_argnames=("network", "process", "options", "num_free", "trace"))
+def draw(
+    batch: Batch,
+    *,
+    network: Any,
+    process: InterpolatingProcess | None,
+    special: SpecialIds,
+    options: SamplerOptions,
+    num_free: int,
+    trace: bool,
+) -> Drawn:
+    """Return the rows with their free tokens drawn, by diffusion or from left to right."""
+    if process is None:
+        return autoregressive(batch, network=network, special=special, options=options)
+    return diffusion(
+        batch,
+        network=network,
+        process=process,
+        special=special,
+        options=options,
+        num_free=num_free,
+        trace=trace,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("network", "process", "special", "options", "num_free", "trace")
+)
 def diffusion(
     batch: Batch,
     *,
     network: Any,
     process: InterpolatingProcess,
+    special: SpecialIds,
     options: SamplerOptions,
     num_free: int,
     trace: bool,
 ) -> Drawn:
     """Return the rows with their free tokens drawn by diffusion."""
-    features, project = halves(network, batch)
-    length, prompt = batch.ids.shape[1], Prompt(batch.ids, batch.free)
+    features, project = halves(network, process, batch)
+    length = batch.ids.shape[1]
+    is_text = ~jnp.isin(batch.ids, jnp.asarray((special.eos, special.pad)))  # not of the frame
+    is_text &= (jnp.arange(length) > 0)[None]
+    prompt = Prompt(batch.ids, batch.free, within(batch), ~batch.free & is_text)
     return sample_diffusion(
         process, features, options, batch.keys, length, prompt, num_free, trace, project
     )
@@ -115,7 +172,7 @@ def correct(
     trace: bool,
 ) -> Correction:
     """Return the rows with their free tokens corrected (see `correction.self_correct`)."""
-    features, project = halves(network, batch)
+    features, project = halves(network, process, batch)
     draw = proposals(batch.keys)
     return self_correct(process, features, options, batch.ids, batch.free, draw, trace, project)
 
@@ -129,12 +186,12 @@ def suspicion(
     options: SuspicionOptions,
 ) -> Suspicion:
     """Return how probably each free token is wrong (see `suspicion.judge`)."""
-    judged = judge(process, denoiser(network, batch), options, batch.ids)
+    judged = judge(process, denoiser(network, process, batch), options, batch.ids, batch.free)
     return jax.tree.map(lambda leaf: jnp.where(batch.free, leaf, 0), judged)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("network", "process", "keep_padding_columns", "num_samples_t")
+    jax.jit, static_argnames=("network", "process", "keep_padding_columns", "options")
 )
 def log_likelihood(
     batch: Batch,
@@ -142,21 +199,24 @@ def log_likelihood(
     network: Any,
     process: InterpolatingProcess | None,
     keep_padding_columns: bool,
-    num_samples_t: int,
+    options: EstimatorOptions,
 ) -> jax.Array:
-    """Return log p of the free tokens given the others, or its bound, float32 [B, L] in nats."""
+    """Return draws of log p of the free tokens given the others, float32 [K, B, L] in nats.
+
+    Exact for autoregressive models (K = 1), else by `sampling.estimators`.
+    """
     if process is None:
         nll = likelihood.autoregressive_nelbo(
             lambda x: network.apply({"params": batch.params}, x), batch.ids
         ).total
-        return jnp.where(batch.free, -nll, 0.0)
-    return likelihood.log_likelihood(
+        return jnp.where(batch.free, -nll, 0.0)[None]
+    return estimate(
         process,
-        denoiser(network, batch),
+        denoiser(network, process, batch),
+        options,
         batch.keys,
         batch.ids,
         batch.free,
-        num_samples_t=num_samples_t,
         keep_padding_columns=keep_padding_columns,
     )
 
@@ -171,7 +231,9 @@ def is_greedy(
 ) -> Greedy:
     """Tell whether greedy decoding generates the free tokens."""
     if process is not None:
-        return diffusion_is_greedy(process, denoiser(network, batch), batch.ids, batch.free)
+        return diffusion_is_greedy(
+            process, denoiser(network, process, batch), batch.ids, batch.free
+        )
     return autoregressive_is_greedy(
         lambda x: network.apply({"params": batch.params}, x),
         batch.ids,

@@ -154,13 +154,18 @@ def scored_texts(
     return rows._replace(free=(position >= ends[:, None]) & (position < rows.lengths[:, None]))
 
 
+def bucket(size: int, most: int) -> int:
+    """Return the next power of two from 16 on, and no more than `most`: few programs for many."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
 def by_width(rows: Rows) -> Iterator[tuple[np.ndarray, Rows]]:
     """Yield the rows in groups of a similar length, each with less padding: (numbers, rows).
 
     Widths are powers of two from 16 on (and that of `rows`), so that few programs are compiled.
     """
     full = rows.ids.shape[1]
-    widths = np.minimum(np.maximum(16, 2 ** np.ceil(np.log2(rows.lengths)).astype(int)), full)
+    widths = np.array([bucket(int(length), full) for length in rows.lengths])
     for width in np.unique(widths):
         numbers = np.flatnonzero(widths == width)
         yield (

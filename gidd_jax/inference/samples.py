@@ -23,8 +23,9 @@ class Samples(NamedTuple):
     log_probs float32 [N, L]: log-probability of each token in the network call that put it there,
     before temperature and filters; drawn_at int32 [N, L]: the number of that call; both are 0 for
     given tokens. network_calls: calls that were made, each on one batch: drawn_at counts those that
-    could change nothing, too. trace: every change on the way, where it was asked for (saved by
-    `sampling.trace.save_trace`, not with the samples).
+    could change nothing, too. stopped_at int32 [N]: calls after which a sequence was done, those
+    of the whole schedule where its method stops none. trace: every change on the way, where it was
+    asked for (saved by `sampling.trace.save_trace`, not with the samples).
     """
 
     ids: np.ndarray
@@ -32,14 +33,17 @@ class Samples(NamedTuple):
     log_probs: np.ndarray
     drawn_at: np.ndarray
     network_calls: int
+    stopped_at: np.ndarray
     trace: Trace | None = None
 
 
 class Likelihoods(NamedTuple):
-    """Log-likelihoods of N texts, in nats: log_probs float64 [N] are the sums of by_token.
+    """Log-likelihoods of N texts, in nats: log_probs float64 [N].
 
     ids int32 [N, L]: the token that begins a text, the prompt, the text and padding; by_token
-    float32 [N, L]: 0 but for the text; num_tokens int [N]: of the text; calls of the network.
+    float32 [N, L]: 0 but for the text, sums to log_probs, or, where an estimator averages the
+    probabilities of several draws, to the mean of their logarithms, which is less; num_tokens int
+    [N]: of the text; calls of the network.
     """
 
     ids: np.ndarray

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
+from gidd_jax.data.rows import MODES
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.fields import Fields
@@ -68,9 +69,14 @@ def from_hugging_face(folder: Path) -> Pretrained:
         _real_vocab_size(rows, tokenizer, file),
         ("hidden_size", "num_hidden_layers", "num_attention_heads", "timestep_cond_dim"),
     )
-    return _dit(
-        network, rows, state_dict, tokenizer, _published_process(fields, tokenizer), weights
-    )
+    process = _published_process(fields, tokenizer)
+    model = _dit(network, rows, state_dict, tokenizer, process, weights)
+    if not fields.has("row_mode"):
+        return model
+    mode = fields.text("row_mode")
+    if mode not in MODES:
+        raise fields.error(f"row_mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+    return model._replace(row_mode=mode)
 
 
 def _published_process(fields: Fields, tokenizer: Tokenizer) -> InterpolatingProcess:

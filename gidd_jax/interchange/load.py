@@ -146,4 +146,5 @@ def _from_checkpoint(
         tokenizer=tokenizer,
         process=objective.process,
         keep_padding_columns=settings.model.keep_padding_columns,
+        row_mode=settings.data.mode,
     )

@@ -11,7 +11,8 @@ from gidd_jax.process import InterpolatingProcess
 class Pretrained(NamedTuple):
     """A network, its float32 parameters, tokenizer and process (None: autoregressive).
 
-    keep_padding_columns: its distributions include the columns that pad the vocabulary.
+    keep_padding_columns: its distributions include the columns that pad the vocabulary. row_mode:
+    how rows were framed in training, one of `data.rows.MODES`.
     """
 
     network: DiT | Llama
@@ -19,3 +20,4 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer
     process: InterpolatingProcess | None
     keep_padding_columns: bool
+    row_mode: str = "packed"

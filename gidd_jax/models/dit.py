@@ -48,21 +48,26 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def time_features(t: Array, width: int = TIME_FEATURES) -> Array:
-    """Sinusoidal features [cos | sin] of t, not rescaled: float32 [B] -> [B, width] (even)."""
+    """Sinusoidal features [cos | sin] of t, not rescaled: float32 [...] -> [..., width] (even)."""
     half = width // 2
     frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angle = t.astype(jnp.float32)[:, None] * frequency[None, :]
+    angle = t.astype(jnp.float32)[..., None] * frequency.reshape((1,) * t.ndim + (-1,))
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """x [B, L, D] scaled and shifted per sequence, shift and scale [B or 1, D]."""
-    return x * (1.0 + scale[:, None, :]) + shift[:, None, :]
+    """x [B, L, D] scaled and shifted, per sequence by [B or 1, D] or by position by [B, L, D]."""
+    return x * (1.0 + by_position(scale)) + by_position(shift)
+
+
+def by_position(part: Array) -> Array:
+    """A part of the modulation, [B or 1, D] or [B, L, D], with an axis of positions."""
+    return part[:, None, :] if part.ndim == 2 else part
 
 
 def _modulation(cond_dim: int, parts: int, width: int) -> Linear:
     # float32 at full precision: over t in [0, 1] most time features move by less than 0.05, so
-    # 16-bit products would blur the time. There is one row per sequence; it costs nothing.
+    # 16-bit products would blur the time. With one row per sequence it costs nothing.
     return Linear(
         in_shape=(cond_dim,),
         out_shape=(parts, width),
@@ -75,7 +80,7 @@ def _modulation(cond_dim: int, parts: int, width: int) -> Linear:
 
 
 class TimeEmbedding(nn.Module):
-    """Two-layer perceptron on the time features: t float32 [B] -> float32 [B, cond_dim]."""
+    """Two-layer perceptron on the time features: t float32 [...] -> float32 [..., cond_dim]."""
 
     cond_dim: int
 
@@ -98,7 +103,10 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with adaptive layer norms: x [B, L, D], c [B or 1, cond_dim] -> x."""
+    """Transformer block with adaptive layer norms: x [B, L, D], c [B or 1, cond_dim] -> x.
+
+    c may also be [B, L, cond_dim], a condition of each position.
+    """
 
     hidden_size: int
     num_heads: int
@@ -152,7 +160,7 @@ class Block(nn.Module):
     ) -> tuple[Array, None]:
         parts = self.modulation(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
-            parts[:, i] for i in range(6)
+            parts[..., i, :] for i in range(6)
         )
         h = modulate(self.norm1(x), shift_attn, scale_attn).astype(self.dtype)
         x = x + _gate(gate_attn, self._attend(h, cos, sin, lengths))
@@ -169,12 +177,14 @@ class Block(nn.Module):
 
 
 def _gate(gate: Array, h: Array) -> Array:
-    return (gate[:, None, :] * h).astype(h.dtype)
+    return (by_position(gate) * h).astype(h.dtype)
 
 
 class DiT(nn.Module):
     """Denoiser: noisy ids z_t int32 [B, L] and times t float32 [B] or [1] -> logits.
 
+    t may also be [B, L], a time of each position: 0 where a token is given. Only a model that was
+    trained so (`position_times`) is told the times of positions when it samples or judges.
     The logits are float32 [B, L, padded_vocab_size(vocab_size)]; the columns from vocab_size on
     belong to no token. `dtype` is that of the matrix products; parameters are float32. `remat`
     is 'none', 'full' or 'dots', `attention` 'xla', 'cudnn' or '' (see layers.attention).
@@ -190,6 +200,7 @@ class DiT(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     attention: str = ""
+    position_times: bool = False
 
     def setup(self) -> None:
         D, rows = self.hidden_size, padded_vocab_size(self.vocab_size)
@@ -227,15 +238,16 @@ class DiT(nn.Module):
         Raises InputError for a sequence longer than max_seq_len or a t of another shape.
         """
         check_sequence(z_t, self.max_seq_len)
-        if t.ndim != 1 or t.shape[0] not in (1, z_t.shape[0]):
-            raise InputError(f"t has shape {t.shape}; give [{z_t.shape[0]}] or [1].")
+        if t.shape not in ((1,), z_t.shape[:1], z_t.shape):
+            rows = z_t.shape[0]
+            raise InputError(f"t has shape {t.shape}; give [{rows}], [1] or {list(z_t.shape)}.")
         c = nn.silu(self.time_embed(t))
         frequencies = rotary_frequencies(self.hidden_size // self.num_heads, ROTARY_BASE)
         cos, sin = rotary_tables(jnp.arange(z_t.shape[1]), frequencies)
         x = self.vocab_embed(z_t)
         x, _ = self.blocks(x, c, cos, sin, lengths)
         parts = self.final_modulation(c)
-        return modulate(self.final_norm(x), parts[:, 0], parts[:, 1]).astype(self.dtype)
+        return modulate(self.final_norm(x), parts[..., 0, :], parts[..., 1, :]).astype(self.dtype)
 
     def project(self, h: Array) -> Array:
         """Logits of features h [..., hidden_size], float32 [..., padded vocabulary]."""

@@ -61,13 +61,15 @@ def sample_autoregressive(
         drawn_at=jnp.pad(drawn_at, [(0, 0), (1, 0)]).astype(jnp.int32),
         num_calls=jnp.int32(num_calls),
         network_calls=jnp.int32(num_calls),
+        stopped_at=jnp.full(first.shape, num_calls, jnp.int32),
     )
 
 
 def check_autoregressive(options: SamplerOptions) -> None:
     """Raise InputError for options that only diffusion models have."""
-    if options.method != "ancestral" or options.block_length or options.grid != "uniform":
+    of_diffusion = ("method", "grid", "block_length", "guidance")
+    if any(getattr(options, name) != getattr(SamplerOptions, name) for name in of_diffusion):
         raise InputError(
-            "this model is autoregressive, from left to right: method, grid and block_length "
-            "belong to diffusion models"
+            "this model is autoregressive, from left to right: method, grid, block_length and "
+            "guidance belong to diffusion models"
         )

@@ -20,6 +20,7 @@ from gidd_jax.sampling.filters import log_softmax_at, temper, unnormalised
 from gidd_jax.sampling.loop import Frames
 from gidd_jax.sampling.options import CorrectionOptions
 from gidd_jax.sampling.steps import highest
+from gidd_jax.sampling.times import CLEAN
 
 
 class Proposals(NamedTuple):
@@ -136,8 +137,9 @@ def self_correct(
 ) -> Correction:
     """Correct rows of token ids z [B, L] at their free positions [B, L]; one while_loop.
 
-    denoise: (z_t, t) -> what `project` makes logits of, position by position; so no more logits
-    are held than those of a group of positions. `propose` draws the replacements, see `proposals`.
+    denoise: (z_t, times [B, L]) -> what `project` makes logits of, position by position; so no more
+    logits are held than those of a group of positions. `propose` draws the replacements, see
+    `proposals`.
     A row stops when a step changes nothing, or when its accuracy has not exceeded its best one for
     more than `patience` steps; the changes of that last step are dropped, as in the original.
     trace: also return what every step left, 8 bytes a token and step.
@@ -145,7 +147,7 @@ def self_correct(
     rows, length = z.shape
 
     def judge_all(step: jax.Array, z: jax.Array) -> Judgement:
-        features = denoise(z, jnp.full((rows,), options.t, jnp.float32))
+        features = denoise(z, jnp.where(free, jnp.float32(options.t), CLEAN))
         columns = jax.eval_shape(project, features[:, :1]).shape[-1]
         numbers = propose.numbers(step, length, columns)
         tokens = chunk_size(columns, features.shape[-1], jax.default_backend())

@@ -26,6 +26,15 @@ def log_softmax_at(logits: jax.Array, ids: jax.Array) -> jax.Array:
     )
 
 
+def entropy(logits: jax.Array) -> jax.Array:
+    """Return the entropy of softmax(logits), [...] in nats."""
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(shifted)
+    total = jnp.sum(weights, axis=-1)
+    mean = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1) / total
+    return jnp.log(total) - mean
+
+
 def temper(log_probs: jax.Array, temperature: float) -> jax.Array:
     """Return log-probabilities proportional to p^(1/temperature); 0 puts all on the largest."""
     if temperature == 1.0:

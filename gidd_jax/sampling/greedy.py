@@ -15,6 +15,7 @@ from gidd_jax.loss import masked_logits
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.schedule import check_method
 from gidd_jax.sampling.steps import highest
+from gidd_jax.sampling.times import CLEAN
 
 
 class Greedy(NamedTuple):
@@ -29,21 +30,20 @@ def diffusion_is_greedy(
 ) -> Greedy:
     """Compare the free tokens of x [B, L] with what greedy decoding finds.
 
-    Greedy is what the sampler does with method "confidence", temperature 0 and one step a token:
-    from masks on it fills in the most probable token of all (LLaDA, arXiv 2502.09992).
+    Greedy is what the sampler does with method "confidence", order "drawn", temperature 0 and one
+    step a token: from masks on it fills in the most probable token of all (LLaDA, arXiv
+    2502.09992).
     Raises InputError for processes that do not start from masks.
     """
     check_method(process, "confidence")
-    count = jnp.maximum(jnp.sum(free, axis=-1), 1)
 
     def masked(z: jax.Array) -> jax.Array:
         return free & (z == process.mask_id)
 
     def step(state: tuple[jax.Array, Greedy]) -> tuple[jax.Array, Greedy]:
         z, found = state
-        share = jnp.sum(masked(z), axis=-1) / count
-        t = process.t_min + (process.t_max - process.t_min) * share
-        logits = masked_logits(process, denoise(z, t))
+        times = jnp.where(masked(z), process.t_max, CLEAN)
+        logits = masked_logits(process, denoise(z, times))
         log_x_hat = jax.nn.log_softmax(logits)[..., : process.vocab_size]
         one = jnp.ones(z.shape[:1], jnp.int32)
         surest = jnp.max(log_x_hat, axis=-1)

@@ -1,13 +1,14 @@
 """Sampling from diffusion models: one compiled loop for every method.
 
 One scan goes through a schedule of network calls with the step of the chosen method; calls that
-could change nothing are not made. Every row draws from its own key, so that a sample depends on
-the seed and its number, not on the batch it was made in. Probabilities and draws are float32.
+could change nothing are not made. The network is told the time of every position (see `times`).
+Every row draws from its own key, so that a sample depends on the seed and its number, not on the
+batch it was made in. Probabilities and draws are float32.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,27 @@ import jax.numpy as jnp
 from gidd_jax.draws import fold_in
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.sampling import steps
+from gidd_jax.sampling import methods, steps
 from gidd_jax.sampling.filters import filter_log_probs, keep_min_p, unnormalised
-from gidd_jax.sampling.options import ANCESTRAL, REMASKING, SamplerOptions
-from gidd_jax.sampling.schedule import Schedule, check_method, make_schedule
+from gidd_jax.sampling.methods import Call, Memory
+from gidd_jax.sampling.options import ANCESTRAL, SamplerOptions
+from gidd_jax.sampling.schedule import Schedule, check_options, make_schedule
 from gidd_jax.sampling.steps import Network, Taken
-from gidd_jax.sampling.thinning import network_at
+from gidd_jax.sampling.thinning import guided, network_at
+from gidd_jax.sampling.times import CLEAN, row_times
 
 
 class Prompt(NamedTuple):
-    """What is given: ids int32 [B, L], and bool [B, L] where a token is to be generated."""
+    """What is given: ids int32 [B, L], and bool [B, L] where a token is to be generated.
+
+    within bool [B, L]: positions that belong to the rows, None: all; condition bool [B, L]: given
+    tokens that guidance weighs, None: all that are given.
+    """
 
     ids: jax.Array
     free: jax.Array
+    within: jax.Array | None = None
+    condition: jax.Array | None = None
 
 
 class Frames(NamedTuple):
@@ -46,7 +55,8 @@ class Drawn(NamedTuple):
     that put it there; drawn_at int32 [B, L]: the number of that call from 1 on. Both are 0 for
     given tokens, and for noise of the prior that never changed. num_calls: those of the schedule,
     and one more where masks were left and filled; network_calls: those that were made, as the
-    others could have changed nothing. frames: what a trace asks for.
+    others could have changed nothing. stopped_at int32 [B]: calls after which a row was done.
+    frames: what a trace asks for.
     """
 
     ids: jax.Array
@@ -54,26 +64,27 @@ class Drawn(NamedTuple):
     drawn_at: jax.Array
     num_calls: jax.Array
     network_calls: jax.Array
+    stopped_at: jax.Array
     frames: Frames | None = None
 
 
-def put(drawn: Drawn, taken: Taken, mask_id: int) -> Drawn:
+def put(drawn: Drawn, taken: Taken, mask_id: int, calls: int = 1) -> Drawn:
     """Replace the ids by those after a step and note the changes.
 
     A log-probability that is no number stays, also where nothing changed: of such a network the
-    ids may look sound.
+    ids may look sound. calls: of the network, if it was asked.
     """
     number = drawn.num_calls + 1
     changed = taken.ids != drawn.ids
     log_probs = jnp.where(taken.ids == mask_id, 0.0, taken.log_probs)
     log_probs = jnp.where(changed, log_probs, drawn.log_probs)
     is_broken = (taken.asked & jnp.isnan(taken.log_probs)) | jnp.isnan(drawn.log_probs)
-    return Drawn(
+    return drawn._replace(
         ids=taken.ids,
         log_probs=jnp.where(is_broken, jnp.nan, log_probs),
         drawn_at=jnp.where(changed, number, drawn.drawn_at),
         num_calls=number,
-        network_calls=drawn.network_calls + jnp.any(taken.asked),
+        network_calls=drawn.network_calls + calls * jnp.any(taken.asked),
     )
 
 
@@ -88,17 +99,19 @@ def sample_diffusion(
     trace: bool = False,
     project: Callable[[jax.Array], jax.Array] = lambda features: features,
 ) -> Drawn:
-    """Generate token ids [B, length] from one key per row: one scan over the network calls.
+    """Generate token ids [B, length] from one key per row: one loop over the network calls.
 
-    denoise: (z_t, t) -> what `project` makes logits [..., V] of, position by position; only
-    positions where a token can change are projected (see `thinning`).
+    denoise: (z_t, times [B, L]) -> what `project` makes logits [..., V] of, position by position;
+    only positions where a token can change are projected (see `thinning`). Given tokens are at
+    time 0, those still to come at t_max: `times.row_times` makes of it what a network with one
+    time a row is told.
 
-    prompt: given tokens stay as they are; num_free: the most tokens that a row of it generates.
-    Blocks count the tokens to generate. The network sees the whole row: blocks still to come are
-    prior noise. trace: also return what every call left, 8 bytes a token and call. Raises
+    prompt: given tokens stay as they are; num_free: the most tokens that a row of it generates, or
+    more. Blocks count the tokens to generate. The network sees the whole row: blocks still to come
+    are prior noise. trace: also return what every call left, 8 bytes a token and call. Raises
     InputError when the method cannot sample this process.
     """
-    check_method(process, options.method)
+    check_options(process, options)
     shape = (keys.shape[0], length)
     if prompt is None:
         prompt = Prompt(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
@@ -106,55 +119,112 @@ def sample_diffusion(
     schedule = make_schedule(process, options, num_free)
     block_length = min(options.block_length or num_free, num_free)
     block_of = (jnp.cumsum(prompt.free, axis=-1) - 1) // block_length
+    last_block = jnp.max(jnp.where(prompt.free, block_of, 0), axis=-1)
+    calls = 1 if options.guidance == 1.0 else 2
 
-    def network(z_t: jax.Array, t: jax.Array) -> Network:
-        weights = functools.partial(weights_of, options)
-        return network_at(process, denoise, project, weights, z_t, t)
+    condition = ~prompt.free if prompt.condition is None else prompt.condition
 
-    def call(carry: tuple[Drawn, jax.Array], now: Schedule):
-        drawn, t = carry
-        active = prompt.free & (block_of == now.block)
-        step_keys = fold_in(keys, 2 + now.block * schedule.num_steps + now.step)
-        if options.method == "first_hitting":
-            num_masked = jnp.sum(active & (drawn.ids == process.mask_id), axis=-1)
-            t = jnp.where(num_masked == jnp.sum(active, axis=-1), now.t, t)  # a new block
-            t = steps.hitting_time(process, fold_in(step_keys, 2), t, num_masked)
-        else:
-            t = jnp.full_like(t, now.t)
-        taken = take_step(
-            process,
-            options,
-            schedule.num_steps,
-            step_keys,
-            network(drawn.ids, t),
-            drawn.ids,
-            active,
-            t,
-            now,
+    def network(keys: jax.Array, z_t: jax.Array, times: jax.Array) -> Network:
+        asked = denoise, project
+        if options.guidance != 1.0:
+            asked = guided(process, *asked, options.guidance, condition, keys)
+        return network_at(process, *asked, functools.partial(weights_of, options), z_t, times)
+
+    def call(state: _State, now: Schedule) -> _State:
+        drawn, memory, was_done = state
+        active, ahead = (
+            prompt.free & which(block_of, now.block) for which in (jnp.equal, jnp.greater)
         )
-        drawn = put(drawn, taken, process.mask_id)
-        return (drawn, t), (drawn.ids, drawn.log_probs) if trace else None
+        keys_now = fold_in(keys, 2 + now.block * schedule.num_steps + now.step)
+        here = Call(process, options, schedule.num_steps, keys_now, drawn.ids, active, now)
+        times, memory = methods.times(here, memory)
+        times = jnp.where(active, times, jnp.where(ahead, process.t_max, CLEAN))
+        asked = network(fold_in(keys_now, 3), drawn.ids, times)
+        taken, memory = methods.step(here, asked, row_times(process, times, prompt.within), memory)
+        drawn = put(drawn, taken, process.mask_id, calls)
+        done = methods.is_done(here, memory)
+        if done is None:
+            return _State(drawn, memory, was_done)
+        done &= now.block >= last_block
+        stops = done & ~was_done
+        drawn = drawn._replace(stopped_at=jnp.where(stops, drawn.num_calls, drawn.stopped_at))
+        return _State(drawn, memory, was_done | done)
 
     prior = jax.vmap(lambda key: process.sample_prior(key, (length,)))(fold_in(keys, 0))
     if options.method == "confidence":
         prior = jnp.full(shape, process.mask_id, jnp.int32)
-    zeros = jnp.zeros(shape, jnp.int32)
-    start = Drawn(
+    zeros, row_zeros = jnp.zeros(shape, jnp.int32), jnp.zeros(shape[:1], jnp.int32)
+    drawn = Drawn(
         ids=jnp.where(prompt.free, prior, prompt.ids),
         log_probs=zeros.astype(jnp.float32),
         drawn_at=zeros,
         num_calls=jnp.int32(0),
         network_calls=jnp.int32(0),
+        stopped_at=row_zeros,
     )
-    t_max = jnp.full(shape[:1], process.t_max, jnp.float32)
-    (drawn, _), after = jax.lax.scan(call, (start, t_max), jax.tree.map(jnp.asarray, schedule))
-    frames = None if after is None else Frames(start.ids, *after)
-    if options.fill_masks:
-        last = network(drawn.ids, jnp.full_like(t_max, process.t_min))
+    memory = methods.begin(process, options, prompt.free)
+    start = _State(drawn, memory, row_zeros > 0)
+    end, frames = _run(call, start, schedule, trace, stops=options.method == "entropy_bound")
+    drawn = end.drawn
+    if options.fill_masks and options.method != "entropy_bound":  # which leaves nothing open
+        times = jnp.where(prompt.free, process.t_min, CLEAN)
+        last = network(fold_in(fold_in(keys, 1), 3), drawn.ids, times)
         filled = steps.fill_step(process, fold_in(keys, 1), last, drawn.ids, prompt.free)
         num_calls = drawn.num_calls + jnp.any(filled.asked)
-        drawn = put(drawn, filled, process.mask_id)._replace(num_calls=num_calls)
-    return drawn._replace(frames=frames)
+        drawn = put(drawn, filled, process.mask_id, calls)._replace(num_calls=num_calls)
+    stopped_at = jnp.where(end.done, drawn.stopped_at, drawn.num_calls)
+    return drawn._replace(frames=frames, stopped_at=stopped_at)
+
+
+class _State(NamedTuple):
+    drawn: Drawn
+    memory: Memory
+    done: jax.Array
+
+
+def _run(
+    call: Callable[[_State, Schedule], _State],
+    start: _State,
+    schedule: Schedule,
+    trace: bool,
+    *,
+    stops: bool,
+) -> tuple[_State, Frames | None]:
+    """Make the calls of the schedule, with what each left; stops: until all rows are done."""
+    arrays = jax.tree.map(jnp.asarray, schedule)
+    if not stops:
+
+        def one(state: _State, now: Schedule) -> tuple[_State, Any]:
+            state = call(state, now)
+            return state, (state.drawn.ids, state.drawn.log_probs) if trace else None
+
+        state, after = jax.lax.scan(one, start, arrays)
+        return state, None if after is None else Frames(start.drawn.ids, *after)
+    count = len(schedule.step)
+    kept = (start.drawn.ids, start.drawn.log_probs) if trace else ()
+    after = tuple(jnp.zeros((count, *a.shape), a.dtype) for a in kept)
+
+    def goes_on(carry: tuple[jax.Array, _State, Any]) -> jax.Array:
+        return (carry[0] < count) & ~jnp.all(carry[1].done)
+
+    def next_one(carry: tuple[jax.Array, _State, Any]) -> tuple[jax.Array, _State, Any]:
+        number, state, after = carry
+        state = call(state, jax.tree.map(lambda a: a[number], arrays))
+        now = (state.drawn.ids, state.drawn.log_probs)
+        return (
+            number + 1,
+            state,
+            tuple(a.at[number].set(b) for a, b in zip(after, now, strict=False)),
+        )
+
+    made, state, after = jax.lax.while_loop(goes_on, next_one, (jnp.int32(0), start, after))
+    if not trace:
+        return state, None
+    # Calls that were not made left everything as it was.
+    later = (jnp.arange(count) >= made)[:, None, None]
+    last = (state.drawn.ids, state.drawn.log_probs)
+    filled = (jnp.where(later, b, a) for a, b in zip(after, last, strict=True))
+    return state, Frames(start.drawn.ids, *filled)
 
 
 def filtered(options: SamplerOptions, log_probs: jax.Array) -> jax.Array:
@@ -172,39 +242,6 @@ def filtered_x_hat(options: SamplerOptions, log_x_hat: jax.Array) -> jax.Array:
 
 def weights_of(options: SamplerOptions, logits: jax.Array) -> jax.Array:
     """Return weights of any sum to draw tokens by; ancestral steps apply min-p themselves."""
-    if options.min_p > 0 and options.method not in ANCESTRAL:
+    if options.min_p > 0 and options.method not in (*ANCESTRAL, "gibbs"):
         return filtered_x_hat(options, jax.nn.log_softmax(logits))
     return unnormalised(filtered(options, logits))
-
-
-def take_step(
-    process: InterpolatingProcess,
-    options: SamplerOptions,
-    num_steps: int,
-    keys: jax.Array,
-    network: Network,
-    z_t: jax.Array,
-    active: jax.Array,
-    t: jax.Array,
-    now: Schedule,
-) -> Taken:
-    """Take the step of one call by the method of the options, at active positions."""
-    place = (process, keys, network, z_t, active)
-    if options.method in ANCESTRAL:
-        kappa = options.kappa if options.method == "psi" else 1.0
-        if options.min_p > 0:
-            return steps.filtered_ancestral_step(*place, now.t, now.s, kappa, options.min_p)
-        return steps.ancestral_step(*place, now.t, now.s, kappa)
-    if options.method in REMASKING:
-        return steps.remask_step(*place, now.t, now.s, now.sigma)
-    if options.method == "first_hitting":
-        return steps.first_hitting_step(*place)
-    num_active = jnp.sum(active, axis=-1)
-    if options.method == "confidence":
-        # After step i of n, ceil(num_active i / n) tokens are there.
-        num_masked = jnp.sum(active & (z_t == process.mask_id), axis=-1)
-        due = (num_active * (now.step + 1) + num_steps - 1) // num_steps
-        return steps.confidence_step(*place, due - (num_active - num_masked))
-    spread = (num_active + num_steps - 1) // num_steps
-    count = jnp.full_like(spread, options.tokens_per_step) if options.tokens_per_step else spread
-    return steps.adaptive_step(*place, now.t, count)

@@ -11,19 +11,45 @@ from gidd_jax.errors import InputError
 
 ANCESTRAL = ("ancestral", "psi")
 REMASKING = ("remdm_cap", "remdm_rescale", "remdm_loop")
-METHODS = (*ANCESTRAL, *REMASKING, "confidence", "adaptive", "first_hitting")
+METHODS = (
+    *ANCESTRAL,
+    "gibbs",
+    *REMASKING,
+    "first_hitting",
+    "confidence",
+    "entropy_bound",
+    "adaptive",
+    "mode_seeking",
+)
 GRIDS = ("uniform", "cosine", "reference")
+ORDERS = ("entropy", "drawn")
+ESTIMATORS = ("bound", "chain", "importance")
+CHAIN_ORDERS = ("random", "left_to_right")
+ESTIMATED_BY = {
+    "num_samples_t": "bound",
+    "num_orders": "chain",
+    "chain_order": "chain",
+    "num_paths": "importance",
+    "path_steps": "importance",
+}
 SUSPICION_METHODS = ("one_pass", "leave_one_out")
 # Options that only some methods read: setting one for another method is an error.
 READ_BY = {
     "num_steps": tuple(m for m in METHODS if m != "first_hitting"),
-    "grid": tuple(m for m in METHODS if m not in ("first_hitting", "remdm_loop")),
+    "grid": (*ANCESTRAL, "gibbs", "remdm_cap", "remdm_rescale", "mode_seeking"),
     "kappa": ("psi",),
+    "sweeps": ("gibbs",),
+    "rho": ("gibbs",),
+    "order": ("confidence",),
+    "epsilon": ("entropy_bound",),
+    "edit_above": ("entropy_bound",),
+    "stop_after": ("entropy_bound",),
+    "stop_entropy": ("entropy_bound",),
     "eta": REMASKING,
     "loop_from": ("remdm_loop",),
     "loop_to": ("remdm_loop",),
     "loop_alpha": ("remdm_loop",),
-    "tokens_per_step": ("adaptive",),
+    "tokens_per_step": ("mode_seeking",),
 }
 
 
@@ -47,16 +73,27 @@ class SamplerOptions:
     loop_from: float = 0.55  # remdm_loop: the loop takes the steps from here ...
     loop_to: float = 0.05  # ... to here (1: first step, 0: last), as t_on and t_off of the paper
     loop_alpha: float = 0.9  # remdm_loop: alpha during the loop
-    tokens_per_step: int = 0  # adaptive: positions redrawn per step; 0: enough to draw each once
+    tokens_per_step: int = 0  # mode_seeking: positions redrawn a step; 0: enough to draw each once
+    sweeps: int = 1  # gibbs: redraws of a share `rho` of the positions after each ancestral step
+    rho: float = 0.1  # gibbs: share of the positions that a sweep redraws
+    order: str = "entropy"  # confidence: which mask is lifted first, one of ORDERS
+    epsilon: float = 0.1  # entropy_bound: nats of dependence that tokens drawn together may lose
+    edit_above: float = (
+        1.0  # entropy_bound: reopen a token that is wrong with more than this; 1: no
+    )
+    stop_after: int = 0  # entropy_bound: stop a row whose argmax stood still so often; 0: never
+    stop_entropy: float = 0.05  # ... and whose mean entropy is below this, in nats
+    guidance: float = 1.0  # weight of the prompt: x_hat(with)^g x_hat(without)^(1 - g); 1: as it is
     fill_masks: bool = True  # draw what is still masked after the last step from x_hat
 
     def __post_init__(self):
-        for name, legal in (("method", METHODS), ("grid", GRIDS)):
+        for name, legal in (("method", METHODS), ("grid", GRIDS), ("order", ORDERS)):
             if getattr(self, name) not in legal:
                 raise InputError(
                     f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(legal)}"
                 )
         least = {"num_steps": 1, "top_k": 0, "block_length": 0, "tokens_per_step": 0}
+        least |= {"sweeps": 1, "stop_after": 0}
         for name, least_value in least.items():
             if getattr(self, name) < least_value:
                 raise InputError(f"{name} must be at least {least_value}: {getattr(self, name)}")
@@ -65,8 +102,14 @@ class SamplerOptions:
         for name in ("min_p", "kappa", "eta", "loop_to", "loop_from"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1]: {getattr(self, name)}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must lie in (0, 1]: {self.top_p}")
+        for name in ("top_p", "rho", "edit_above"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in (0, 1]: {getattr(self, name)}")
+        for name in ("epsilon", "stop_entropy"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must not be negative: {getattr(self, name)}")
+        if not 0 <= self.guidance < float("inf"):
+            raise InputError(f"guidance must be finite and at least 0: {self.guidance}")
         if not 0 < self.loop_alpha < 1:
             raise InputError(f"loop_alpha must lie in (0, 1): {self.loop_alpha}")
         if self.loop_to > self.loop_from:
@@ -120,7 +163,38 @@ class SuspicionOptions:
             raise InputError(f"t must lie in (0, 1): {self.t}")
 
 
-Options = TypeVar("Options", SamplerOptions, CorrectionOptions, SuspicionOptions)
+@dataclasses.dataclass(frozen=True)
+class EstimatorOptions:
+    """How log p of a text is estimated; raises InputError for values outside their range."""
+
+    estimator: str = "bound"  # one of ESTIMATORS
+    num_samples_t: int = 8  # bound: times drawn per row
+    num_orders: int = 4  # chain: orders in which the tokens of a row are put in, each a decoder
+    chain_order: str = "random"  # chain: one of CHAIN_ORDERS
+    num_paths: int = 8  # importance: noisy paths of each row
+    path_steps: int = 32  # importance: steps of a path
+
+    def __post_init__(self):
+        for name, legal in (("estimator", ESTIMATORS), ("chain_order", CHAIN_ORDERS)):
+            if getattr(self, name) not in legal:
+                raise InputError(
+                    f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(legal)}"
+                )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise InputError(f"{field.name} must be at least 1: {value}")
+            reader = ESTIMATED_BY.get(field.name, self.estimator)
+            if value != field.default and reader != self.estimator:
+                raise InputError(
+                    f"{field.name} has no effect with estimator {self.estimator!r}: it belongs to "
+                    f"{reader}"
+                )
+        if self.chain_order != "random" and self.num_orders != 1:
+            raise InputError(f"chain_order {self.chain_order!r} is one order: set num_orders to 1")
+
+
+Options = TypeVar("Options", SamplerOptions, CorrectionOptions, SuspicionOptions, EstimatorOptions)
 
 
 def changed_options(options: Options, changes: dict[str, Any]) -> Options:

@@ -18,12 +18,22 @@ def check_method(process: InterpolatingProcess, method: str) -> None:
     if method in MASK_ONLY and not is_mask_only(process):
         raise InputError(
             f"method {method!r} needs a process whose only noise is the mask: "
-            "use 'psi', 'adaptive' or 'ancestral'"
+            "use 'ancestral', 'psi' or 'adaptive'"
         )
     if method == "confidence" and prior_mask(process) < 0.99:
         raise InputError(
             "method 'confidence' needs a process that starts from masks: "
-            "use 'adaptive', 'psi' or 'ancestral'"
+            "use 'ancestral', 'psi' or 'adaptive'"
+        )
+
+
+def check_options(process: InterpolatingProcess, options: SamplerOptions) -> None:
+    """Raise InputError when the method, or one of its options, does nothing for this process."""
+    check_method(process, options.method)
+    if options.edit_above < 1 and is_mask_only(process):
+        raise InputError(
+            "edit_above needs a process with noise other than the mask, under masks alone no token "
+            "is ever wrong: leave it at 1"
         )
 
 
@@ -62,6 +72,17 @@ def time_grid(
     return points[:0:-1], points[-2::-1]
 
 
+def sweep_grid(
+    process: InterpolatingProcess, options: SamplerOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the times of `gibbs`: after each step `sweeps` calls at which time stands still."""
+    period = 1 + options.sweeps
+    t, s = time_grid(process, -(-options.num_steps // period), options.grid)
+    t, s = np.repeat(t, period), np.repeat(s, period)
+    is_sweep = np.arange(len(t)) % period > 0
+    return np.where(is_sweep, s, t)[: options.num_steps], s[: options.num_steps]
+
+
 def loop_grid(
     process: InterpolatingProcess, options: SamplerOptions
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +111,15 @@ def time_of_alpha(process: InterpolatingProcess, alpha: float) -> float:
 class Schedule(NamedTuple):
     """The network calls of a run, arrays [num_calls] in the order of the calls.
 
-    t and s: times before and after; sigma: remasking probability; step: number of the call within
-    its block; block: which block of positions may change.
+    t and s: times before and after; sigma: remasking probability; kappa: weight of the posterior
+    against drawing anew; step: number of the call within its block; block: which block of positions
+    may change.
     """
 
     t: np.ndarray
     s: np.ndarray
     sigma: np.ndarray
+    kappa: np.ndarray
     step: np.ndarray
     block: np.ndarray
 
@@ -115,9 +138,15 @@ def make_schedule(
         t = s = np.full(block_length, process.t_max, np.float32)
     elif options.method == "remdm_loop":
         t, s = loop_grid(process, options)
+    elif options.method == "gibbs":
+        t, s = sweep_grid(process, options)
     else:
         t, s = time_grid(process, options.num_steps, options.grid)
-    one = Schedule(t, s, remasking(process, options, t, s), np.arange(len(t)), np.zeros(len(t)))
+    kappa = np.full(len(t), options.kappa if options.method == "psi" else 1.0, np.float32)
+    if options.method == "gibbs":
+        kappa[t == s] = 1 - options.rho
+    sigma = remasking(process, options, t, s)
+    one = Schedule(t, s, sigma, kappa, np.arange(len(t)), np.zeros(len(t)))
     blocks = np.repeat(np.arange(num_blocks), len(t)).astype(np.int32)
     return Schedule(*(np.tile(a, num_blocks) for a in one))._replace(block=blocks)
 

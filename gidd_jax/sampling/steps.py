@@ -3,7 +3,7 @@
 All take one key per row [B], the network, token ids int32 [B, L], where they may change, bool
 [B, L], and times float32 [] or [B]. Each first makes what choices it can, then asks the network at
 the positions where the rest depends on it. Ancestral, psi and remasking steps draw all positions
-independently; the ordered ones (confidence, adaptive, first hitting) choose positions.
+independently; the ordered ones (confidence, mode seeking, first hitting) choose positions.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from gidd_jax.draws import fold_in, index_from_uniforms, num_levels, uniforms
 from gidd_jax.loss import at_ids
 from gidd_jax.process import InterpolatingProcess, expand_time
-from gidd_jax.sampling.filters import keep_min_p, log_softmax_at, unnormalised
+from gidd_jax.sampling.filters import entropy, keep_min_p, log_softmax_at, unnormalised
 
 
 class Predicted(NamedTuple):
@@ -93,7 +93,7 @@ def ancestral_draws(
     z_t: jax.Array,
     t: ArrayLike,
     s: ArrayLike,
-    kappa: float = 1.0,
+    kappa: ArrayLike = 1.0,
     *,
     num_columns: int,
 ) -> AncestralDraws:
@@ -145,14 +145,16 @@ def ancestral_step(
     active: jax.Array,
     t: ArrayLike,
     s: ArrayLike,
-    kappa: float = 1.0,
+    kappa: ArrayLike = 1.0,
 ) -> Taken:
     """Draw z_s ~ kappa q(.|z_t, x_hat) + (1 - kappa) q_s(.|x_hat), without the posterior.
 
     q(z_s|z_t) is a mixture: z_t stays with probability alpha_{t|s} q_s(z_t)/q_t(z_t), otherwise
     z_s ~ q_s = alpha_s x_hat + beta_s pi_s. The distribution is that of `transition_probs`.
     kappa < 1 is the psi-posterior (arXiv 2602.21185): it draws anew, whatever z_t is, with
-    probability 1 - kappa, and has the marginals of the process for every kappa.
+    probability 1 - kappa, and has the marginals of the process for every kappa. From t to itself
+    it is a Gibbs sweep: a share 1 - kappa of the positions is drawn anew from alpha_t x_hat +
+    beta_t pi_t, which leaves p_t as it is where one position is drawn at a time.
     """
     draws = ancestral_draws(process, keys, z_t, t, s, kappa, num_columns=network.num_columns)
     asked = active & needs_x_hat(process, draws, z_t)
@@ -173,7 +175,7 @@ def filtered_ancestral_step(
     active: jax.Array,
     t: ArrayLike,
     s: ArrayLike,
-    kappa: float,
+    kappa: ArrayLike,
     min_p: float,
 ) -> Taken:
     """Draw z_s as `ancestral_step`, from probabilities of at least min_p alone.
@@ -199,13 +201,13 @@ def transition_probs(
     z_t: jax.Array,
     t: ArrayLike,
     s: ArrayLike,
-    kappa: float = 1.0,
+    kappa: ArrayLike = 1.0,
 ) -> jax.Array:
     """Return the distribution that `ancestral_step` draws from, dense [B, L, V]."""
     posterior = process.posterior_probs(x_hat, z_t, t, s)
-    if kappa == 1.0:
+    if isinstance(kappa, float) and kappa == 1.0:
         return posterior
-    return kappa * posterior + (1 - kappa) * process.marginal_probs(x_hat, s)
+    return jnp.asarray(kappa * posterior + (1 - kappa) * process.marginal_probs(x_hat, s))
 
 
 def remask_step(
@@ -252,21 +254,29 @@ def confidence_step(
     z_t: jax.Array,
     active: jax.Array,
     count: jax.Array,
+    order: str = "entropy",
 ) -> Taken:
-    """Unmask the `count` [B] active masks whose drawn tokens are most probable.
+    """Unmask the `count` [B] active masks that the network is surest of, by a draw from x_hat.
 
-    A token is drawn from x_hat at every mask; those of highest probability before temperature and
-    filters are kept, as in MaskGIT (arXiv 2202.04200) without its noise, and LLaDA (arXiv
-    2502.09992).
+    order "entropy": those where x_hat has the least entropy, which does not look at what is drawn:
+    one token a call samples a right network exactly. "drawn": those whose drawn tokens are most
+    probable, as in MaskGIT (arXiv 2202.04200) without its noise, and LLaDA (arXiv 2502.09992): of
+    all draws the probable ones are kept, so no number of steps samples the network. Both are read
+    before temperature and filters.
     """
     levels = uniforms(keys, z_t.shape[1], num_levels(network.num_columns))
     masked = active & (z_t == process.mask_id) & (count > 0)[:, None]
-    drawn, log_probs = network.ask(masked, draw, levels)
-    chosen = highest(log_probs, masked, count)
+
+    def judge(said: Predicted, levels: jax.Array) -> Any:
+        drawn, log_probs = draw(said, levels)
+        return drawn, log_probs, log_probs if order == "drawn" else -entropy(said.logits)
+
+    drawn, log_probs, score = network.ask(masked, judge, levels)
+    chosen = highest(score, masked, count)
     return Taken(jnp.where(chosen, drawn, z_t), log_probs, masked)
 
 
-def adaptive_step(
+def mode_seeking_step(
     process: InterpolatingProcess,
     keys: jax.Array,
     network: Network,
@@ -280,7 +290,8 @@ def adaptive_step(
     The improvement of a position is (max_v p(v) - p(z_t)) times the noise mass of z_t at time t,
     with p = x_hat before temperature and filters: how much more probable the best token is, times
     how likely the token there is noise (adaptive sampling of arXiv 2512.10858). Masks and tokens
-    alike.
+    alike: once every token is drawn it goes on to more probable ones, so it does not sample the
+    network but climbs to a mode.
     """
     levels = uniforms(keys, z_t.shape[1], num_levels(network.num_columns))
 

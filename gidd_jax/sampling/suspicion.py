@@ -34,6 +34,7 @@ from gidd_jax.loss import at_ids, log_marginal, masked_logits
 from gidd_jax.process import InterpolatingProcess, expand_time
 from gidd_jax.sampling.options import SuspicionOptions
 from gidd_jax.sampling.schedule import is_mask_only
+from gidd_jax.sampling.times import CLEAN
 
 
 class Suspicion(NamedTuple):
@@ -63,16 +64,31 @@ def expected_share(process: InterpolatingProcess, t: float) -> float:
 
 
 def judge(
-    process: InterpolatingProcess, denoise: Denoiser, options: SuspicionOptions, z: jax.Array
+    process: InterpolatingProcess,
+    denoise: Denoiser,
+    options: SuspicionOptions,
+    z: jax.Array,
+    free: jax.Array | None = None,
 ) -> Suspicion:
-    """Judge every token of z int [B, L]: one call of the network, or L to leave each out."""
+    """Judge every token of z int [B, L]: one call of the network, or L to leave each out.
+
+    free bool [B, L]: the tokens that may be wrong, None: all; the others are at time 0.
+    """
     check_suspicion(process, options)
     t = jnp.full(z.shape[:1], options.t)
+    times = t if free is None else jnp.where(free, t[:, None], CLEAN)
     if options.method == "one_pass":
-        return noise_posterior(process, _log_x_hat(process, denoise, z, t), z, t)
+        return noise_posterior(process, _log_x_hat(process, denoise, z, times), z, t)
 
     def left_out(position: jax.Array) -> Suspicion:
-        log_x_hat = _log_x_hat(process, denoise, z.at[:, position].set(process.mask_id), t)
+        if free is None:
+            return judge_one(position)
+        said = jax.eval_shape(judge_one, position)
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), said)
+        return jax.lax.cond(jnp.any(free[:, position]), judge_one, lambda _: none, position)
+
+    def judge_one(position: jax.Array) -> Suspicion:
+        log_x_hat = _log_x_hat(process, denoise, z.at[:, position].set(process.mask_id), times)
         prior, token = log_x_hat[:, position], z[:, position]
         if is_mask_only(process):
             return surprise(prior, token)
@@ -103,7 +119,7 @@ def surprise(log_prior: jax.Array, z: jax.Array) -> Suspicion:
 
 
 def _log_x_hat(
-    process: InterpolatingProcess, denoise: Denoiser, z: jax.Array, t: jax.Array
+    process: InterpolatingProcess, denoise: Denoiser, z: jax.Array, times: jax.Array
 ) -> jax.Array:
-    logits = masked_logits(process, denoise(z, t))[..., : process.vocab_size]
+    logits = masked_logits(process, denoise(z, times))[..., : process.vocab_size]
     return jax.nn.log_softmax(logits)

@@ -24,30 +24,59 @@ def group_size(length: int) -> int:
     return min(length, max(16, -(-length // 16)))
 
 
+def guided(
+    process: InterpolatingProcess,
+    denoise: Denoiser,
+    project: Callable[[Any], jax.Array],
+    guidance: float,
+    condition: jax.Array,
+    keys: jax.Array,
+) -> tuple[Callable[..., Any], Callable[[Any], jax.Array]]:
+    """Return denoise and project whose x_hat is x_hat(with)^g x_hat(without)^(1 - g), of any sum.
+
+    Without the condition, bool [B, L], its tokens are noise of the prior, drawn by keys [B]. It is
+    x_hat that is guided, before Bayes: the evidence at a position counts once.
+    """
+
+    def both(z_t: jax.Array, times: jax.Array) -> Any:
+        noise = jax.vmap(lambda key: process.sample_prior(key, z_t.shape[1:]))(keys)
+        without = jnp.where(condition, noise, z_t), jnp.where(condition, process.t_max, times)
+        return denoise(z_t, times), denoise(*without)
+
+    def mixed(features: Any) -> jax.Array:
+        # Logits of -inf have no difference.
+        given, other = (jnp.maximum(project(f), -1e30) for f in features)
+        return guidance * given + (1 - guidance) * other
+
+    return both, mixed
+
+
 def network_at(
     process: InterpolatingProcess,
     denoise: Denoiser,
-    project: Callable[[jax.Array], jax.Array],
+    project: Callable[[Any], jax.Array],
     weights: Weights,
     z_t: jax.Array,
-    t: jax.Array,
+    times: jax.Array,
 ) -> Network:
-    """Return the network at noisy ids z_t [B, L] and times t [B], to be asked once.
+    """Return the network at noisy ids z_t [B, L] and their times, to be asked once.
 
-    denoise: (z_t, t) -> what `project` makes logits [..., C] of, position by position; weights:
+    denoise: (z_t, times) -> what `project` makes logits [..., C] of, position by position; weights:
     logits -> the distribution to draw from, of any sum.
     """
     rows, length = z_t.shape
 
-    def predict(features: jax.Array, places: jax.Array) -> Predicted:
-        logits = masked_logits(process, project(_at(features, places))).astype(jnp.float32)
+    def predict(features: Any, places: jax.Array) -> Predicted:
+        logits = masked_logits(
+            process, project(jax.tree.map(lambda a: _at(a, places), features))
+        ).astype(jnp.float32)
         return Predicted(logits, weights(logits))
 
-    features, one = jax.eval_shape(denoise, z_t, t), jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    features, one = jax.eval_shape(denoise, z_t, times), jax.ShapeDtypeStruct((rows, 1), jnp.int32)
     columns = jax.eval_shape(predict, features, one).logits.shape[-1]
 
     def ask(where: jax.Array, judge: Judge, *arrays: Any, at_most: int = length) -> Any:
-        def judge_at(features: jax.Array, places: jax.Array) -> Any:
+        def judge_at(features: Any, places: jax.Array) -> Any:
             here = jax.tree.map(lambda a: _at(a, places), arrays)
             return judge(predict(features, places), *here)
 
@@ -56,7 +85,7 @@ def network_at(
 
         def call() -> Any:
             size = min(group_size(length), at_most)
-            return _in_groups(where, judge_at, denoise(z_t, t), size, nothing)
+            return _in_groups(where, judge_at, denoise(z_t, times), size, nothing)
 
         return jax.lax.cond(jnp.any(where), call, lambda: nothing)
 
@@ -65,8 +94,8 @@ def network_at(
 
 def _in_groups(
     where: jax.Array,
-    judge_at: Callable[[jax.Array, jax.Array], Any],
-    features: jax.Array,
+    judge_at: Callable[[Any, jax.Array], Any],
+    features: Any,
     size: int,
     result: Any,
 ) -> Any:

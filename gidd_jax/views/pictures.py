@@ -100,13 +100,13 @@ def run_pictures(
 
 def training_curves(runs: Mapping[str, Metrics]) -> Figure:
     """Draw what runs logged over their steps, a colour a run: losses, bounds, rate, norm, speed."""
-    with _style():
+    with style():
         figure = Figure(figsize=(12, 9), layout="constrained")
         axes = figure.subplots(3, 3, sharex=True)
         for axis, (key, title, unit, logarithmic) in zip(axes.flat, PANELS, strict=True):
             axis.set(title=title, ylabel=unit)
-            looks = zip(_looks(), itertools.cycle(MARKERS), strict=True)
-            for (label, lines), (look, marker) in zip(runs.items(), looks, strict=False):
+            marked = zip(looks(), itertools.cycle(MARKERS), strict=True)
+            for (label, lines), (look, marker) in zip(runs.items(), marked, strict=False):
                 points = _points(lines, key)
                 marker = marker if len(points) < 30 else ""
                 axis.plot(*points.T, label=label, marker=marker, markersize=3.5, **look)
@@ -128,7 +128,7 @@ def training_curves(runs: Mapping[str, Metrics]) -> Figure:
 def loss_picture(workdir: Path) -> Figure:
     """Draw training loss and validation bits per byte over the steps."""
     lines = read_metrics(workdir)
-    with _style():
+    with style():
         figure = Figure(figsize=(10, 4), layout="constrained")
         for axis, panel in zip(figure.subplots(1, 2), (PANELS[0], PANELS[5]), strict=True):
             key, title, unit, _ = panel
@@ -147,16 +147,16 @@ def process_picture(
     shares, elbo, training = map(np.asarray, curves)
     names = ("signal", "mask", "other tokens")
     kinds = ("z is the mask", "z is another token", "z = x")
-    with _style():
+    with style():
         figure = Figure(figsize=(12, 4), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
-        for name, values, look in zip(names, shares, _looks(), strict=False):
+        for name, values, look in zip(names, shares, looks(), strict=False):
             left.plot(t, values, label=name, **look)
         left.set(title="Mixing schedule", ylabel="share of the tokens", ylim=(-0.02, 1.02))
         panels = ((middle, "Weights of the ELBO", elbo), (right, f"Weights: {weighting}", training))
         for axis, title, weights in panels:
             # In the colours that mask and other tokens have on the left, and a third.
-            for kind, values, look in zip(kinds, weights, _looks(start=1), strict=False):
+            for kind, values, look in zip(kinds, weights, looks(start=1), strict=False):
                 axis.plot(t, np.where(values > 0, values, np.nan), label=kind, **look)
             axis.set(title=title, ylabel="weight of KL + IS")
             _log_scale(axis)
@@ -190,10 +190,10 @@ def _process_curves(
 
 def profile_picture(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw the bound's integrand in bins of t, as `gidd_jax.evaluate --out` holds it by corpus."""
-    with _style():
+    with style():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axis = figure.subplots()
-        for (label, profile), look in zip(profiles.items(), _looks(), strict=False):
+        for (label, profile), look in zip(profiles.items(), looks(), strict=False):
             values = np.array(profile["integrand"], float)  # null, where no time fell, is nan
             axis.stairs(values, profile["edges"], label=label, baseline=None, linewidth=1.8, **look)
         axis.set(title="Where the bound comes from", xlabel="time t (0: clean, 1: noise)")
@@ -207,16 +207,16 @@ def frontier_picture(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
 
     Right and low is better: the line joins the reports that no other one beats in both.
     """
-    with _style():
+    with style():
         figure = Figure(figsize=(9, 5), layout="constrained")
         axis = figure.subplots()
-        looks = zip(itertools.cycle(MARKERS), itertools.cycle(COLOURS), strict=True)
-        for (label, report), (marker, colour) in zip(reports.items(), looks, strict=False):
+        dots = zip(itertools.cycle(MARKERS), itertools.cycle(COLOURS), strict=True)
+        for (label, report), (marker, colour) in zip(reports.items(), dots, strict=False):
             axis.errorbar(
                 report["token_entropy"],
                 report["gen_ppl"],
-                xerr=_error(report, "token_entropy"),
-                yerr=_error(report, "gen_ppl"),
+                xerr=error_bar(report, "token_entropy"),
+                yerr=error_bar(report, "gen_ppl"),
                 fmt=marker,
                 color=colour,
                 capsize=2,
@@ -240,7 +240,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def _error(report: Mapping[str, Any], name: str) -> list[list[float]] | None:
+def error_bar(report: Mapping[str, Any], name: str) -> list[list[float]] | None:
     """The two lengths of an error bar, as matplotlib takes them."""
     value, interval = report[name], report[f"{name}_interval"]
     if interval is None or None in interval:  # a single sample has none
@@ -250,11 +250,11 @@ def _error(report: Mapping[str, Any], name: str) -> list[list[float]] | None:
 
 def calibration_picture(figures: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw how often tokens of a suspicion are wrong, from `figures` of `gidd_jax.highlight`."""
-    with _style():
+    with style():
         figure = Figure(figsize=(6, 5.5), layout="constrained")
         axis = figure.subplots()
-        looks = zip(_looks(), itertools.cycle(MARKERS), strict=True)
-        for one, (look, marker) in zip(figures, looks, strict=False):
+        marked = zip(looks(), itertools.cycle(MARKERS), strict=True)
+        for one, (look, marker) in zip(figures, marked, strict=False):
             bins = one["calibration"]
             label = f"{one['corruption']:.0%} replaced (error {one['calibration_error']:.3f})"
             axis.plot(bins["suspicion"], bins["share_wrong"], marker=marker, label=label, **look)
@@ -279,11 +279,11 @@ def sweep_picture(
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in others), []).append(row)
-    with _style():
+    with style():
         figure = Figure(figsize=(8, 5), layout="constrained")
         axis = figure.subplots()
-        looks = zip(_looks(), itertools.cycle(MARKERS), strict=False)
-        for (group, members), (look, marker) in zip(groups.items(), looks, strict=False):
+        marked = zip(looks(), itertools.cycle(MARKERS), strict=False)
+        for (group, members), (look, marker) in zip(groups.items(), marked, strict=False):
             at = [places[row[first]] for row in members]
             values = [row[figure_name] for row in members]
             label = ", ".join(f"{k} = {v}" for k, v in zip(others, group, strict=True)) or None
@@ -331,7 +331,7 @@ def _log_scale(axis: Axes) -> None:
         axis.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _looks(start: int = 0) -> Iterator[dict[str, Any]]:
+def looks(start: int = 0) -> Iterator[dict[str, Any]]:
     """Colour and line style of one line after another, from number `start`."""
     for number in itertools.count(start):
         style = DASHES[(number // len(COLOURS) + number) % len(DASHES)]
@@ -339,7 +339,7 @@ def _looks(start: int = 0) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     settings: dict[Any, Any] = {
         "axes.grid": True,
         "grid.alpha": 0.3,

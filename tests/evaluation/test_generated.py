@@ -89,7 +89,9 @@ def test_a_sample_with_several_ends_is_one_text(judge, folder, tmp_path):
     ids = np.array([[1, 2, end, 3, end, end, 4, pad], [end, 5, 6, end, 7, 8, 9, end]], np.int32)
     none = np.zeros(ids.shape)
     texts = [model.decode(row) for row in ids]
-    save_samples(tmp_path / "a.npz", Samples(ids, texts, none, none, 1), model.tokenizer)
+    save_samples(
+        tmp_path / "a.npz", Samples(ids, texts, none, none, 1, none[:, 0]), model.tokenizer
+    )
     read = read_texts(tmp_path / "a.npz", "--samples").texts
     assert read == ["w1 w2 w3 w4", "w5 w6 w7 w8 w9"]
     found = figures(judge, read)

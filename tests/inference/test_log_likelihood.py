@@ -35,6 +35,8 @@ class Neighbours:
     but the first few ids are improbable, which keeps the estimates' errors small.
     """
 
+    position_times = False
+
     max_seq_len, vocab_size = 8, 259
 
     def __init__(self):
@@ -168,7 +170,8 @@ def test_groups_of_a_similar_width_keep_every_token(models):
 def test_greedy_is_what_temperature_0_generates(models, name):
     model, number = models[name], 6
     prompts = ["It", "a truth univ", "single"]
-    options = {} if name == "ar" else {"method": "confidence", "num_steps": number}
+    diffusion = {"method": "confidence", "order": "drawn", "num_steps": number}
+    options = {} if name == "ar" else diffusion
     made = model.generate(prompts=prompts, new_tokens=number, temperature=0.0, **options)
     texts = [row[1 + len(prompt) :][:number] for row, prompt in zip(made.ids, prompts, strict=True)]
     assert not np.isin(texts, [model.tokenizer.eos_id]).any()  # where generation would end

@@ -226,7 +226,7 @@ def test_bfloat16_compute(params, z_t, t):
 def test_bad_input_is_named(params, z_t, t):
     with pytest.raises(InputError, match="33 exceeds the model's max_seq_len 32"):
         logits_of(params, jnp.zeros((1, 33), jnp.int32), t[:1])
-    with pytest.raises(InputError, match=r"t has shape \(2,\); give \[3\] or \[1\]"):
+    with pytest.raises(InputError, match=r"t has shape \(2,\); give \[3\], \[1\] or \[3, 32\]"):
         logits_of(params, z_t, t[:2])
     with pytest.raises(InputError, match="use one of none, full, dots"):
         logits_of(params, z_t, t, remat="some")

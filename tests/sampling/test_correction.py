@@ -49,7 +49,7 @@ def no_numbers(step, length, columns):
 def table_model(data):
     """logits = W[z] + P[position] + t D, in float64."""
     w, p, d = (jnp.asarray(data[f"main/{name}"]) for name in ("W", "P", "D"))
-    return lambda z, t: w[z] + p[None] + t.astype(w.dtype)[:, None, None] * d[None, None]
+    return lambda z, t: w[z] + p[None] + t.astype(w.dtype)[..., None] * d[None, None]
 
 
 @pytest.mark.parametrize(

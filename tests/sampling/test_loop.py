@@ -42,7 +42,7 @@ def hashing(vocab_size: int):
     def denoise(z, t, length):
         within = (jnp.arange(z.shape[1])[None, :] < length[:, None])[..., None]
         summary = jnp.sum(jnp.where(within, table[z], 0.0), axis=1, keepdims=True)
-        return jnp.sin(3 * summary) + table[z] + t[:, None, None]
+        return jnp.sin(3 * summary) + table[z] + expand_time(t, z)[..., None]
 
     return denoise
 
@@ -172,7 +172,7 @@ def test_every_token_is_drawn_by_a_call_that_is_counted(method):
 def test_numbers_that_are_none_are_kept_whatever_is_drawn(method, mask_id):
     """Also where the draws of such a network are masks, or nothing changes."""
     processes = [MaskedProcess(11, mask_id)]
-    if method in ("ancestral", "psi", "adaptive"):
+    if method in ("ancestral", "psi", "gibbs", "entropy_bound", "adaptive", "mode_seeking"):
         processes += [HybridProcess(11, mask_id, 0.2), LogSnrProcess(11, mask_id, shift=1000.0)]
     options = {"method": method} | ({} if method == "first_hitting" else {"num_steps": 9})
     for process in processes:
@@ -190,11 +190,11 @@ def test_masks_stay_where_they_are_not_to_be_filled():
     assert not np.any(np.asarray(draw(process, predict, 400, 30, **options).ids) == 2)
 
 
-def test_confidence_and_adaptive_runs_reveal_evenly():
+def test_confidence_and_mode_seeking_runs_reveal_evenly():
     process = MaskedProcess(6, 2)
     predict = hashing(6)
     full = jnp.full(4, 10)
-    for method in ("confidence", "adaptive"):
+    for method in ("confidence", "mode_seeking"):
         drawn = draw(process, lambda z, t: predict(z, t, full), 4, 10, num_steps=4, method=method)
         assert int(drawn.network_calls) == 4
         for row in np.asarray(drawn.drawn_at):
@@ -210,7 +210,7 @@ def test_confidence_and_adaptive_runs_reveal_evenly():
         4,
         10,
         num_steps=4,
-        method="adaptive",
+        method="mode_seeking",
         tokens_per_step=1,
     )
     assert int(few.network_calls) == 5
@@ -351,7 +351,7 @@ def test_remasking_probabilities(method, eta):
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p must lie in \[0, 1\]"),
         ({"block_length": -2}, "block_length must be at least 0"),
-        ({"method": "adaptive", "tokens_per_step": -1}, "tokens_per_step must be at least 0"),
+        ({"method": "mode_seeking", "tokens_per_step": -1}, "tokens_per_step must be at least 0"),
         ({"method": "psi", "kappa": 1.1}, r"kappa must lie in \[0, 1\]"),
         ({"method": "remdm_loop", "loop_alpha": 1.0}, r"loop_alpha must lie in \(0, 1\)"),
         ({"method": "remdm_loop", "loop_to": 0.8}, "loop_to must not exceed loop_from"),

@@ -252,7 +252,7 @@ def test_confidence_step_reveals_the_surest_masks():
         np.testing.assert_array_equal(taken.asked, [[count > 0, count > 0, False, False]])
 
 
-def test_adaptive_step_takes_the_largest_gain_times_noise():
+def test_mode_seeking_step_takes_the_largest_gain_times_noise():
     process = HybridProcess(4, 3, p_uniform=0.2)
     probs = jnp.float32([[[0.5, 0.3, 0.2, 0], [0.05, 0.95, 0, 0], [0.1, 0.2, 0.7, 0]]])
     z, t = jnp.int32([[3, 0, 2]]), jnp.float32([0.5])
@@ -260,7 +260,7 @@ def test_adaptive_step_takes_the_largest_gain_times_noise():
     gains = np.array([0.5 * mass.mask, 0.9 * mass.uniform, 0.0])
     network = everywhere(jnp.log(probs), jax.nn.one_hot(jnp.argmax(probs, -1), 4))
     for count in (1, 2, 3):
-        z_next = steps.adaptive_step(
+        z_next = steps.mode_seeking_step(
             process, KEYS[:1], network, z, jnp.ones((1, 3), bool), t, jnp.int32([count])
         ).ids
         want = np.asarray(z[0]).copy()
@@ -276,7 +276,7 @@ def test_the_gain_of_a_token_is_a_difference_of_probabilities():
     active, one = jnp.ones((1, 2), bool), jnp.int32([1])
     z = jnp.int32([[0, 0]])
     network = everywhere(jnp.log(probs), jax.nn.one_hot(jnp.argmax(probs, -1), 4))
-    taken = steps.adaptive_step(process, KEYS[:1], network, z, active, 0.5, one)
+    taken = steps.mode_seeking_step(process, KEYS[:1], network, z, active, 0.5, one)
     np.testing.assert_array_equal(taken.ids, [[0, 1]])
 
 

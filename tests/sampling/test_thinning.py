@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gidd_jax.draws import row_keys
 from gidd_jax.loss import masked_logits
-from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
+from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess, expand_time
 from gidd_jax.sampling import loop, steps
 from gidd_jax.sampling.filters import unnormalised
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
@@ -34,7 +34,7 @@ TIMES = [(0.999, 0.9), (0.7, 0.5), (0.5, 0.1), (0.2, 0.19)]
 
 
 def features(z, t):
-    return TABLE[z] + jnp.sin(jnp.cumsum(TABLE[z], axis=1)) + t[:, None, None]
+    return TABLE[z] + jnp.sin(jnp.cumsum(TABLE[z], axis=1)) + expand_time(t, z)[..., None]
 
 
 def project(h):
@@ -59,7 +59,7 @@ STEPS = {
     "ancestral": lambda *place, t, s: steps.ancestral_step(*place, t, s),
     "psi": lambda *place, t, s: steps.ancestral_step(*place, t, s, 0.7),
     "min-p": lambda *place, t, s: steps.filtered_ancestral_step(*place, t, s, 0.7, 0.1),
-    "adaptive": lambda *place, t, s: steps.adaptive_step(*place, t, 3 * ONE),
+    "mode_seeking": lambda *place, t, s: steps.mode_seeking_step(*place, t, 3 * ONE),
     "confidence": lambda *place, t, s: steps.confidence_step(*place, 3 * ONE.at[1].set(0)),
     "remask": lambda *place, t, s: steps.remask_step(*place, t, s, 0.05),
     "first hitting": lambda *place, t, s: steps.first_hitting_step(*place),
@@ -146,7 +146,7 @@ def test_no_more_positions_are_projected_than_a_group_has():
         widths.clear()
 
 
-@pytest.mark.parametrize("step", ["ancestral", "confidence", "adaptive", "first hitting"])
+@pytest.mark.parametrize("step", ["ancestral", "confidence", "mode_seeking", "first hitting"])
 def test_devices_exchange_nothing_but_whether_they_go_on(step):
     """Each keeps its rows: between 4 devices there is one bit per group, and one per call."""
     mesh = jax.make_mesh((B,), ("data",), devices=jax.devices()[:B])
@@ -205,7 +205,7 @@ def test_with_masks_alone_the_network_is_asked_exactly_where_a_mask_is_lifted():
 @pytest.mark.parametrize("method", METHODS)
 def test_calls_that_could_change_nothing_are_not_made(method, monkeypatch):
     """And change nothing: the run is the one that asks everywhere, in every call."""
-    process = PROCESSES["masked" if method not in ("psi", "adaptive") else "hybrid"]
+    process = PROCESSES["masked" if method not in ("psi", "mode_seeking") else "hybrid"]
     calls = []
 
     def counted(z, t):
@@ -235,8 +235,9 @@ def test_calls_that_could_change_nothing_are_not_made(method, monkeypatch):
         np.testing.assert_array_equal(getattr(drawn, name), getattr(whole, name))
     np.testing.assert_allclose(drawn.log_probs, whole.log_probs, rtol=2e-5)
     # 19 tokens are drawn, some in the same call; those that are masked again once more.
-    most = {"ancestral": 20, "first_hitting": 8, "confidence": 19, "adaptive": 61}.get(method, 45)
-    assert (60 if method == "adaptive" else 8) <= len(calls) <= most
+    most = {"ancestral": 20, "first_hitting": 8, "confidence": 19, "mode_seeking": 61}
+    most = most.get(method, 61)
+    assert (60 if method == "mode_seeking" else 6) <= len(calls) <= most
 
 
 @pytest.mark.parametrize("method", ["ancestral", "psi"])

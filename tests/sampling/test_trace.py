@@ -32,7 +32,7 @@ from gidd_jax.sampling.trace import (
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 # Calls of a batch: the steps, and one more to fill the masks that six steps of one token leave.
-METHODS = [({"method": "ancestral"}, 6), ({"method": "adaptive", "tokens_per_step": 1}, 7)]
+METHODS = [({"method": "ancestral"}, 6), ({"method": "mode_seeking", "tokens_per_step": 1}, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_sequences_from_left_to_right():
 # Samples.
 
 
-@pytest.mark.parametrize(("options", "calls"), METHODS, ids=["ancestral", "adaptive"])
+@pytest.mark.parametrize(("options", "calls"), METHODS, ids=["ancestral", "mode_seeking"])
 def test_a_trace_ends_at_the_samples_and_changes_nothing(model, options, calls):
     arguments = {"num_samples": 11, "batch_size": 8, "length": 12, "num_steps": 6, **options}
     samples, plain = model.generate(**arguments, trace=True), model.generate(**arguments)
@@ -271,7 +271,7 @@ def traced(tokenizer) -> Samples:
     drawn_at = np.zeros_like(start)
     changes, texts = changes_between(start, ids, log_probs), ["a", "b</script>", "é"]
     trace = make_trace(changes, start == 0, np.full(3, 10), texts, tokenizer)
-    return Samples(ids[-1], texts, log_probs[-1], drawn_at, 4, trace)
+    return Samples(ids[-1], texts, log_probs[-1], drawn_at, 4, np.full(len(ids[-1]), 4), trace)
 
 
 def test_a_file_gives_the_trace_back(tokenizer, traced, tmp_path):

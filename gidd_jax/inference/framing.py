@@ -1,0 +1,66 @@
+"""Rows at inference as the model saw rows in training, whatever a text's length.
+
+A model that was trained on padded rows has never seen one that simply ends: a text shorter than the
+context is followed by the token that ends it and by padding that the network sees. A model trained
+on packed rows saw full ones alone: its short rows end where the text ends, and hidden padding
+brings them to one of a few widths, so that prompts of many lengths share compiled programs. What
+was added is not returned.
+"""
+
+import numpy as np
+
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.inference.prompts import Rows, bucket
+from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.trace import Changes, Trace, join_changes, make_trace
+
+SCHEDULED = ("first_hitting",)  # methods whose schedule depends on the number of tokens
+PADDED = ("padded", "crop")  # modes of training whose rows end with padding, see data.rows
+
+
+def framed(rows: Rows, tokenizer: Tokenizer, mode: str, context: int, *, ends: bool = True) -> Rows:
+    """Return the rows as rows of `mode` are.
+
+    ends: a row that is shorter than the context is a whole text, which the end token follows.
+    """
+    if mode not in PADDED:
+        return rows
+    wide = widened(rows, tokenizer, context)
+    place = np.arange(context)[None]
+    ids = np.where(place < rows.lengths[:, None], wide.ids, tokenizer.pad_id)
+    if ends:
+        ids = np.where(place == rows.lengths[:, None], tokenizer.eos_id, ids)
+    return Rows(ids.astype(np.int32), wide.free, np.full(len(ids), context, np.int32))
+
+
+def widened(rows: Rows, tokenizer: Tokenizer, width: int) -> Rows:
+    """Return the rows with hidden padding up to a width."""
+    widths = [(0, 0), (0, width - rows.ids.shape[1])]
+    ids = np.pad(rows.ids, widths, constant_values=tokenizer.pad_id)
+    return Rows(ids, np.pad(rows.free, widths), rows.lengths)
+
+
+def scheduled_tokens(options: SamplerOptions, rows: Rows) -> int:
+    """Return how many tokens a row a schedule is made for: rounded up, so that programs are shared.
+
+    Where the schedule does not depend on it, any number of tokens shares one program.
+    """
+    width = rows.ids.shape[1]
+    depends = options.block_length > 0 or options.method in SCHEDULED
+    return bucket(int(rows.free.sum(-1).max()), width) if depends else width
+
+
+def unframed(ids: np.ndarray, rows: Rows, tokenizer: Tokenizer) -> np.ndarray:
+    """Return ids of framed rows in the shape of the rows they were made of, padded as these are."""
+    width = rows.ids.shape[1]
+    inside = np.arange(width)[None] < rows.lengths[:, None]
+    return np.where(inside, ids[:, :width], tokenizer.pad_id).astype(ids.dtype)
+
+
+def trace_of(
+    parts: list[Changes], rows: Rows, given: np.ndarray, texts: list[str], tokenizer: Tokenizer
+) -> Trace:
+    """Return the trace of batches of framed rows, in the shape of the rows they were made of."""
+    changes = join_changes(parts, len(rows.ids))
+    changes = changes._replace(start=unframed(changes.start, rows, tokenizer))
+    return make_trace(changes, given, rows.lengths, texts, tokenizer)

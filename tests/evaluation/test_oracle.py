@@ -1,0 +1,229 @@
+"""The exact network of a Markov chain, by enumeration; and every sampler measured against it."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_process import CosineProcess
+
+from gidd_jax.draws import row_keys
+from gidd_jax.errors import InputError
+from gidd_jax.evaluation import oracle, sampler_laws
+from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
+from gidd_jax.sampling.loop import Prompt, sample_diffusion
+from gidd_jax.sampling.options import SamplerOptions
+
+PROCESSES = {
+    "masks": MaskedProcess(4, 3),
+    "hybrid": HybridProcess(4, 1, 0.2),
+    "uniform": LogSnrProcess(4, 3, shift=1000.0),
+    "own": CosineProcess(4, 0),
+}
+CHAIN = oracle.draw_chain(seed=0, num_tokens=3)
+LENGTH, ROWS = 5, 20_000
+FLOOR = oracle.noise_floor(oracle.law(CHAIN, LENGTH), ROWS)
+
+
+def drawn(process, options, prompt=None, told="position", rows=ROWS, seed=0):
+    """Rows of chain numbers [rows, LENGTH] that a method draws with the exact network."""
+    network = sampler_laws.exact_network(process, CHAIN, told)
+    run = jax.jit(lambda k: sample_diffusion(process, network, options, k, LENGTH, prompt).ids)
+    ids = run(row_keys(jax.random.key(seed), jnp.arange(rows)))
+    return oracle.places_of(process, np.asarray(ids))
+
+
+def distance(process, told="position", **options):
+    rows = drawn(process, SamplerOptions(**options), told=told)
+    return oracle.total_variation(oracle.frequencies(CHAIN, rows), oracle.law(CHAIN, LENGTH))
+
+
+# The oracle itself.
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_network_is_the_leave_one_out_prior(name):
+    """Every noisy row of three tokens, by Bayes over all clean rows; one position at time 0."""
+    process, times = PROCESSES[name], np.array([0.3, 0.0, 0.7])
+    ids = oracle.chain_ids(process)
+    rows = oracle.all_rows(CHAIN, 3)
+    prior = np.exp(oracle.log_prob(CHAIN, rows))
+    z = np.array(list(itertools.product(range(4), ids, range(4))))
+    network = oracle.leave_one_out(process, CHAIN)
+    got = np.exp(network(jnp.asarray(z), jnp.broadcast_to(jnp.float32(times), z.shape)))
+    assert np.all(got[..., process.mask_id] == 0)
+    alpha, mass = (np.array(a) for a in (process.alpha(times), process.noise_probs(times)))
+    alpha[1], mass[1] = 1.0, 0.0
+    for row, found in zip(z, got, strict=True):
+        evidence = alpha * (ids[rows] == row) + mass[np.arange(3), row]
+        for i in range(3):
+            weights = prior * np.delete(evidence, i, axis=1).prod(axis=1)
+            want = np.bincount(rows[:, i], weights, minlength=3) / weights.sum()
+            np.testing.assert_allclose(found[i][ids], want, atol=2e-6)
+
+
+def test_figures_of_the_chain_are_those_of_its_rows():
+    rows, law = oracle.all_rows(CHAIN, 4), oracle.law(CHAIN, 4)
+    assert law.sum() == pytest.approx(1)
+    assert oracle.entropy(CHAIN, 4) == pytest.approx(-np.sum(law * np.log(law)))
+    pairs = sum(
+        np.bincount(3 * rows[:, i] + rows[:, i + 1], law, minlength=9) for i in range(3)
+    ).reshape(3, 3)
+    np.testing.assert_allclose(oracle.bigram_law(CHAIN, 4), pairs / 3)
+    process = PROCESSES["hybrid"]
+    ids = oracle.draw_rows(CHAIN, process, 50_000, 4, seed=3)
+    places = oracle.places_of(process, ids)
+    found = oracle.frequencies(CHAIN, places)
+    floor = oracle.noise_floor(law, 50_000)
+    assert 0.8 * floor < oracle.total_variation(found, law) < 1.2 * floor
+    assert oracle.total_variation(oracle.bigrams(CHAIN, places), pairs / 3) < 0.005
+    given = np.array([-1, 2, -1, -1])
+    conditional = np.where(rows[:, 1] == 2, law, 0)
+    np.testing.assert_allclose(oracle.law(CHAIN, 4, given), conditional / conditional.sum())
+
+
+def test_what_is_no_chain_is_refused():
+    with pytest.raises(InputError, match="probabilities that sum to 1"):
+        oracle.leave_one_out(PROCESSES["masks"], oracle.Chain(np.ones(3), np.ones((3, 3))))
+    with pytest.raises(InputError, match="the chain has 3 tokens and the process 6"):
+        oracle.leave_one_out(MaskedProcess(7, 6), CHAIN)
+
+
+# Samplers.
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_error_of_ancestral_steps_falls_as_one_over_their_number(name):
+    """A quarter for four times the steps, beyond what exact draws have."""
+    few, many = (distance(PROCESSES[name], num_steps=n) for n in (6, 24))
+    beyond = [np.sqrt(max(d**2 - FLOOR**2, 0)) for d in (few, many)]
+    assert few > 3 * FLOOR
+    assert 0.12 < beyond[1] / beyond[0] < 0.42
+
+
+ONE_A_CALL = [
+    ("masks", {"method": "first_hitting"}),
+    *((name, {"method": "confidence", "num_steps": LENGTH}) for name in ("masks", "hybrid")),
+    *(
+        (name, {"method": "entropy_bound", "epsilon": 0.0, "num_steps": LENGTH})
+        for name in PROCESSES
+    ),
+    *((name, {"method": "adaptive", "num_steps": n}) for name in PROCESSES for n in (5, 15)),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), ONE_A_CALL, ids=str)
+def test_one_token_a_call_has_no_error(name, options):
+    assert distance(PROCESSES[name], **options) < 1.15 * FLOOR
+
+
+def test_keeping_what_is_probable_has_a_floor_and_the_papers_rule_seeks_the_mode():
+    masks, hybrid = PROCESSES["masks"], PROCESSES["hybrid"]
+    assert distance(masks, method="confidence", order="drawn", num_steps=5) > 0.5
+    few, many = (distance(hybrid, method="mode_seeking", num_steps=n) for n in (5, 40))
+    assert few + 0.2 < many
+    assert distance(masks, method="mode_seeking", num_steps=5) < 1.15 * FLOOR
+
+
+def test_a_network_that_knows_one_time_a_row_takes_clean_tokens_for_noise():
+    """Under masks alone it makes no difference; under hybrid noise it is a floor."""
+    options = {"method": "confidence", "num_steps": LENGTH}
+    assert distance(PROCESSES["masks"], told="row", **options) < 1.15 * FLOOR
+    assert distance(PROCESSES["hybrid"], told="row", **options) > 3 * FLOOR
+
+
+GIVEN = np.array([-1, 2, -1, -1, 0])  # numbers of the chain's tokens
+CONDITIONAL = [
+    ("masks", {"method": "first_hitting"}),
+    ("masks", {"num_steps": 60}),
+    ("hybrid", {"num_steps": 60}),
+    ("uniform", {"num_steps": 60}),
+    ("own", {"num_steps": 60}),
+    ("masks", {"method": "remdm_cap", "num_steps": 60}),
+    ("hybrid", {"method": "confidence", "num_steps": 3}),
+    ("hybrid", {"method": "entropy_bound", "epsilon": 0.0, "num_steps": 3}),
+    ("uniform", {"method": "entropy_bound", "epsilon": 0.0, "num_steps": 3}),
+    ("hybrid", {"method": "adaptive", "num_steps": 9}),
+    ("own", {"method": "adaptive", "num_steps": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CONDITIONAL, ids=str)
+def test_with_tokens_given_their_conditional_law_is_met(name, options):
+    process = PROCESSES[name]
+    ids = np.where(GIVEN < 0, 0, oracle.chain_ids(process)[GIVEN])
+    shape = (ROWS, LENGTH)
+    free = jnp.broadcast_to(jnp.asarray(GIVEN < 0), shape)
+    prompt = Prompt(jnp.broadcast_to(jnp.asarray(ids, jnp.int32), shape), free)
+    found = oracle.frequencies(CHAIN, drawn(process, SamplerOptions(**options), prompt))
+    law = oracle.law(CHAIN, LENGTH, GIVEN)
+    floor = oracle.noise_floor(law, ROWS)
+    # 60 steps leave an error of 1/N, twice the floor at most; the others have none.
+    most = 2.5 if options.get("num_steps") == 60 else 1.6
+    assert oracle.total_variation(found, law) < most * floor
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gibbs_redraws_leave_the_law_of_noisy_rows_as_it_is(name):
+    """Enumerated: every noisy row of three tokens, each position redrawn in turn."""
+    process, t = PROCESSES[name], 0.4
+    z = np.array(list(itertools.product(range(4), repeat=3)))
+    rows, ids = oracle.all_rows(CHAIN, 3), oracle.chain_ids(process)
+    with jax.enable_x64(True):
+        alpha = float(process.alpha(np.float64(t)))
+        noise = np.asarray(process.noise_probs(np.float64(t)))
+    q = alpha * (ids[rows][None] == z[:, None]) + noise[z][:, None]  # [z, x, position]
+    p_t = q.prod(axis=-1) @ np.exp(oracle.log_prob(CHAIN, rows))
+    network = oracle.leave_one_out(process, CHAIN)
+    x_hat = np.exp(np.asarray(network(jnp.asarray(z), jnp.full(len(z), t)), np.float64))
+    x_hat = np.where(p_t[:, None, None] > 0, x_hat, 0.0)  # of rows that cannot be
+    number = functools.partial(np.dot, b=4 ** np.arange(3)[::-1])
+    assert p_t.sum() == pytest.approx(1)
+    for i in range(3):
+        after = np.zeros(len(z))
+        for w in range(4):
+            moved = z.copy()
+            moved[:, i] = w
+            np.add.at(after, number(moved), p_t * (alpha * x_hat[:, i, w] + noise[w]))
+        np.testing.assert_allclose(after, p_t, atol=1e-6)
+
+
+def test_gibbs_redraws_mend_what_few_steps_spoil():
+    """More sweeps between the same steps come closer; at equal calls see docs/sampling.md."""
+    process = PROCESSES["hybrid"]
+    plain = distance(process, num_steps=6)
+    swept = distance(process, method="gibbs", num_steps=60, sweeps=9, rho=0.1)
+    assert swept < 0.6 * plain
+
+
+def test_guidance_sharpens_towards_what_is_given():
+    """g = 0 forgets the given token, g = 1 is the conditional law, g > 1 goes beyond."""
+    process = PROCESSES["masks"]
+    given = np.array([2, -1, -1, -1, -1])
+    ids = jnp.full((ROWS, LENGTH), 2, jnp.int32)
+    prompt = Prompt(ids, jnp.broadcast_to(jnp.asarray(given < 0), ids.shape))
+    first = {}
+    for guidance in (0.0, 1.0, 2.0):
+        options = SamplerOptions(method="first_hitting", guidance=guidance)
+        rows = drawn(process, options, prompt)
+        first[guidance] = np.bincount(rows[:, 1], minlength=3) / ROWS
+    marginal = CHAIN.start @ CHAIN.moves
+    np.testing.assert_allclose(first[0.0], marginal, atol=0.015)
+    np.testing.assert_allclose(first[1.0], CHAIN.moves[2], atol=0.015)
+    best = np.argmax(CHAIN.moves[2] / marginal)
+    assert first[2.0][best] > first[1.0][best] + 0.05
+
+
+# The bound.
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_full_bound_of_the_exact_network_is_the_entropy(name):
+    found = sampler_laws.bounds(PROCESSES[name], length=LENGTH, num_rows=8000, num_times=16)
+    assert found["entropy"] == pytest.approx(oracle.entropy(CHAIN, LENGTH))
+    assert found["full_standard_error"] < 0.07
+    assert abs(found["full"] - found["entropy"]) < 4 * found["full_standard_error"]
+    if name in ("hybrid", "uniform"):  # a middle term alone is too good
+        assert found["middle"] < found["entropy"] - 3 * found["middle_standard_error"]

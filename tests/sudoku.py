@@ -1,0 +1,155 @@
+"""Small Sudokus as texts: grids, a tokenizer, a run on them, and how many puzzles a model solves.
+
+`python tests/sudoku.py WORKDIR` trains the model of `docs/sampling.md` (a quarter of an hour on two
+cores; it goes on where it was stopped) and prints its table.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+SIZE, BOX_ROWS, BOX_COLUMNS = 6, 2, 3
+CELLS = SIZE * SIZE
+PUZZLES, CALLS = 128, 36
+
+
+def grids(count: int, seed: int) -> np.ndarray:
+    """Return valid grids of digits 0 to 5, int [count, 36]: random fillings by backtracking."""
+    rng = np.random.default_rng(seed)
+    return np.array([_grid(rng) for _ in range(count)])
+
+
+def _grid(rng: np.random.Generator) -> list[int]:
+    grid = [-1] * CELLS
+    rows, columns, boxes = ([set() for _ in range(SIZE)] for _ in range(3))
+
+    def fill(cell: int) -> bool:
+        if cell == CELLS:
+            return True
+        row, column = divmod(cell, SIZE)
+        box = row // BOX_ROWS * (SIZE // BOX_COLUMNS) + column // BOX_COLUMNS
+        units = rows[row], columns[column], boxes[box]
+        for digit in rng.permutation(SIZE).tolist():
+            if any(digit in unit for unit in units):
+                continue
+            grid[cell] = digit
+            for unit in units:
+                unit.add(digit)
+            if fill(cell + 1):
+                return True
+            for unit in units:
+                unit.remove(digit)
+        return False
+
+    fill(0)
+    return grid
+
+
+def is_valid(grid: np.ndarray) -> np.ndarray:
+    """Tell which grids [N, 36] have every digit once in each row, column and box, bool [N]."""
+    cube = grid.reshape(-1, SIZE, SIZE)
+    boxes = cube.reshape(-1, SIZE // BOX_ROWS, BOX_ROWS, SIZE // BOX_COLUMNS, BOX_COLUMNS)
+    boxes = boxes.transpose(0, 1, 3, 2, 4).reshape(-1, SIZE, SIZE)
+    units = np.concatenate([cube, cube.transpose(0, 2, 1), boxes], axis=1)
+    return (np.sort(units, axis=-1) == np.arange(SIZE)).all(axis=(1, 2))
+
+
+def texts(found: np.ndarray) -> list[str]:
+    return ["".join(str(digit + 1) for digit in row) for row in found]
+
+
+def write_inputs(folder: Path, count: int) -> None:
+    """Write a corpus of grids, one a line, and a tokenizer of digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "grids.txt").write_text("\n".join(texts(grids(count, seed=0))) + "\n")
+    vocab = {"[BOS]": 0, "[EOS]": 1, "[UNK]": 2} | {str(d + 1): d + 3 for d in range(SIZE)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    backend.add_special_tokens(["[BOS]", "[EOS]", "[UNK]"])
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "[BOS]"}
+    config |= {"eos_token": "[EOS]", "unk_token": "[UNK]"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def train(workdir: Path, **changes: object) -> Path:
+    """Train a model on grids in a process of its own, or go on; return the folder of the run."""
+    if not (workdir / "inputs").exists():
+        write_inputs(workdir / "inputs", 20_000)
+    inputs, run = workdir / "inputs", workdir / "run"
+    settings = {
+        "model.hidden_size": 128,
+        "model.num_layers": 4,
+        "model.num_heads": 4,
+        "model.cond_dim": 64,
+        "model.max_seq_len": CELLS + 2,
+        "model.dtype": "float32",
+        "data.path": inputs / "grids.txt",
+        "data.tokenizer": inputs / "tokenizer",
+        "data.txt_documents": "line",
+        "data.mode": "padded",
+        "data.validation": "last:256",
+        "process.p_uniform": 0.2,
+        "train.num_steps": 2000,
+        "train.batch_size": 64,
+        "train.eval_every": 1000,
+        "train.eval_batches": 4,
+        "checkpoint.every": 500,
+        "optimizer.name": "muon",
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 100,
+    } | changes
+    command = [sys.executable, "-m", "gidd_jax.train", "--config=gidd", f"--workdir={run}"]
+    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return run
+
+
+def solved(model, num_given: int, **options: object) -> float:
+    """Return the share of held-out puzzles with so many given cells that infilling solves."""
+    wanted = grids(PUZZLES, seed=1)
+    rng = np.random.default_rng(2)
+    puzzles = []
+    for text in texts(wanted):
+        given = np.sort(rng.permutation(CELLS)[:num_given])
+        pieces: list[str | int] = []
+        for cell in range(CELLS):
+            piece = text[cell] if cell in given else 1
+            if pieces and isinstance(pieces[-1], type(piece)):
+                pieces[-1] += piece  # type: ignore[operator]
+            else:
+                pieces.append(piece)
+        puzzles.append(pieces)
+    rows = model.infill(puzzles, batch_size=64, num_steps=CALLS, **options).ids
+    return float(is_valid(rows[:, 1 : CELLS + 1] - 3).mean())
+
+
+METHODS = {
+    "ancestral": {"method": "ancestral"},
+    "adaptive": {"method": "adaptive"},
+    "mode_seeking": {"method": "mode_seeking"},
+    "entropy_bound": {"method": "entropy_bound", "epsilon": 0.0},
+}
+
+
+def table(model) -> dict[str, dict[int, float]]:
+    """Return what each method solves of puzzles with 20 and with 14 given cells."""
+    return {
+        name: {given: solved(model, given, **options) for given in (20, 14)}
+        for name, options in METHODS.items()
+    }
+
+
+if __name__ == "__main__":
+    from gidd_jax.inference.gidd import Gidd
+
+    model = Gidd.from_pretrained(train(Path(sys.argv[1])))
+    for name, shares in table(model).items():
+        print(f"{name:14}", *(f"{given} given: {share:.2f}" for given, share in shares.items()))
