@@ -106,6 +106,7 @@ def _settings(folder: Path) -> Any:
         txt_documents="line",
         mode="packed",
         num_workers=0,
+        givens=0.0,
     )
 
 

@@ -53,6 +53,8 @@ def get_config() -> ConfigDict:
     data.text_key = "text"  # field that holds the text in jsonl, parquet, tfds and hf records
     data.txt_documents = "blank_line"  # what is one document in a .txt: file | line | blank_line
     data.mode = "crop"  # crop (random window of a document, padded) | packed | padded
+    data.givens = 0.0  # share of the training rows in which some tokens are given, as in a prompt:
+    # clean, at time 0, without loss; in [0, 1], dit only; 0 is a network with one time a row
     data.num_workers = 0  # processes that prepare batches, integer >= 0; 0 uses threads
 
     config.optimizer = optimizer = ConfigDict()

@@ -156,6 +156,7 @@ class DataSettings(_Section):
     text_key: str = _not_empty()
     txt_documents: str = _one_of("file", "line", "blank_line")
     mode: str = _one_of("crop", "packed", "padded")
+    givens: float = _legal(lambda value: 0 <= value <= 1, "in [0, 1]")
     num_workers: int = _at_least(0)
 
 
@@ -328,6 +329,11 @@ def _check_together(settings: Settings) -> None:
         raise InputError(
             f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
             "autoregressive, and dit with every other process"
+        )
+    if model.name == "llama" and settings.data.givens:
+        raise InputError(
+            f"data.givens = {settings.data.givens}: only diffusion fills in beside given tokens: "
+            "set it to 0"
         )
     own = split_own_process(process.name) is not None
     if process.options and not own:

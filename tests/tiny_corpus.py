@@ -50,6 +50,7 @@ def settings(path, **changes) -> DataSettings:
         "txt_documents": "line",
         "mode": "crop",
         "num_workers": 0,
+        "givens": 0.0,
     }
     return DataSettings(**{**values, **changes})
 

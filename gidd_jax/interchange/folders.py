@@ -69,6 +69,7 @@ def from_hugging_face(folder: Path) -> Pretrained:
         _real_vocab_size(rows, tokenizer, file),
         ("hidden_size", "num_hidden_layers", "num_attention_heads", "timestep_cond_dim"),
     )
+    network = network.clone(position_times=fields.flag("position_times", False))
     process = _published_process(fields, tokenizer)
     model = _dit(network, rows, state_dict, tokenizer, process, weights)
     if not fields.has("row_mode"):

@@ -97,6 +97,8 @@ def _published_dit(model: Pretrained, network: DiT) -> tuple[dict[str, Any], Sta
         "vocab_size": rows,
         **_process_config(model.process),
     }
+    if network.position_times:
+        config["position_times"] = True
     if model.row_mode != "packed":  # what a folder that does not say is taken for
         config["row_mode"] = model.row_mode
     return config, state_dict | dit_rotary_buffers(network.max_seq_len, head_dim)

@@ -8,9 +8,9 @@ expectation), and so is the logarithm of their mean, which is closer and rises w
  * chain: the decoder that puts one token a call in place of a mask, in a random order or from left
    to right: log w = sum_i log x_hat_i(x_i | the tokens before it) is exact for the order it took.
    Of all orders, the decoder is their mixture.
- * importance: the ancestral sampler of N steps, and a last draw of x. A path z_1 .. z_N is drawn by the forward process
-   from x and weighed against the reverse one. The posteriors share their transition with the
-   forward process, which cancels:
+ * importance: the ancestral sampler of N steps, and a last draw of x. A path z_1 .. z_N is drawn by
+   the forward process from x and weighed against the reverse one. The posteriors share their
+   transition with the forward process, which cancels:
    log w = log p_T(z_N) + log x_hat(x) - log q_1(z_1|x_hat) + sum_n log q_{n-1}(z_{n-1}|x_hat) -
    log q_n(z_n|x_hat), with the x_hat of the noisier of both. With K = 1 and N -> infinity it is the
    bound; it rises with K.

@@ -39,7 +39,9 @@ def build_process(
     )
 
 
-def build_model(settings: ModelSettings, vocab_size: int) -> DiT | Llama:
+def build_model(
+    settings: ModelSettings, vocab_size: int, position_times: bool = False
+) -> DiT | Llama:
     """Return the network (a Linen module without parameters)."""
     shared = {
         "vocab_size": vocab_size,
@@ -54,7 +56,7 @@ def build_model(settings: ModelSettings, vocab_size: int) -> DiT | Llama:
     }
     if settings.name == "llama":
         return Llama(**shared)
-    return DiT(cond_dim=settings.cond_dim, **shared)
+    return DiT(cond_dim=settings.cond_dim, position_times=position_times, **shared)
 
 
 def build_objective(
@@ -62,7 +64,7 @@ def build_objective(
 ) -> Objective:
     """Return what the network is trained on; `own` as in `build_process`."""
     return Objective(
-        model=build_model(settings.model, vocab_size),
+        model=build_model(settings.model, vocab_size, settings.data.givens > 0),
         process=build_process(settings.process, vocab_size, mask_id, own),
         weighting=settings.train.weighting,
         min_weight=settings.train.min_weight,
@@ -71,4 +73,5 @@ def build_objective(
         mask_padding=settings.train.mask_padding,
         align_mask_to_input=settings.train.align_mask_to_input,
         keep_padding_columns=settings.model.keep_padding_columns,
+        givens=settings.data.givens,
     )

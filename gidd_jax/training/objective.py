@@ -13,16 +13,24 @@ from gidd_jax.models.llama import Llama
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
 from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
+from gidd_jax.training.givens import draw_givens
 
 Params = Any
 Batch = Mapping[str, jax.Array]  # tokens int32 [B, L], mask bool [B, L] (False on padding)
 
 
 class Noised(NamedTuple):
-    """Noisy tokens z_t int32 [B, L] and their times t float32 [B]."""
+    """Noisy tokens z_t int32 [B, L] and their times t float32 [B]; bool [B, L] where a token is
+    given instead, clean and without loss (None: nowhere)."""
 
     z_t: jax.Array
     t: jax.Array
+    given: jax.Array | None = None
+
+    @property
+    def times(self) -> jax.Array:
+        """What the network is told, [B], or [B, L] with 0 at what is given."""
+        return self.t if self.given is None else jnp.where(self.given, 0.0, self.t[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +46,34 @@ class Objective:
     mask_padding: bool
     align_mask_to_input: bool
     keep_padding_columns: bool
+    givens: float = 0.0  # share of the rows in which some tokens are given
 
     def apply(self, params: Params, *inputs: jax.Array) -> jax.Array:
         """Return the network's logits."""
         return self.model.apply({"params": params}, *inputs)  # pyright: ignore[reportReturnType]
 
-    def noise(self, key: jax.Array, x: jax.Array) -> Noised:
-        """Draw a time per sequence and noisy tokens for the whole (global) batch."""
+    def noise(self, key: jax.Array, x: jax.Array, mask: jax.Array | None = None) -> Noised:
+        """Draw a time per sequence and noisy tokens for the whole (global) batch.
+
+        mask bool [B, L]: the real tokens, of which training gives some if it is told to; None:
+        nothing is given.
+        """
         if self.process is None:
             return Noised(z_t=x, t=jnp.zeros(x.shape[0], jnp.float32))
         t_key, z_key = jax.random.split(key)
         t = self.process.sample_t(t_key, x.shape[0], self.stratified)
-        return Noised(z_t=self.process.sample(z_key, x, t), t=t)
+        z_t = self.process.sample(z_key, x, t)
+        if mask is None or self.givens == 0:
+            return Noised(z_t, t)
+        given = draw_givens(jax.random.fold_in(key, 1), mask, self.givens)
+        return Noised(jnp.where(given, x, z_t), t, given)
 
     def losses(self, params: Params, x: jax.Array, noised: Noised) -> GiddLoss:
         """Return the per-token losses, [B, L] ([B, L-1] if autoregressive)."""
         if self.process is None:
             nll = autoregressive_loss(self.apply(params, x), x)
             return GiddLoss(loss=nll, elbo=nll, kl=nll, is_div=jnp.zeros_like(nll))
-        logits = self.apply(params, noised.z_t, noised.t)
+        logits = self.apply(params, noised.z_t, noised.times)
         arguments = (self.process, logits, x, noised.z_t, noised.t)
         if isinstance(self.process, MaskedProcess):
             return mdlm_loss(*arguments, keep_padding_columns=self.keep_padding_columns)
@@ -75,8 +92,8 @@ class Objective:
 
         The same numbers as `losses`, by the fused projection; only the sum can be differentiated.
         """
-        z_t, t = noised
-        inputs = (x,) if self.process is None else (z_t, t)
+        z_t, t = noised.z_t, noised.t
+        inputs = (x,) if self.process is None else (z_t, noised.times)
         h: Any = self.model.apply({"params": params}, *inputs, method="features")
         weights = elbo_weights = jnp.ones((), jnp.float32)
         scale = jnp.ones((), jnp.float32)  # of the cross-entropy in the KL
@@ -113,12 +130,15 @@ class Objective:
         both = kl + is_div
         return loss, GiddLoss(weights * both, elbo_weights * both, scale * kl, is_div)
 
-    def loss_mask(self, mask: jax.Array) -> jax.Array:
+    def loss_mask(self, mask: jax.Array, given: jax.Array | None = None) -> jax.Array:
         """Return which positions the training loss averages over, bool, shaped as the losses."""
         if self.process is None:
             return mask[:, :-1] if self.align_mask_to_input else mask[:, 1:]
-        return mask if self.mask_padding else jnp.ones_like(mask)
+        counted = mask if self.mask_padding else jnp.ones_like(mask)
+        return counted if given is None else counted & ~given
 
-    def metric_mask(self, mask: jax.Array) -> jax.Array:
-        """Return which positions the reported divergences average over: the real tokens."""
-        return mask if self.process is not None else mask[:, 1:]
+    def metric_mask(self, mask: jax.Array, given: jax.Array | None = None) -> jax.Array:
+        """Return which positions the reported divergences average over: real, not given tokens."""
+        if self.process is None:
+            return mask[:, 1:]
+        return mask if given is None else mask & ~given

@@ -60,18 +60,19 @@ def loss_and_grads(
     The batch is worked on in `micro_batches` parts; numerators and denominators are those of the
     whole batch, so the parts' sums are its values whatever their number.
     """
-    loss_count = jnp.maximum(jnp.sum(objective.loss_mask(batch["mask"])), 1).astype(jnp.float32)
-    token_count = jnp.maximum(jnp.sum(objective.metric_mask(batch["mask"])), 1).astype(jnp.float32)
+    masks = batch["mask"], noised.given
+    loss_count = jnp.maximum(jnp.sum(objective.loss_mask(*masks)), 1).astype(jnp.float32)
+    token_count = jnp.maximum(jnp.sum(objective.metric_mask(*masks)), 1).astype(jnp.float32)
 
     def part_loss(params: Params, part: tuple[Batch, Noised]):
-        tokens, mask = part[0]["tokens"], part[0]["mask"]
-        coefficient = objective.loss_mask(mask) / loss_count
+        tokens, masks = part[0]["tokens"], (part[0]["mask"], part[1].given)
+        coefficient = objective.loss_mask(*masks) / loss_count
         loss, terms = objective.summed_loss(params, tokens, part[1], coefficient)
         # The two parts of the loss: each divergence with the training weight of its token.
         both = terms.kl + terms.is_div
         weights = jnp.where(both > 0, terms.loss / jnp.where(both > 0, both, 1.0), 0.0)
         parts = {"elbo": terms.elbo, "kl": weights * terms.kl, "is_div": weights * terms.is_div}
-        real = objective.metric_mask(mask)
+        real = objective.metric_mask(*masks)
         means = {
             name: jnp.sum(jnp.where(real, value, 0.0)) / token_count
             for name, value in parts.items()
@@ -103,7 +104,8 @@ def train_step(
     run_key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Make one update; its random numbers depend on the run's key and the step alone."""
-    noised = objective.noise(jax.random.fold_in(run_key, state.step), batch["tokens"])
+    key = jax.random.fold_in(run_key, state.step)
+    noised = objective.noise(key, batch["tokens"], batch["mask"])
     return update(objective, optimizer, ema_decay, micro_batches, state, batch, noised)
 
 

@@ -44,6 +44,7 @@ def batches(tokenizer, path, index=0, count=1, validation="last:2") -> TrainBatc
         txt_documents="line",
         mode="padded",
         num_workers=0,
+        givens=0.0,
     )
     return TrainBatches(settings, tokenizer, SEQ_LEN, 4, 1, index, count)
 

@@ -60,6 +60,7 @@ def settings(path: str, **changes) -> DataSettings:
         "txt_documents": "line",
         "mode": "padded",
         "num_workers": 0,
+        "givens": 0.0,
     }
     return DataSettings(**{**values, **changes})
 

@@ -26,6 +26,7 @@ def settings(path, mode="padded") -> DataSettings:
         txt_documents="line",
         mode=mode,
         num_workers=0,
+        givens=0.0,
     )
 
 

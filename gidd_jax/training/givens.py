@@ -1,0 +1,29 @@
+"""Which tokens of a training row are given, as those of a prompt are: clean, at time 0, no loss.
+
+A network that is told the times of positions learns so what it can rely on.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def draw_givens(key: jax.Array, mask: jax.Array, share: float) -> jax.Array:
+    """Return which positions are given, bool [B, L]: some in a `share` of the rows.
+
+    mask bool [B, L]: the real tokens. Of the rows with givens a third each gives a beginning, all
+    but a span, and scattered tokens; how many is uniform, and at least one token stays free.
+    """
+    keys = jax.random.split(key, 5)
+    rows, length = mask.shape
+    place = jnp.arange(length)[None]
+    count = jnp.sum(mask, axis=-1)[:, None]
+    first, second = (jax.random.uniform(k, (rows, 1)) for k in keys[:2])
+    prefix = place < 1 + jnp.floor(first * (count - 1))
+    size = 1 + jnp.floor(first * (count - 1))
+    start = jnp.floor(second * (count - size + 1))
+    outside = (place < start) | (place >= start + size)
+    scattered = jax.random.uniform(keys[2], mask.shape) < first
+    kind = jax.random.randint(keys[3], (rows, 1), 0, 3)
+    given = jnp.where(kind == 0, prefix, jnp.where(kind == 1, outside, scattered)) & mask
+    some_free = jnp.sum(given, axis=-1, keepdims=True) < count
+    return given & some_free & (jax.random.uniform(keys[4], (rows, 1)) < share)

@@ -1,0 +1,129 @@
+"""Training with given tokens: which, at what times, and what counts."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_checkpoint import tiny_model, write_checkpoint
+from tiny_run import tiny_settings
+
+from gidd_jax.errors import InputError
+from gidd_jax.inference.gidd import Gidd
+from gidd_jax.models.dit import DiT
+from gidd_jax.process import HybridProcess
+from gidd_jax.training.givens import draw_givens
+from gidd_jax.training.objective import Objective
+from gidd_jax.training.step import loss_and_grads
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def test_prefixes_spans_and_scattered_tokens_are_given_in_a_share_of_the_rows():
+    mask = jnp.arange(12)[None] < jnp.tile(jnp.array([[12], [7], [1]]), (1000, 1))
+    given = np.asarray(draw_givens(jax.random.key(0), mask, 0.6))
+    count = np.asarray(mask).sum(-1)
+    assert not given[~np.asarray(mask)].any()
+    assert (given.sum(-1) < count).all()  # some token is always free
+    assert not given[count == 1].any()
+    rows = given[count == 12]
+    some = rows.any(-1)
+    assert abs(some.mean() - 0.6) < 0.05
+    edges = np.abs(np.diff(np.pad(rows[some].astype(int), [(0, 0), (1, 1)]), axis=-1)).sum(-1)
+    begins = rows[some][:, 0] & (edges == 2)  # one run from the start on
+    assert 0.25 < begins.mean() < 0.6
+    assert (edges > 4).mean() > 0.15  # scattered
+    sizes = rows[some].sum(-1)
+    assert sizes.min() == 1
+    assert sizes.max() == 11
+    assert not np.asarray(draw_givens(jax.random.key(0), mask, 0.0)).any()
+
+
+def dit_objective(givens):
+    return Objective(
+        model=DiT(67, 16, 2, 2, cond_dim=8, max_seq_len=12, position_times=givens > 0),
+        process=HybridProcess(67, 66, 0.1),
+        weighting="dynamic",
+        min_weight=0.0,
+        max_weight=2.0,
+        stratified=True,
+        mask_padding=True,
+        align_mask_to_input=False,
+        keep_padding_columns=False,
+        givens=givens,
+    )
+
+
+def toy_batch():
+    """Random ids, each row with another number of padded positions."""
+    tokens = np.random.default_rng(0).integers(0, 65, (8, 12)).astype(np.int32)
+    mask = np.arange(12) < np.arange(5, 13)[:, None]
+    return {"tokens": jnp.asarray(np.where(mask, tokens, 65)), "mask": jnp.asarray(mask)}
+
+
+def test_given_tokens_stay_clean_at_time_0_and_have_no_loss():
+    what, batch = dit_objective(1.0), toy_batch()
+    noised = what.noise(jax.random.key(3), batch["tokens"], batch["mask"])
+    given = np.asarray(noised.given)
+    assert given.any()
+    np.testing.assert_array_equal(noised.z_t[given], batch["tokens"][given])
+    np.testing.assert_array_equal(noised.times[given], 0)
+    times = np.broadcast_to(np.asarray(noised.t)[:, None], given.shape)
+    np.testing.assert_array_equal(noised.times[~given], times[~given])
+    params = what.model.init(jax.random.key(0), batch["tokens"], noised.times)["params"]
+    params = jax.tree.map(lambda a: a + 0.1, nn.unbox(params))
+    grads, metrics = jax.jit(lambda p: loss_and_grads(what, p, batch, noised, 1))(params)
+    counted = np.asarray(batch["mask"]) & ~given
+    plain = np.asarray(what.losses(params, batch["tokens"], noised).loss)
+    np.testing.assert_allclose(metrics["loss"], plain[counted].mean(), rtol=1e-4)
+    halves, again = jax.jit(lambda p: loss_and_grads(what, p, batch, noised, 2))(params)
+    np.testing.assert_allclose(again["loss"], metrics["loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, halves)
+
+
+def test_without_givens_training_draws_what_it_drew_before():
+    what, batch = dit_objective(0.0), toy_batch()
+    with_mask = what.noise(jax.random.key(3), batch["tokens"], batch["mask"])
+    without = what.noise(jax.random.key(3), batch["tokens"])
+    assert with_mask.given is None
+    np.testing.assert_array_equal(with_mask.z_t, without.z_t)
+    assert with_mask.times.shape == without.t.shape
+
+
+def test_one_time_everywhere_is_one_time_a_row():
+    model = DiT(67, 16, 2, 2, cond_dim=8, max_seq_len=8)
+    z = jax.random.randint(jax.random.key(0), (3, 8), 0, 67)
+    t = jnp.array([0.1, 0.5, 0.9])
+    params = nn.unbox(model.init(jax.random.key(1), z, t))["params"]
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape), params)
+    by_row = model.apply({"params": params}, z, t)
+    by_position = model.apply({"params": params}, z, jnp.broadcast_to(t[:, None], z.shape))
+    np.testing.assert_allclose(by_row, by_position, rtol=1e-5, atol=1e-5)
+    changed = jnp.broadcast_to(t[:, None], z.shape).at[:, 2].set(0.0)
+    other = model.apply({"params": params}, z, changed)
+    assert np.abs(np.asarray(other - by_row)[:, 2]).max() > 1e-3
+
+
+def test_a_run_with_givens_is_told_times_of_positions_also_when_exported(tmp_path):
+    tiny_settings(tmp_path)
+    write_checkpoint(tmp_path / "run", tmp_path, **{"data.givens": 0.5})
+    model = Gidd.from_pretrained(tmp_path / "run")
+    assert model.network.position_times
+    assert not tiny_model(tmp_path).network.position_times
+    model.save_pretrained(tmp_path / "exported")
+    exported = Gidd.from_pretrained(tmp_path / "exported")
+    assert exported.network.position_times
+    texts = [model.infill([["ab", 3]], num_steps=3).texts for model in (model, exported)]
+    assert texts[0] == texts[1]
+    plain = dataclasses.replace(model, network=model.network.clone(position_times=False))
+    scores = [m.log_likelihood(["men"], prompts=["ab"]).log_probs[0] for m in (model, plain)]
+    assert abs(scores[0] - scores[1]) > 1e-3  # the times differ, and so does the network's word
+
+
+def test_only_diffusion_fills_in_beside_given_tokens(tmp_path):
+    with pytest.raises(InputError, match=r"data.givens = 0.5: only diffusion fills in beside"):
+        tiny_settings(tmp_path, "ar", **{"data.givens": 0.5})
+    with pytest.raises(InputError, match=r"data.givens = 1.5: must be in \[0, 1\]"):
+        tiny_settings(tmp_path, **{"data.givens": 1.5})
