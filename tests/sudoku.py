@@ -4,11 +4,13 @@
 cores; it goes on where it was stopped) and prints its table.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -147,9 +149,37 @@ def table(model) -> dict[str, dict[int, float]]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class TimeOfTheSchedule:
+    """A network that is told the time of a row's free tokens, whatever is given beside them."""
+
+    network: Any
+    position_times = True
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.network.max_seq_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.network.vocab_size
+
+    def apply(self, params, z_t, times, *inputs, **options):
+        t = times if times.ndim == 1 else times.max(axis=-1)
+        return self.network.apply(params, z_t, t, *inputs, **options)
+
+
+def as_before(model):
+    """Return the model as it was used before: rows end with the text, the time is the schedule's."""
+    network = TimeOfTheSchedule(model.network)
+    return dataclasses.replace(model, network=network, row_mode="packed")
+
+
 if __name__ == "__main__":
     from gidd_jax.inference.gidd import Gidd
 
     model = Gidd.from_pretrained(train(Path(sys.argv[1])))
-    for name, shares in table(model).items():
-        print(f"{name:14}", *(f"{given} given: {share:.2f}" for given, share in shares.items()))
+    for title, one in (("before", as_before(model)), ("now", model)):
+        for name, shares in table(one).items():
+            counts = (f"{given} given: {share:.2f}" for given, share in shares.items())
+            print(f"{title:8}{name:14}", *counts, flush=True)
