@@ -170,7 +170,7 @@ class TimeOfTheSchedule:
 
 
 def as_before(model):
-    """Return the model as it was used before: rows end with the text, the time is the schedule's."""
+    """Return the model as it was used before: rows end with the text, time is the schedule's."""
     network = TimeOfTheSchedule(model.network)
     return dataclasses.replace(model, network=network, row_mode="packed")
 
