@@ -7,23 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_process import CosineProcess
+from exact_chain import CHAIN, LENGTH, PROCESSES
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import oracle, sampler_laws
-from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
+from gidd_jax.process import MaskedProcess
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
 
-PROCESSES = {
-    "masks": MaskedProcess(4, 3),
-    "hybrid": HybridProcess(4, 1, 0.2),
-    "uniform": LogSnrProcess(4, 3, shift=1000.0),
-    "own": CosineProcess(4, 0),
-}
-CHAIN = oracle.draw_chain(seed=0, num_tokens=3)
-LENGTH, ROWS = 5, 20_000
+ROWS = 20_000
 FLOOR = oracle.noise_floor(oracle.law(CHAIN, LENGTH), ROWS)
 
 

@@ -4,24 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_process import CosineProcess
+from exact_chain import CHAIN, LENGTH, PROCESSES
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import oracle, sampler_laws
-from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.sampling import estimators
 from gidd_jax.sampling.options import EstimatorOptions
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-PROCESSES = {
-    "masks": MaskedProcess(4, 3),
-    "hybrid": HybridProcess(4, 1, 0.2),
-    "uniform": LogSnrProcess(4, 3, shift=1000.0),
-    "own": CosineProcess(4, 0),
-}
-CHAIN = oracle.draw_chain(seed=0, num_tokens=3)
-LENGTH = 5
 
 
 def draws(process, count=200, given=(), told="position", **options):
