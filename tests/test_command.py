@@ -1,6 +1,7 @@
 """The console command: what it lists, what it starts, what it refuses."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gidd_jax import command
+from gidd_jax.sampling.options import EstimatorOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,4 +108,6 @@ def test_the_help_of_the_harness_names_what_a_model_takes():
     of_lm_eval = {"batch_size", "device", "max_batch_size"}
     text = (ROOT / "gidd_jax" / "harness.py").read_text("utf-8").partition("\n--model_args:\n")[2]
     listed = re.findall(r"^  (\w+)  ", text.partition("\n\n")[0], re.MULTILINE)
-    assert set(listed) == set(taken) - of_lm_eval
+    assert set(listed) == set(taken) - of_lm_eval | {"estimator", "num_samples_t"}
+    fields = {field.name for field in dataclasses.fields(EstimatorOptions)}
+    assert all(name in text for name in fields)

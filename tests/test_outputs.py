@@ -12,7 +12,7 @@ from tiny_checkpoint import write_checkpoint
 
 from gidd_jax.data.texts import read_texts
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation import detection, reports
+from gidd_jax.evaluation import detection, tables
 from gidd_jax.inference.samples import check_apart, check_output
 from gidd_jax.views import marked
 
@@ -84,7 +84,7 @@ def broken_pipe(*_: Any, **__: Any) -> str:
 
 def test_figures_are_on_disk_before_they_are_shown(runs, tmp_path, monkeypatch):
     """As when the reader of the terminal's text goes away."""
-    monkeypatch.setattr(reports, "table", broken_pipe)
+    monkeypatch.setattr(tables, "table", broken_pipe)
     monkeypatch.setattr(detection, "table_line", broken_pipe)
     cases = [
         ("evaluate", ["--num_samples_t=1", "--bootstrap=2"]),

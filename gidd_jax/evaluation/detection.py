@@ -58,7 +58,8 @@ def judge_text(model: Gidd, text: str, options: SuspicionOptions, batch_size: in
     position = np.arange(len(ids))
     free = np.zeros_like(rows.free)
     free[owner, 1 + position - starts[owner]] = True
-    found = model.suspicion(rows._replace(free=free), batch_size=batch_size, options=options)
+    # Every token of a window may be wrong, also those that another window judges.
+    found = model.suspicion(rows, batch_size=batch_size, options=options)
     proposals = found.proposals[free]  # windows follow each other: in order of the text
     known = np.unique(proposals)
     written = dict(zip(known.tolist(), written_by(model.tokenizer, known), strict=True))

@@ -15,9 +15,9 @@ from gidd_jax import likelihood
 from gidd_jax.data.pipeline import validation_batches
 from gidd_jax.data.preparation import prepare
 from gidd_jax.errors import InputError
-from gidd_jax.evaluate import table
 from gidd_jax.evaluation import corpora, scoring
 from gidd_jax.evaluation.reports import finite
+from gidd_jax.evaluation.tables import bounds_table
 from gidd_jax.inference.gidd import Gidd
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -175,7 +175,7 @@ def test_rows_of_shards_are_not_counted_as_documents(data, baseline, tmp_path, m
     assert (found["documents"], found["rows"]) == (None, 6)
     assert found["notes"]["documents"].endswith("the bootstrap is over rows")
     assert found["nelbo_standard_error"] > 0
-    line = table([finite({"data": "shards", **found})]).splitlines()[1]
+    line = bounds_table([finite({"data": "shards", **found})]).splitlines()[1]
     assert line.split()[:2] == ["shards", "-"]
     mixed = dataclasses.replace(settings, path=f"1:{tmp_path / 'out'},1:{tmp_path / 'corpus.txt'}")
     assert corpora.open_rows(mixed, "validation", baseline, is_own=True).num_documents is None

@@ -25,7 +25,7 @@ def laws(*distances):
 @pytest.mark.parametrize(
     ("distances", "words"),
     [
-        ((0.12, 0.032, 0.019), "samples the model"),
+        ((0.122, 0.032, 0.015), "samples the model"),
         ((0.5, 0.2, 0.055), "samples the model"),  # still far, and falling as 1/N
         ((0.55, 0.55, 0.55), "floor 0.55"),
         ((0.3, 0.15, 0.1), "floor 0.10"),
