@@ -164,9 +164,11 @@ class TimeOfTheSchedule:
     def vocab_size(self) -> int:
         return self.network.vocab_size
 
-    def apply(self, params, z_t, times, *inputs, **options):
-        t = times if times.ndim == 1 else times.max(axis=-1)
-        return self.network.apply(params, z_t, t, *inputs, **options)
+    def apply(self, params, *inputs, method=None):
+        if method != "project":  # which has no times
+            z_t, times, *rest = inputs
+            inputs = z_t, times if times.ndim == 1 else times.max(axis=-1), *rest
+        return self.network.apply(params, *inputs, method=method)
 
 
 def as_before(model):
