@@ -34,7 +34,7 @@ CPU. A log_snr process with scale > 1 fails: some of its rates are negative.
 
 --sampler measures the samplers instead, with the network that is exactly right for a Markov chain.
 For each method and number of steps it prints the network calls and the total variation between what
-the method draws and the chain (5 tokens, 30,000 rows; a line above says what as many exact draws
+the method draws and the chain (5 tokens, 20,000 rows; a line above says what as many exact draws
 have); for a longer chain the calls, E[-log p] - H in nats a token and the total variation of
 neighbours. The last column says in words whether the method samples the model, has a floor that no
 number of steps removes, or seeks the mode; exit code 1 when a method that must sample does not.

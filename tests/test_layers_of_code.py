@@ -28,7 +28,12 @@ FLOORS = (
 TESTS = Path(__file__).parent
 BESIDE = sorted((*TESTS.rglob("*.py"), *(PACKAGE.parent / "benchmarks").rglob("*.py")))
 # Tests that go through several modules of their room, by what they ask.
-OF_WHOLE_ROOMS = {"checkpoints/before_rooms", "checkpoints/remote", "inference/log_likelihood"}
+OF_WHOLE_ROOMS = {
+    "checkpoints/before_rooms",
+    "checkpoints/remote",
+    "inference/log_likelihood",
+    "inference/sudoku",
+}
 ROOMS = sorted(f.parent.name for f in PACKAGE.glob("*/__init__.py"))
 TOP = len(FLOORS)
 HEAVY = {

@@ -26,7 +26,7 @@ from gidd_jax.sampling.times import row_times
 STEPS = (5, 20, 80)
 SHORT, LONG = 5, 32  # tokens of a row
 SHORT_TOKENS, LONG_TOKENS = 3, 8  # of the chains, the mask apart
-SHORT_ROWS, LONG_ROWS = 30_000, 2_000
+SHORT_ROWS, LONG_ROWS = 20_000, 1_000
 SAMPLES, SEEKS = "samples the model", "seeks the mode"
 DEFAULT = (  # every method, and what options make of it
     *(method for method in METHODS if method not in ("confidence", "entropy_bound")),
