@@ -24,6 +24,7 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
         "correction_12x768_16x512_steps4": {EAGER: 10.0},
     },
 }
+ORDERED = {name: f"sampler_4x256_4x128_steps32_{name}" for name in ("confidence", "entropy_bound")}
 BODY, WHOLE = "body_12x768_4x128", "sampler_12x768_4x128_steps1"
 
 
@@ -49,6 +50,7 @@ def cases(scale: str, dtype: str) -> list[Case]:
     if scale == "cpu":
         small = (12, 768, 4, 128, VOCAB_SIZE, dtype)
         result += [_network("body", *small), _network("sampler", *small, num_steps=1)]
+        result += [_network("sampler", *size, num_steps=32, method=name) for name in ORDERED]
         # More steps than tokens: most calls could change nothing, and are left out.
         alone = (layers, width, 1, length, VOCAB_SIZE, dtype)
         result.append(_network("sampler", *alone, num_steps=4 * length, process="masked"))
@@ -89,6 +91,7 @@ def _network(
     num_steps: int = 1,
     sweep: str = "",
     process: str = "hybrid",
+    method: str = "ancestral",
 ) -> Case:
     shape = {
         "num_layers": num_layers,
@@ -99,6 +102,7 @@ def _network(
         "vocab_size": vocab_size,
         "num_steps": num_steps,
         "process": process,
+        "method": method,
         "dtype": dtype,
     }
     tokens = batch * length
@@ -107,6 +111,7 @@ def _network(
     name = f"{kind}_{num_layers}x{width}_{batch}x{length}"
     name += "" if kind == "body" else f"_steps{num_steps}"
     name += "" if process == "hybrid" else f"_{process}"
+    name += "" if method == "ancestral" else f"_{method}"
     return Case(
         kind=kind,
         name=name + f"_by_{sweep}" if sweep else name,
@@ -186,9 +191,12 @@ def _our_network(case: Case) -> Subject:
         return Subject(
             lambda: model.correct(x, batch_size=batch, num_steps=num_steps, patience=num_steps)
         )
+    options = {"num_steps": num_steps, "method": shape["method"]}
+    if shape["method"] == "entropy_bound":
+        options["epsilon"] = 0.0  # as many calls as there are steps
     return Subject(
         lambda: jax.block_until_ready(
-            model.generate(batch, length=length, batch_size=batch, num_steps=num_steps).ids
+            model.generate(batch, length=length, batch_size=batch, **options).ids
         )
     )
 
@@ -270,4 +278,8 @@ def checks(scale: str, found: Found) -> list[Check]:
     if body is not None and whole is not None:
         share = body.seconds / whole.seconds
         result.append(Check("12x768: share of the blocks in a step", share, None))
+    confidence, bound = (found.get(name) for name in ORDERED.values())
+    if confidence is not None and bound is not None:
+        ratio = confidence.seconds / bound.seconds  # entropy_bound may take 1.1 of it
+        result.append(Check("confidence / entropy_bound, as many calls", ratio, 1 / 1.1))
     return result
