@@ -78,7 +78,10 @@ def main(argv: list[str]) -> None:
         )
     if SAMPLERS.value:
         figures["samplers"] = sampler_pictures.sampler_picture(
-            [reports.load_sampler_laws(file) for file in SAMPLERS.value]
+            {
+                label: reports.load_sampler_laws(file)
+                for label, file in zip(reports.labels(SAMPLERS.value), SAMPLERS.value, strict=True)
+            }
         )
     for path in pictures.save_figures(figures, out):
         print(f"wrote {path}")

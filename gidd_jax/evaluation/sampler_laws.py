@@ -175,7 +175,8 @@ def verdict(laws: Sequence[Law], floor: float) -> str:
     """Return in words what the numbers of steps say: SAMPLES, SEEKS or `floor X`.
 
     Beyond the floor of exact draws an error of 1/N falls to a quarter where steps are four times as
-    many; it counts as falling where it is at most 0.45 of the one before.
+    many; it counts as falling where it is at most 0.45 of the one before. What is half as far again
+    from the model as with fewer steps seeks the mode.
     """
     last = laws[-1].total_variation
     if last <= 1.5 * floor:
@@ -183,7 +184,7 @@ def verdict(laws: Sequence[Law], floor: float) -> str:
     beyond = [np.sqrt(max(law.total_variation**2 - floor**2, 0.0)) for law in laws]
     if len(laws) > 1 and beyond[-1] <= 0.45 * beyond[-2]:
         return SAMPLES
-    if len(laws) > 1 and beyond[-1] > 1.1 * beyond[-2] and last > 5 * floor:
+    if beyond[-1] > 1.5 * min(beyond) and last > 5 * floor:
         return SEEKS
     return f"floor {last:.2f}"
 

@@ -4,24 +4,26 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from gidd_jax.views.pictures import MARKERS, error_bar, looks, style
 
 
-def sampler_picture(reports: Sequence[Mapping[str, Any]]) -> Figure:
+def sampler_picture(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw total variation against network calls, a panel for each report of `check --sampler`.
 
     A method keeps its look in all panels; one that takes a single number of calls is a point.
     """
-    names = dict.fromkeys(name for report in reports for name in report["methods"])
+    names = dict.fromkeys(name for report in reports.values() for name in report["methods"])
     marked = dict(zip(names, zip(looks(), itertools.cycle(MARKERS), strict=False), strict=False))
     with style():
         columns = min(2, len(reports))
         height = -(-len(reports) // columns)
         figure = Figure(figsize=(4.6 * columns + 3, 3.6 * height), layout="constrained")
         axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, report in zip(axes.flat, reports, strict=False):
+        for axis, (title, report) in zip(axes.flat, reports.items(), strict=False):
+            last = max(report["methods"].values(), key=lambda found: found["laws"][-1]["calls"])
             for name, found in report["methods"].items():
                 calls, distances = zip(
                     *((law["calls"], law["total_variation"]) for law in found["laws"]), strict=True
@@ -29,7 +31,10 @@ def sampler_picture(reports: Sequence[Mapping[str, Any]]) -> Figure:
                 look, marker = marked[name]
                 axis.loglog(calls, distances, marker=marker, markersize=4, label=name, **look)
             axis.axhline(report["floor"], color="grey", linestyle=":", label="exact draws")
-            axis.set(title=report["process"].split("t_eps")[0].rstrip(", ") + ")")
+            axis.set(title=title)
+            axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+            axis.set_xticks(sorted({law["calls"] for law in last["laws"]}))
             axis.set(xlabel="network calls", ylabel="total variation")
         handles = {}
         for axis in axes.flat:

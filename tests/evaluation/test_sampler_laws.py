@@ -29,8 +29,8 @@ def laws(*distances):
         ((0.5, 0.2, 0.055), "samples the model"),  # still far, and falling as 1/N
         ((0.55, 0.55, 0.55), "floor 0.55"),
         ((0.3, 0.15, 0.1), "floor 0.10"),
-        ((0.17, 0.77, 0.83), "floor 0.83"),
-        ((0.17, 0.4, 0.83), "seeks the mode"),
+        ((0.17, 0.77, 0.83), "seeks the mode"),
+        ((0.38, 0.49, 0.49), "floor 0.49"),
         ((0.012,), "samples the model"),
         ((0.2,), "floor 0.20"),
     ],
