@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     model.max_seq_len = 512  # context in tokens, integer >= 2
     model.dtype = "bfloat16"  # of the computation: bfloat16 | float32; parameters stay float32
     model.scan_layers = True  # one compiled layer in a loop (True) or unrolled (False)
-    model.remat = "none"  # recompute activations in the backward pass: none | full | dots
-    model.attention = ""  # '' (automatic) | xla | cudnn
+    model.remat = "none"  # recompute in the backward pass: none | full | attention | dots
+    model.attention = ""  # '' (automatic) | xla | cudnn | splash (TPU)
     model.keep_padding_columns = False  # True: softmax over the columns that pad the vocabulary to
     # a multiple of 128, as the original implementation does
 

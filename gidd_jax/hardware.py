@@ -18,7 +18,9 @@ class Chip:
     (a GB is 1e9) and memory_bandwidth in bytes/s, read and written together. link: bytes/s that a
     device sends to others of its node (GPUs) or slice (TPUs); node: how many those are; network:
     bytes/s that a device sends to other nodes, 0 where the maker has no such system. torus: axes
-    of a TPU slice, 0 for GPUs; cores: how many a chip counts for in a slice's name.
+    of a TPU slice, 0 for GPUs; cores: how many a chip counts for in a slice's name. ghz: the clock
+    at which a TPU's matrix units reach the peak; unit: their rows and columns (2 * unit^2 FLOP a
+    cycle).
     """
 
     name: str
@@ -31,6 +33,8 @@ class Chip:
     network: float = 0.0
     torus: int = 0
     cores: int = 1
+    ghz: float = 0.0
+    unit: int = 128
 
     def bandwidth(self, stride: int, size: int) -> float:
         """Bytes/s that a device sends in a ring over `size` devices, `stride` places apart.
@@ -52,10 +56,10 @@ CHIPS = (
     Chip("A100-40GB", ("A100-SXM4-40GB",), 312e12, 40e9, 1.555e12, 300e9, 8, 25e9),
     Chip("A100", ("A100",), 312e12, 80e9, 2.039e12, 300e9, 8, 25e9),
     Chip("L40S", ("L40S",), 362e12, 48e9, 0.864e12, 32e9, 8),
-    Chip("v6e", ("TPU v6",), 918e12, 32e9, 1.6e12, 400e9, 256, torus=2),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 0.819e12, 200e9, 256, torus=2),
-    Chip("v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 600e9, MAX_DEVICES, torus=3, cores=2),
-    Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 300e9, MAX_DEVICES, torus=3, cores=2),
+    Chip("v6e", ("TPU v6",), 918e12, 32e9, 1.6e12, 400e9, 256, torus=2, ghz=1.75, unit=256),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 0.819e12, 200e9, 256, torus=2, ghz=1.5),
+    Chip("v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 6e11, MAX_DEVICES, torus=3, cores=2, ghz=1.75),
+    Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 3e11, MAX_DEVICES, torus=3, cores=2, ghz=1.05),
     # A device is one of the chip's two cores.
     Chip("v3", ("TPU v3",), 61.5e12, 16e9, 0.45e12, 164e9, MAX_DEVICES, torus=2),
 )

@@ -112,8 +112,8 @@ class ModelSettings(_Section):
     max_seq_len: int = _at_least(2)
     dtype: str = _one_of("float32", "bfloat16")
     scan_layers: bool
-    remat: str = _one_of("none", "full", "dots")
-    attention: str = _one_of("", "xla", "cudnn")
+    remat: str = _one_of("none", "full", "attention", "dots")
+    attention: str = _one_of("", "xla", "cudnn", "splash")
     keep_padding_columns: bool
 
 

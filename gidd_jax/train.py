@@ -9,12 +9,16 @@ Examples:
 """
 
 import datetime
+from typing import TYPE_CHECKING
 
 from absl.flags import ArgumentParser, Flag, FlagHolder
 
 from gidd_jax.cli import CommandFlags, config_flag, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
+
+if TYPE_CHECKING:
+    from gidd_jax.settings import Settings
 
 flags = CommandFlags()
 
@@ -56,6 +60,7 @@ PROFILE = flags.DEFINE_bool(
     "Write a trace of five steps, from the second of this start on, to WORKDIR/tensorboard.",
 )
 PLAN = _plan_flag()
+OUT = flags.DEFINE_string("out", None, "--plan: file to write, ending in .json.")
 DISTRIBUTED = distributed_flags(flags)
 
 
@@ -68,11 +73,10 @@ def main(argv: list[str]) -> None:
 
     settings = Settings.from_config(CONFIG.value)
     if PLAN.value is not None:
-        from gidd_jax.planning.plan import describe, make_plan, set_devices
-
-        set_devices(PLAN.value)
-        print(describe(make_plan(settings, PLAN.value)))
+        plan(settings, PLAN.value)
         return
+    if OUT.value:
+        raise InputError("--out belongs to --plan: add it, or leave --out out")
     if DISTRIBUTED.distributed.value and WORKDIR.value is None:
         raise InputError("--distributed needs --workdir, the same folder for every process")
     workdir = WORKDIR.value or f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
@@ -81,6 +85,22 @@ def main(argv: list[str]) -> None:
     figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value, ALLOW_CODE.value)
     words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())
     print(f"validation: {words or 'none since this start'}\nworkdir: {workdir}")
+
+
+def plan(settings: "Settings", topology: str) -> None:
+    """Print what a run needs on a topology, and write it where --out says."""
+    from gidd_jax.evaluation.reports import write_report
+    from gidd_jax.inference.samples import check_output
+    from gidd_jax.planning.plan import make_plan, set_devices
+    from gidd_jax.planning.report import as_report, describe
+
+    out = check_output(OUT.value, ".json") if OUT.value else None
+    set_devices(topology)
+    found = make_plan(settings, topology)
+    print(describe(found))
+    if out:
+        write_report(out, as_report(found))
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

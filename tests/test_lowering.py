@@ -15,6 +15,7 @@ from jax import export
 from gidd_jax.cli import load_config
 from gidd_jax.draws import row_keys
 from gidd_jax.models.dit import DiT
+from gidd_jax.ops.attention import attention
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel import sharding
 from gidd_jax.process import HybridProcess
@@ -101,6 +102,32 @@ def test_training_step(platform, mesh_shape):
     assert ALL_LOGITS not in text
     assert "bf16" in text
     assert re.search(r"stablehlo\.while", text)  # layers, and chunks of the loss
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "head_dim", "kv_heads"), [((1, 1, 1), 64, 2), ((2, 2, 2), 128, 4)]
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_kernel_of_attention(monkeypatch, mesh_shape, head_dim, kv_heads, is_causal):
+    """A TPU gets one kernel forward and one backward, and no scores."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+    def loss(q, k, v, lengths):
+        out = attention(q, k, v, implementation="", is_causal=is_causal, lengths=lengths)
+        return jnp.sum(out.astype(jnp.float32))
+
+    q, k, v = (
+        jax.ShapeDtypeStruct((BATCH, 200, heads, head_dim), jnp.bfloat16)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    lengths = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: np.prod(mesh_shape)])
+    with sharding.activate(mesh):
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        traced = gradient.trace(q, k, v, lengths)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 2
+    assert not re.search(r"tensor<[\dx]*(200x200|256x256)x", text)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

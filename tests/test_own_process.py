@@ -24,7 +24,8 @@ from gidd_jax.evaluation import certify, grid
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.own_process import Source, make, read_source
-from gidd_jax.planning.plan import describe, make_plan
+from gidd_jax.planning.plan import make_plan
+from gidd_jax.planning.report import describe
 from gidd_jax.training import build, loop
 from gidd_jax.views import pictures
 

@@ -40,7 +40,7 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
         ({"seed": -1}, "seed = -1: must be >= 0"),
         ({"model": 3}, "model = 3: must be a section of keys"),
         ({"model__name": "dti"}, "model.name = 'dti': must be dit | llama"),
-        ({"model__attention": "flash"}, "must be '' | xla | cudnn"),
+        ({"model__attention": "flash"}, "must be '' | xla | cudnn | splash"),
         ({"model__dtype": "float16"}, "must be float32 | bfloat16"),
         ({"model__num_layers": 0}, "must be >= 1"),
         ({"process__p_uniform": 1.0}, "process.p_uniform = 1.0: must be in [0, 1)"),

@@ -19,7 +19,6 @@ from gidd_jax.models.layers import (
     LayerNorm,
     Linear,
     apply_rotary,
-    attention,
     check_heads,
     check_sequence,
     constrain,
@@ -28,6 +27,7 @@ from gidd_jax.models.layers import (
     rotary_tables,
     uniform_fan_in,
 )
+from gidd_jax.ops.attention import attention
 
 # The paper's configurations; tiny is the one for trying things out.
 SIZES: dict[str, dict[str, int]] = {
@@ -187,7 +187,8 @@ class DiT(nn.Module):
     trained so (`position_times`) is told the times of positions when it samples or judges.
     The logits are float32 [B, L, padded_vocab_size(vocab_size)]; the columns from vocab_size on
     belong to no token. `dtype` is that of the matrix products; parameters are float32. `remat`
-    is 'none', 'full' or 'dots', `attention` 'xla', 'cudnn' or '' (see layers.attention).
+    names what the backward pass computes again (`layers.layer_stack`), `attention` the form of
+    attention (`ops.attention`).
     """
 
     vocab_size: int

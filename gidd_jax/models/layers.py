@@ -1,13 +1,12 @@
-"""Layers that both networks share: normalisation, rotary positions, linear maps, attention.
+"""Layers that both networks share: normalisation, rotary positions, linear maps.
 
 Every parameter is float32 and carries logical axis names (`sharding.RULES` maps them to mesh
 axes). Vectors of the model width (norm scales, biases) are replicated: gathering them would cost
-more than the memory they take. Matrix products run in the module's `dtype`; normalisation,
-rotary angles and the softmax of attention run in float32.
+more than the memory they take. Matrix products run in the module's `dtype`; normalisation
+and rotary angles run in float32.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -18,16 +17,19 @@ import jax.numpy as jnp
 from flax.core.spmd import get_logical_axis_rules
 
 from gidd_jax.errors import InputError
+from gidd_jax.ops.attention import OUTPUT_NAME
 
 Array = jax.Array
 Initializer = Callable[..., Array]
 
-MOST_SCORES = 1 << 21  # of attention on CPU, computed at once
-
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
+    ),
 }
 
 
@@ -219,55 +221,6 @@ def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    implementation: str,
-    is_causal: bool = False,
-    mask: Array | None = None,
-    lengths: Array | None = None,
-) -> Array:
-    """Scaled dot-product attention, q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim].
-
-    `implementation` is 'xla', 'cudnn' or '': cuDNN's flash kernel where it can run (a GPU and a
-    16-bit dtype), XLA elsewhere. `mask` is boolean, broadcast to [B, heads, T, S]; `lengths`
-    int32 [B]: keys and values from there on are padding, which nothing attends to.
-    """
-    if implementation not in ("", "xla", "cudnn"):
-        raise InputError(f"attention is {implementation!r}; use 'xla', 'cudnn' or '' (automatic).")
-    if not implementation:
-        flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-        implementation = "cudnn" if flash else "xla"
-    attend = functools.partial(
-        jax.nn.dot_product_attention,
-        is_causal=is_causal,
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
-    )
-    if mask is not None or not _goes_row_by_row(q, k):
-        return attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
-
-    @jax.checkpoint  # the backward pass computes the scores of a row again
-    def row(parts: tuple[Array, Array, Array, Array | None]) -> Array:
-        q, k, v, lengths = jax.tree.map(lambda a: a[None], parts)
-        return attend(q, k, v, key_value_seq_lengths=lengths)[0]
-
-    return jax.lax.map(row, (q, k, v, lengths))
-
-
-def _goes_row_by_row(q: Array, k: Array) -> bool:
-    """Tell whether to go through the batch: on CPU, where scores are many and no mesh splits it.
-
-    XLA writes them down there: those of one row stay in the caches, and of a batch of 4 x 512
-    tokens a step takes a tenth less time.
-    """
-    batch, length, heads = q.shape[:3]
-    scores = batch * heads * length * k.shape[1]
-    is_split = jax.sharding.get_abstract_mesh().size > 1
-    return jax.default_backend() == "cpu" and not is_split and scores > MOST_SCORES
-
-
 def layer_stack(
     block: type[nn.Module],
     num_layers: int,
@@ -279,8 +232,9 @@ def layer_stack(
     """Class of `num_layers` blocks run one after another, parameters stacked on a leading axis.
 
     `scan_layers` compiles one block in a loop, otherwise the loop is unrolled; the parameters
-    are the same. `remat` names what the backward pass recomputes: 'none', 'full' or 'dots'
-    (everything but the matrix products with weights). `in_axes` as in flax.linen.scan.
+    are the same. `remat` names what the backward pass recomputes: 'none', 'full', 'attention'
+    (everything but the outputs of attention) or 'dots' (everything but those and the matrix
+    products with weights). `in_axes` as in flax.linen.scan.
     """
     if remat not in REMAT_POLICIES:
         raise InputError(f"remat is {remat!r}; use one of {', '.join(REMAT_POLICIES)}.")

@@ -19,7 +19,6 @@ from gidd_jax.models.layers import (
     Llama3RopeScaling,
     RMSNorm,
     apply_rotary,
-    attention,
     check_heads,
     check_sequence,
     constrain,
@@ -27,6 +26,7 @@ from gidd_jax.models.layers import (
     rotary_frequencies,
     rotary_tables,
 )
+from gidd_jax.ops.attention import attention
 
 INIT = nn.initializers.normal(0.02)
 
@@ -124,8 +124,9 @@ class Llama(nn.Module):
     """Autoregressive language model: ids int32 [B, L] -> float32 logits [B, L, vocab_size].
 
     `num_kv_heads` and `intermediate_size` default to num_heads and 4 * hidden_size. `dtype` is
-    that of the matrix products and the cache; parameters are float32. `remat` is 'none', 'full'
-    or 'dots', `attention` 'xla', 'cudnn' or '' (see layers.attention).
+    that of the matrix products and the cache; parameters are float32. `remat` names what the
+    backward pass computes again (`layers.layer_stack`), `attention` the form of attention
+    (`ops.attention`).
     """
 
     vocab_size: int

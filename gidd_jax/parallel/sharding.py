@@ -24,11 +24,12 @@ from gidd_jax.errors import InputError
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 VOCAB_AXIS = "tensor"
+HEAD_AXIS = "tensor"
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", BATCH_AXES),
     ("vocab", VOCAB_AXIS),
     ("mlp", "tensor"),
-    ("heads", "tensor"),
+    ("heads", HEAD_AXIS),
     ("embed", "fsdp"),
     ("kv", None),
     ("cond", None),

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gidd_jax.hardware import Chip
 from gidd_jax.models.dit import MLP_RATIO
-from gidd_jax.models.layers import MOST_SCORES
+from gidd_jax.ops.attention import MOST_SCORES, automatic
 from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
+from gidd_jax.planning.estimate import Estimate, kernel_flops, read_estimate
 from gidd_jax.planning.roofline import Topology
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
@@ -31,11 +33,31 @@ class Temporaries(NamedTuple):
     """Bytes of one device that a step needs beyond the state, and how they were found.
 
     accepted: whether the chip's own compiler takes the step; None where another compiled it.
+    estimate: that compiler's estimate of the time, where it makes one.
     """
 
     bytes: int
     way: str
     accepted: bool | None
+    estimate: Estimate | None = None
+
+
+class Compiled(NamedTuple):
+    """A program as JAX sees it, and as the devices' compiler made it."""
+
+    traced: Any
+    program: Any
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes of one device that the program needs beyond what it is given."""
+        return self.program.memory_analysis().temp_size_in_bytes
+
+    def estimate(self, chip: Chip | None) -> Estimate | None:
+        """Return the compiler's estimate of the program's time; None where it makes none."""
+        if chip is None or not chip.ghz:
+            return None
+        return read_estimate(self.program.as_text(), kernel_flops(self.traced.jaxpr, chip.unit))
 
 
 class Builder:
@@ -56,7 +78,7 @@ class Builder:
         objective = self.objective("xla")
         return state_maker(self.settings, objective, self._optimizer, mesh)[1]
 
-    def compile(self, mesh: Mesh, batch_size: int, attention: str, backend: str) -> Any:
+    def compile(self, mesh: Mesh, batch_size: int, attention: str, backend: str) -> Compiled:
         """Compile the training step; `backend` is what the code takes the devices for."""
         objective = self.objective(attention)
         rate = learning_rate(self.settings.optimizer, self.settings.train.num_steps)
@@ -77,7 +99,8 @@ class Builder:
             nn.logical_axis_rules(sharding.RULES),
             _taken_for(backend),
         ):
-            return step.lower(state, batch, key).compile(compiler_options=options)
+            traced = step.trace(state, batch, key)
+            return Compiled(traced, traced.lower().compile(compiler_options=options))
 
 
 def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
@@ -90,13 +113,15 @@ def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
     batch_size, attention = build.settings.train.batch_size, build.settings.model.attention
     if topology.here or topology.chip is None:
         compiled = build.compile(mesh, batch_size, attention, jax.default_backend())
-        return Temporaries(_planned(compiled), "compiled for these devices", None)
+        way = "compiled for these devices"
+        return Temporaries(compiled.temporaries, way, None, compiled.estimate(topology.chip))
     reason = ""
     if topology.chip.torus:
         try:
-            compiled = build.compile(_described(topology, mesh), batch_size, attention, "tpu")
+            compiled = build.compile(described_mesh(topology, mesh), batch_size, attention, "tpu")
             way = "compiled by the TPU's own compiler for the described slice"
-            return Temporaries(_planned(compiled), way, True)
+            estimate = compiled.estimate(topology.chip)
+            return Temporaries(compiled.temporaries, way, True, estimate)
         except Exception as error:  # of any kind: libtpu is missing, or refuses slice or step
             words = str(error).strip().splitlines()[0]
             if (found := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", words)) is not None:
@@ -111,7 +136,7 @@ def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
     rows = batch_size // mesh.shape["data"] * copies
     compiled = build.compile(part, rows, "xla", "tpu" if topology.chip.torus else "gpu")
     way = f"at most; compiled for {part.size} CPU devices with the same arrays on each{reason}"
-    return Temporaries(_planned(compiled), way, None)
+    return Temporaries(compiled.temporaries, way, None)
 
 
 def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
@@ -119,18 +144,20 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
 
     By the shapes of what jax.vjp keeps: no compiler can do with less, and there are temporaries
     beside it. The scores of attention [..., L, L] do not count where they are computed again, by a
-    GPU's kernel or a CPU row by row; arrays with an axis of heads or hidden units are split over
+    kernel or by a CPU row by row; arrays with an axis of heads or hidden units are split over
     tensor.
     """
     model, train = build.settings.model, build.settings.train
-    with _taken_for("tpu"):  # whose attention is the same for two rows and for four
+    with _taken_for("tpu"):  # whose plain attention is the same for two rows and for four
         small, large = (_residuals(build, rows) for rows in (2, 4))
-    fused = model.attention == "cudnn" or (model.attention == "" and model.dtype == "bfloat16")
-    on_gpu = topology.chip is not None and not topology.chip.torus
-    scores = train.batch_size // train.micro_batches * model.num_heads * model.max_seq_len**2
-    by_row = topology.chip is None and mesh.size == 1 and scores > MOST_SCORES
-    is_recomputed = by_row or (fused and on_gpu)
-    L, split = model.max_seq_len, {model.num_heads, MLP_RATIO * model.hidden_size}
+    chip, L = topology.chip, model.max_seq_len
+    backend = "cpu" if chip is None else "tpu" if chip.torus else "gpu"
+    head_dim = model.hidden_size // model.num_heads
+    form = model.attention or automatic(backend, jnp.dtype(model.dtype), L, head_dim)
+    scores = train.batch_size // train.micro_batches * model.num_heads * L**2
+    by_row = backend == "cpu" and mesh.size == 1 and scores > MOST_SCORES
+    is_recomputed = by_row or form in ("cudnn", "splash")
+    split = {model.num_heads, MLP_RATIO * model.hidden_size}
     total = 0
     for a, b in zip(small, large, strict=True):  # arrays that do not grow are not activations
         if not (is_recomputed and a.shape[-2:] == (L, L)):
@@ -162,11 +189,7 @@ def _residuals(build: Builder, rows: int) -> list[Any]:
     return jax.tree.leaves(backward_pass)
 
 
-def _planned(compiled: Any) -> int:
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
-def _described(topology: Topology, mesh: Mesh) -> Mesh:
+def described_mesh(topology: Topology, mesh: Mesh) -> Mesh:
     """Return the mesh over a described TPU slice; raises what libtpu raises, or ImportError."""
     from jax.experimental import topologies
 
@@ -175,7 +198,11 @@ def _described(topology: Topology, mesh: Mesh) -> Mesh:
         raise ImportError("pip install libtpu to have it")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask about itself
     # A v4 chip is one device, as in a real run, not one for each of its cores.
-    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    options: dict[str, Any] = {}
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"
+    if topology.devices == 1:  # a host of several chips is what is described otherwise
+        options["chips_per_host_bounds"] = [1, 1, 1]
     described = topologies.get_topology_desc(
         f"{topology.chip.name}:{topology.shape}", platform="tpu", **options
     )

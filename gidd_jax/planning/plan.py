@@ -18,12 +18,13 @@ from gidd_jax.hardware import find_chip
 from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
 from gidd_jax.parallel import sharding
 from gidd_jax.planning.ahead import Builder, kept_bytes, temporaries
+from gidd_jax.planning.estimate import Estimate
 from gidd_jax.planning.roofline import Roofline, Sent, Topology, parse_topology, roofline
 from gidd_jax.settings import Settings
 from gidd_jax.training.metrics import flops_per_token, recomputed_flops_per_token
 
 HERE = "here"  # the topology of `--plan` without a value
-GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+_FORWARD_TWICE = ("full", "attention")  # of model.remat
 _FLOAT32 = {"vocab_embed", "modulation", "final_modulation", "time_embed"}  # whatever model.dtype
 
 
@@ -61,7 +62,8 @@ class Plan:
     way: how the activations were found; accepted: the word of the chip's own compiler on whether
     the step fits, None where it was not asked. notes: what a user should know of the layout.
     flops: those of the model per token; device_flops: what one device computes in a step,
-    recomputation included; bytes_moved: its memory traffic.
+    recomputation included; bytes_moved: its memory traffic. estimate: of the step's time by the
+    chip's own compiler, None where it makes none.
     """
 
     topology: Topology
@@ -78,12 +80,31 @@ class Plan:
     device_flops: float
     bytes_moved: float
     sent: list[Sent]
+    estimate: Estimate | None
 
     @property
     def time(self) -> Roofline | None:
         """The roofline of a step; None for chips of which nothing is known."""
         chip = self.topology.chip
         return chip and roofline(chip, self.device_flops, self.bytes_moved, self.sent)
+
+    @property
+    def estimated_step(self) -> float | None:
+        """Seconds of a step by the compiler's estimate, or of its traffic where that takes longer.
+
+        None without an estimate.
+        """
+        chip, time = self.topology.chip, self.time
+        if self.estimate is None or chip is None or time is None:
+            return None
+        return max(self.estimate.seconds(chip), time.interconnect)
+
+    def mfu(self, step: float) -> float:
+        """Return the share of the chips' peak that the model's FLOPs are of, in a step's time."""
+        chip = self.topology.chip
+        assert chip is not None
+        rate = self.tokens_per_step / step
+        return rate * self.flops / (chip.peak_flops * self.topology.devices)
 
     @property
     def fits(self) -> bool | None:
@@ -148,6 +169,7 @@ def make_plan(settings: Settings, name: str) -> Plan:
         device_flops=computed * tokens / mesh.size,
         bytes_moved=bytes_moved(settings, memory, state.params, mesh),
         sent=bytes_sent(settings, state.params, mesh),
+        estimate=extra.estimate,
     )
 
 
@@ -164,9 +186,9 @@ def bytes_moved(settings: Settings, memory: Memory, params: Any, mesh: Mesh) -> 
 
     2 * state (the update reads and writes it) + for each micro batch: 2 * its gradients, the
     layers' weights, gathered over fsdp, once per pass in the dtype of the products (two passes,
-    three with remat = full), and 2 * what the backward pass reads (written, then read).
+    three with remat = full or attention), and 2 * what the backward pass reads (written, read).
     """
-    passes = 3 if settings.model.remat == "full" else 2
+    passes = 3 if settings.model.remat in _FORWARD_TWICE else 2
     gathered = sum(
         _gathered_bytes(settings, path, leaf, mesh)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -182,9 +204,9 @@ def bytes_sent(settings: Settings, params: Any, mesh: Mesh) -> list[Sent]:
     that in an all-reduce. For each micro batch: parameters split over fsdp are gathered in the
     forward and in the backward pass, their gradients reduce-scattered over fsdp and all-reduced
     over data; gradients of other parameters are all-reduced over both. With tensor = t each layer
-    all-reduces its activations [rows, L, D] twice per pass (with remat = full the forward pass
-    counts twice), the embedding and the gradient of the last features once. Arrays travel in
-    the dtype of the products, those of embedding and time conditioning in float32.
+    all-reduces its activations [rows, L, D] twice per pass (with remat = full or attention the
+    forward pass counts twice), the embedding and the gradient of the last features once. Arrays
+    travel in the dtype of the products, those of embedding and time conditioning in float32.
     """
     d, f, t = (mesh.shape[axis] for axis in sharding.MESH_AXES)
     parts, model = settings.train.micro_batches, settings.model
@@ -199,7 +221,7 @@ def bytes_sent(settings: Settings, params: Any, mesh: Mesh) -> list[Sent]:
     rows = settings.train.batch_size / (parts * d * f)
     itemsize = jnp.dtype(model.dtype).itemsize
     activations = rows * model.max_seq_len * model.hidden_size * itemsize
-    times = model.num_layers * (6 if model.remat == "full" else 4) + 2
+    times = model.num_layers * (6 if model.remat in _FORWARD_TWICE else 4) + 2
     sums = times * 2 * activations * (t - 1) / t
     return [
         Sent("parameters and gradients over fsdp", t, f, parts * gather),
@@ -207,36 +229,6 @@ def bytes_sent(settings: Settings, params: Any, mesh: Mesh) -> list[Sent]:
         Sent("gradients over data and fsdp", t, d * f, parts * whole),
         Sent("activations over tensor", 1, t, parts * sums),
     ]
-
-
-def describe(plan: Plan) -> str:
-    """Return the plan as text for people; a GB is 1e9 bytes."""
-    chip, memory = plan.topology.chip, plan.memory
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    lines = [
-        f"plan: {plan.model} on {plan.topology.name} ({plan.topology.devices} devices, {mesh})",
-        f"parameters            {plan.parameters:,}",
-        "memory of one device" + (f", which has {_gb(chip.memory)}" if chip else ""),
-        f"  parameters          {_gb(memory.parameters)}",
-        f"  optimizer state     {_gb(memory.optimizer)}",
-        f"  moving average      {_gb(memory.ema)}",
-        f"  gradients           {_gb(memory.gradients)}",
-        f"  activations         {_gb(memory.activations)}",
-        f"  total               {_gb(memory.total)}: {_verdict(plan)}",
-        f"  activations: {plan.way}; {_gb(memory.kept)} of them are kept for the backward pass",
-        *(f"  {note}" for note in plan.notes),
-        "one step",
-        f"  tokens              {plan.tokens_per_step:,}",
-        f"  FLOPs               {plan.flops / 1e9:.3f} G per token, "
-        f"{plan.flops * plan.tokens_per_step / 1e12:,.2f} T in all",
-        f"  computed by each    {plan.device_flops / 1e12:,.2f} TFLOP",
-        f"  moved by each       {_gb(plan.bytes_moved)} in its memory",
-        f"  sent by each        {_gb(sum(s.bytes for s in plan.sent))}",
-        *(f"    {s.what}: {_gb(s.bytes)}" for s in plan.sent if s.bytes),
-        *_time_lines(plan),
-        _run_line(plan),
-    ]
-    return "\n".join(lines)
 
 
 def _devices(name: str) -> tuple[Topology, Sequence[Any]]:
@@ -275,48 +267,3 @@ def _layout_notes(settings: Settings, vocab_size: int, mesh: Mesh) -> list[str]:
                 "so every device holds these parameters whole"
             )
     return notes
-
-
-def _verdict(plan: Plan) -> str:
-    chip, fits = plan.topology.chip, plan.fits
-    if chip is None:
-        return "compare it with the memory of the machine"
-    if fits is False:
-        return "does not fit; use mesh.fsdp, model.remat=full or more train.micro_batches"
-    if fits is None:
-        return f"may fit; the least that it can be is {_gb(plan.memory.least)}"
-    if not chip.torus and plan.memory.total > GPU_SHARE * chip.memory:
-        return "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX takes 75 % by default)"
-    return "fits"
-
-
-def _time_lines(plan: Plan) -> list[str]:
-    time, chip = plan.time, plan.topology.chip
-    if time is None or chip is None:
-        return ["  least time          unknown: no chip, no roofline"]
-    rate = plan.tokens_per_step / time.step
-    mfu = rate * plan.flops / (chip.peak_flops * plan.topology.devices)
-    return [
-        f"  least time          {_ms(time.step)}, limited by {time.limit} (compute "
-        f"{_ms(time.compute)}, memory {_ms(time.memory)}, interconnect {_ms(time.interconnect)})",
-        f"  at most             {rate:,.0f} tokens/s, MFU {100 * mfu:.1f} % of "
-        f"{chip.peak_flops / 1e12:,.0f} TFLOP/s bf16 each",
-    ]
-
-
-def _run_line(plan: Plan) -> str:
-    tokens = plan.num_steps * plan.tokens_per_step / 1e9
-    line = f"run: {plan.num_steps:,} steps, {tokens:,.3f} billion tokens"
-    if plan.time is None:
-        return line
-    seconds = plan.num_steps * plan.time.step
-    words = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds:,.1f} s"
-    return f"{line}, at least {words}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.3f} GB"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.3f} ms"

@@ -55,10 +55,16 @@ def flops_per_token(model: ModelSettings, vocab_size: int) -> float:
 def recomputed_flops_per_token(model: ModelSettings) -> float:
     """Return the FLOPs of one token that model.remat adds: what the backward pass computes again.
 
-    `full`: the layers' whole forward pass; `dots`: its attention.
+    `full`: the layers' whole forward pass; `attention`: its products with weights, and attention
+    itself only where no kernel is used; `dots`: attention at the most.
     """
     weights, attention = _layer_products(model)
-    again = {"none": 0.0, "dots": attention, "full": 2.0 * weights + attention}
+    again = {
+        "none": 0.0,
+        "dots": attention,
+        "attention": 2.0 * weights,
+        "full": 2.0 * weights + attention,
+    }
     return model.num_layers * again[model.remat]
 
 

@@ -158,7 +158,7 @@ def plain_gradient(params, z_t, t):
     return gradient_of(params, z_t, t, scan_layers=False, remat="none")
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "dots"])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_switches_do_not_change_gradients(params, plain_gradient, z_t, t, scan_layers, remat):
     found = gradient_of(params, z_t, t, scan_layers=scan_layers, remat=remat)
@@ -208,9 +208,9 @@ def saved_bytes(params, z_t, t, **changes):
 def test_remat_keeps_less(params, z_t, t, scan_layers):
     kept = {
         remat: saved_bytes(params, z_t, t, scan_layers=scan_layers, remat=remat)
-        for remat in ("none", "dots", "full")
+        for remat in ("none", "dots", "attention", "full")
     }
-    assert kept["full"] < kept["dots"] < kept["none"]
+    assert kept["full"] < kept["attention"] < kept["dots"] < kept["none"]
 
 
 def test_bfloat16_compute(params, z_t, t):
@@ -230,7 +230,7 @@ def test_bad_input_is_named(params, z_t, t):
         logits_of(params, z_t, t[:2])
     with pytest.raises(InputError, match="use one of none, full, dots"):
         logits_of(params, z_t, t, remat="some")
-    with pytest.raises(InputError, match="use 'xla', 'cudnn' or ''"):
+    with pytest.raises(InputError, match="use 'xla', 'cudnn', 'splash' or ''"):
         logits_of(params, z_t, t, attention="flash")
     with pytest.raises(InputError, match="hidden_size 64 with num_heads 5"):
         logits_of(params, z_t, t, num_heads=5)

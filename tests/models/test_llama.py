@@ -181,7 +181,7 @@ def test_rope_settings_reach_the_network(params, ids):
     assert np.abs(logits_of(params, ids, rope_scaling=scaling) - plain).max() > 0.05
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 def test_remat_does_not_change_gradients(params, ids, remat):
     def gradient(**changes):
         return jax.jit(jax.grad(lambda p: jnp.mean(logits_of(p, ids, **changes) ** 2)))(params)

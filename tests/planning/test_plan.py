@@ -16,11 +16,12 @@ from benchmarks.collectives import total_bytes
 from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
 from gidd_jax.hardware import CHIPS
-from gidd_jax.models import layers
+from gidd_jax.ops import attention
 from gidd_jax.parallel import sharding
 from gidd_jax.planning import ahead
 from gidd_jax.planning.ahead import Builder, Temporaries, kept_bytes, temporaries
-from gidd_jax.planning.plan import Memory, bytes_moved, bytes_sent, describe, make_plan
+from gidd_jax.planning.plan import Memory, bytes_moved, bytes_sent, make_plan
+from gidd_jax.planning.report import describe
 from gidd_jax.planning.roofline import Roofline, Sent, parse_topology, roofline
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
@@ -65,7 +66,7 @@ def plan(settings):
 @pytest.fixture(scope="module")
 def whole_step(settings):
     """The step compiled for all devices of the plan."""
-    return builder(settings).compile(sharding.make_mesh(8, 1, 1), 8, "xla", "gpu")
+    return builder(settings).compile(sharding.make_mesh(8, 1, 1), 8, "xla", "gpu").program
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_kept_activations_by_hand(folder, monkeypatch):
     assert three - full == 8 * 16 * 32 * 2  # a layer keeps what it reads: [rows, L, D] in bfloat16
     # A CPU here that goes row by row in attention changes nothing for other devices.
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "MOST_SCORES", 3 * 4 * 16 * 16)
+        patch.setattr(attention, "MOST_SCORES", 3 * 4 * 16 * 16)
         assert (kept("v5e-8"), kept("8xH100")) == (tpu, gpu)
     # Tensor splits what has heads or hidden units: the rest stays.
     tensor = kept("8xH100", sharding.make_mesh(2, 1, 4))
@@ -330,7 +331,7 @@ def test_what_the_tpu_compiler_says_counts(settings, monkeypatch):
     def refuse(topology, mesh):
         raise RuntimeError(REFUSAL)
 
-    monkeypatch.setattr(ahead, "_described", refuse)
+    monkeypatch.setattr(ahead, "described_mesh", refuse)
     topology, mesh = parse_topology("v5e-8"), sharding.make_mesh(8, 1, 1)
     found = temporaries(builder(settings), topology, mesh)
     assert found == Temporaries(round(38.45 * 2**30), found.way, False)

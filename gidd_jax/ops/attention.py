@@ -1,0 +1,170 @@
+"""Scaled dot-product attention by the form that suits the device, with one meaning for all.
+
+On GPUs cuDNN's flash kernel, on TPUs JAX's splash kernel (Pallas), elsewhere XLA's plain form,
+which is also the twin that the kernels are tested against. No kernel writes the scores
+[B, heads, T, S] to memory, forward or backward.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec as P
+
+from gidd_jax.errors import InputError
+from gidd_jax.parallel import sharding
+
+Array = jax.Array
+
+IMPLEMENTATIONS = ("", "xla", "cudnn", "splash")
+OUTPUT_NAME = "attention"  # what a policy of recomputation calls the outputs
+MOST_SCORES = 1 << 21  # on CPU, computed at once
+LANES = 128  # of a TPU: its kernel takes lengths in multiples of this
+MOST_BLOCK = 512  # queries, and keys, whose scores the TPU's kernel holds at once
+FILLED = (64, 128, 256)  # widths of a head at which the TPU's kernel is used unasked
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    implementation: str,
+    is_causal: bool = False,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+) -> Array:
+    """Scaled dot-product attention, q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim].
+
+    `implementation` is 'xla', 'cudnn', 'splash' or '' (see `automatic`). `mask` is boolean,
+    broadcast to [B, heads, T, S], and not for splash; `lengths` int32 [B], at least 1: keys and
+    values from there on are padding, which nothing attends to. Raises InputError for another
+    implementation, or splash with a mask.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"attention is {implementation!r}; use 'xla', 'cudnn', 'splash' or '' (automatic)."
+        )
+    backend = jax.default_backend()
+    if not implementation:
+        best = automatic(backend, q.dtype, q.shape[1], q.shape[3])
+        implementation = "xla" if best == "splash" and mask is not None else best
+    if implementation == "splash":
+        if mask is not None:
+            raise InputError("attention is 'splash', which takes no mask; use 'xla'.")
+        return _on_mesh(q, k, v, lengths, is_causal, interpret=backend != "tpu")
+    attend: Any = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=is_causal,
+        implementation=implementation,  # pyright: ignore[reportArgumentType]
+    )
+    if mask is not None or not _goes_row_by_row(q, k):
+        out = attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
+        return checkpoint_name(out, OUTPUT_NAME)
+
+    @jax.checkpoint  # the backward pass computes the scores of a row again
+    def row(parts: tuple[Array, Array, Array, Array | None]) -> Array:
+        q, k, v, lengths = jax.tree.map(lambda a: a[None], parts)
+        return attend(q, k, v, key_value_seq_lengths=lengths)[0]
+
+    return checkpoint_name(jax.lax.map(row, (q, k, v, lengths)), OUTPUT_NAME)
+
+
+def automatic(backend: str, dtype: Any, length: int, head_dim: int) -> str:
+    """Return the implementation that '' stands for: the backend's kernel where it can pay.
+
+    Kernels want 16-bit numbers; the TPU's also a sequence that fills its lanes and a head of 64,
+    128 or 256 features.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return "xla"
+    if backend == "tpu" and length >= LANES and head_dim in FILLED:
+        return "splash"
+    return "cudnn" if backend == "gpu" else "xla"
+
+
+def _goes_row_by_row(q: Array, k: Array) -> bool:
+    """Tell whether to go through the batch: on CPU, where scores are many and no mesh splits it.
+
+    XLA writes them down there: those of one row stay in the caches, and of a batch of 4 x 512
+    tokens a step takes a tenth less time.
+    """
+    batch, length, heads = q.shape[:3]
+    scores = batch * heads * length * k.shape[1]
+    is_split = jax.sharding.get_abstract_mesh().size > 1
+    return jax.default_backend() == "cpu" and not is_split and scores > MOST_SCORES
+
+
+def _on_mesh(
+    q: Array, k: Array, v: Array, lengths: Array | None, is_causal: bool, interpret: bool
+) -> Array:
+    """Run the TPU's kernel on each device's rows and heads: the compiler cannot split a kernel."""
+    run = functools.partial(_splash, is_causal=is_causal, interpret=interpret)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    rows = tuple(a for a in sharding.BATCH_AXES if sizes.get(a, 1) > 1)
+    heads = sharding.HEAD_AXIS if sizes.get(sharding.HEAD_AXIS, 1) > 1 else None
+    # What the mesh does not divide is replicated, as everywhere (`layers.constrain`).
+    if q.shape[0] % math.prod(sizes[a] for a in rows):
+        rows = ()
+    if heads and k.shape[2] % sizes[heads]:
+        heads = None
+    if not any(size > 1 for size in sizes.values()):
+        return run(q, k, v, lengths)
+    spec = P(rows or None, None, heads)
+    specs = (spec, spec, spec, None if lengths is None else P(rows or None))
+    return jax.shard_map(run, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, lengths)
+
+
+def _splash(
+    q: Array, k: Array, v: Array, lengths: Array | None, *, is_causal: bool, interpret: bool
+) -> Array:
+    """Attention of one device by JAX's splash kernel; any T and S, filled up to whole lanes."""
+    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    q, k, v = (_by_heads(a) for a in (q, k, v))
+    shape = q.shape[2], k.shape[2]
+    kind = masks.CausalMask if is_causal else masks.FullMask
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([kind(shape)] * heads),
+        block_sizes=_blocks(*shape),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=OUTPUT_NAME,
+        interpret=interpret,
+    )
+    segments = None
+    if lengths is not None or keys != shape[1]:
+        ends = jnp.full(q.shape[:1], keys) if lengths is None else lengths
+        is_padding = jnp.arange(shape[1])[None] >= ends[:, None]
+        segments = splash.SegmentIds(
+            jnp.zeros((q.shape[0], shape[0]), jnp.int32), is_padding.astype(jnp.int32)
+        )
+    out: Any = jax.vmap(kernel)(q, k, v, segments)
+    return jnp.swapaxes(out, 1, 2)[:, :queries]
+
+
+def _by_heads(a: Array) -> Array:
+    """Return a [B, L, heads, d] as [B, heads, L, d], with zeros up to a multiple of LANES."""
+    filling = -a.shape[1] % LANES
+    return jnp.swapaxes(jnp.pad(a, ((0, 0), (0, filling), (0, 0), (0, 0))), 1, 2)
+
+
+def _blocks(queries: int, keys: int) -> splash.BlockSizes:
+    q, kv = (
+        max(block for block in range(LANES, MOST_BLOCK + 1, LANES) if length % block == 0)
+        for length in (queries, keys)
+    )
+    return splash.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        use_fused_bwd_kernel=True,  # scores once in the backward pass, not once for dq and for dkv
+    )

@@ -1,0 +1,188 @@
+"""The time of a compiled program by its compiler's own estimate, operation by operation.
+
+The TPU's compiler writes the cycles that it expects of each operation into the program's text. It
+says nothing of Pallas kernels: their products are counted in the program as JAX sees it. Traffic
+between devices is in neither; `plan.py` sets it beside the estimate.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from gidd_jax.hardware import Chip
+
+KERNEL_SHARE = 0.5  # of the peak, at which a kernel's products are assumed to run
+NOWHERE = "no source line"
+# Not where an operation was asked for: what this package's own frames call on their way.
+_LIBRARIES = ("site-packages", "dist-packages", "<frozen")
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) .*\{$", re.MULTILINE)
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_FUSED = re.compile(r" fusion\(.*calls=%([^\s,]+)")
+_WHILE = re.compile(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)")
+_CALL = re.compile(r" call\(.*to_apply=%([^\s,]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([^\s,]+)")
+
+
+class Operation(NamedTuple):
+    """What the operations that one source line asked for cost together; what: the costliest."""
+
+    source: str
+    what: str
+    cycles: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A program's cycles on one device, by source line, the costliest first.
+
+    unknown: loops whose number of rounds the program does not say, counted once. kernel_flops:
+    those of its Pallas kernels, of which the compiler has no estimate, in whole matrix units.
+    """
+
+    cycles: float
+    operations: list[Operation]
+    unknown: int
+    kernel_flops: float
+
+    def seconds(self, chip: Chip) -> float:
+        """Return the estimated time: cycles at the chip's clock, kernels at KERNEL_SHARE."""
+        return self.cycles / (1e9 * chip.ghz) + self.kernel_seconds(chip)
+
+    def kernel_seconds(self, chip: Chip) -> float:
+        return self.kernel_flops / (KERNEL_SHARE * chip.peak_flops)
+
+
+def read_estimate(text: str, kernel_flops: float) -> Estimate | None:
+    """Return the estimate in the text of a compiled program; None where there is none in it."""
+    if not _CYCLES.search(text):
+        return None
+    program = _Program(text)
+    by_source: dict[str, dict[str, float]] = collections.defaultdict(
+        lambda: collections.defaultdict(float)
+    )
+    for line, cycles in program.costs(program.entry, 1.0):
+        name = found[1] if (found := _OP_NAME.search(line)) else ""
+        by_source[program.source(line)][name.rsplit("/", 1)[-1]] += cycles
+    operations = [
+        Operation(source, max(costs, key=lambda name: costs[name]), sum(costs.values()))
+        for source, costs in by_source.items()
+    ]
+    operations.sort(key=lambda operation: -operation.cycles)
+    total = sum(operation.cycles for operation in operations)
+    return Estimate(total, operations, len(program.unknown), kernel_flops)
+
+
+class _Program:
+    """The computations of a program's text, and the tables that say where lines come from."""
+
+    def __init__(self, text: str) -> None:
+        starts = list(_COMPUTATION.finditer(text))
+        self.lines = {m[1]: text[m.end() : text.index("\n}", m.end())].splitlines() for m in starts}
+        self.entry = next(m[1] for m in starts if m[0].startswith("ENTRY"))
+        self.unknown: set[str] = set()
+        self._files = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.MULTILINE))
+        self._locations = _rows(_table(text, "FileLocations"), "file_name_id", "line")
+        self._frames = _rows(_table(text, "StackFrames"), "file_location_id", "parent_frame_id")
+
+    def costs(self, name: str, times: float) -> Iterator[tuple[str, float]]:
+        """Go through the lines with an estimate, each with its cycles in all of its rounds."""
+        for line in self.lines[name]:
+            if found := _CYCLES.search(line):
+                yield line, times * int(found[1])
+            elif found := _WHILE.search(line):
+                yield from self.costs(found[2], times * self._rounds(found[1]))
+            elif found := _CALL.search(line):
+                yield from self.costs(found[1], times)
+            elif " conditional(" in line:
+                names = "".join(f"{many},%{one}," for many, one in _BRANCHES.findall(line))
+                branches = [list(self.costs(n, times)) for n in re.findall(r"%([^\s,]+)", names)]
+                yield from max(branches, key=lambda costs: sum(cycles for _, cycles in costs))
+
+    def _rounds(self, condition: str) -> int:
+        """Return the integer that a loop's condition compares with; 1 where there is not one."""
+        limits = {int(n) for line in self.lines[condition] for n in _LIMIT.findall(line)}
+        if len(limits) == 1:
+            return limits.pop()
+        self.unknown.add(condition)
+        return 1
+
+    def source(self, line: str) -> str:
+        """Return FILE:LINE of the innermost frame that is no library's, or NOWHERE.
+
+        An operation that the compiler fused without a name for the whole has its result's.
+        """
+        if not (found := _FRAME.search(line)) and (fused := _FUSED.search(line)):
+            inner = [found for line in self.lines[fused[1]] if (found := _FRAME.search(line))]
+            found = inner[-1] if inner else None
+        frame = found[1] if found else ""
+        while frame in self._frames:
+            location, parent = self._frames[frame]
+            file, number = self._locations[location]
+            path = self._files[file]
+            if not any(part in path for part in _LIBRARIES):
+                return f"{path.rpartition('gidd_jax/')[2]}:{number}"
+            frame = str(int(parent) - 1)  # written with one added: 1 stands for no parent
+        return NOWHERE
+
+
+def _table(text: str, name: str) -> str:
+    found = re.search(rf"^{name}\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
+
+
+def _rows(table: str, *fields: str) -> dict[str, tuple[str, ...]]:
+    pattern = r"^(\d+) \{.*?" + ".*?".join(rf"\b{field}=(\d+)" for field in fields)
+    return {row[0]: row[1:] for row in re.findall(pattern, table, re.MULTILINE)}
+
+
+def kernel_flops(jaxpr: Any, unit: int) -> float:
+    """Return the FLOPs of the products in a program's Pallas kernels, on one device.
+
+    jaxpr: a closed one. The sizes of a product count as multiples of the `unit` rows and columns
+    of a matrix unit: smaller ones leave the rest of it idle. A branch counts as its costliest, a
+    loop without a known number of rounds once.
+    """
+    return sum(_count(eqn, unit, inside=False) for eqn in jaxpr.jaxpr.eqns)
+
+
+def _count(eqn: Any, unit: int, inside: bool) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if inside and name == "dot_general":
+        return _flops_of_whole_units(eqn, unit)
+    kernel = inside or name == "pallas_call"
+    parts = [
+        [_count(inner, unit, kernel) for inner in program.eqns]
+        for program in _programs(params.values())
+    ]
+    if name == "cond":
+        return max(map(sum, parts))
+    times = params["length"] if name == "scan" else 1
+    if name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
+    return times * sum(map(sum, parts))
+
+
+def _programs(values: Iterable[Any]) -> Iterator[Any]:
+    """Go through the programs among an operation's parameters, closed or open."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _programs(value)
+        elif hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+            yield inner
+
+
+def _flops_of_whole_units(eqn: Any, unit: int) -> float:
+    left, right = (v.aval.shape for v in eqn.invars)
+    (contracted, right_contracted), (batch, right_batch) = eqn.params["dimension_numbers"]
+    free = [i for i in range(len(left)) if i not in (*contracted, *batch)]
+    right_free = [i for i in range(len(right)) if i not in (*right_contracted, *right_batch)]
+    sizes = [(left, contracted), (left, free), (right, right_free)]
+    whole = [unit * -(-math.prod(shape[i] for i in axes) // unit) for shape, axes in sizes]
+    return 2.0 * math.prod(whole) * math.prod(left[i] for i in batch)
