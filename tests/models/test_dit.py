@@ -228,7 +228,7 @@ def test_bad_input_is_named(params, z_t, t):
         logits_of(params, jnp.zeros((1, 33), jnp.int32), t[:1])
     with pytest.raises(InputError, match=r"t has shape \(2,\); give \[3\], \[1\] or \[3, 32\]"):
         logits_of(params, z_t, t[:2])
-    with pytest.raises(InputError, match="use one of none, full, dots"):
+    with pytest.raises(InputError, match="use one of none, full, attention, dots"):
         logits_of(params, z_t, t, remat="some")
     with pytest.raises(InputError, match="use 'xla', 'cudnn', 'splash' or ''"):
         logits_of(params, z_t, t, attention="flash")
