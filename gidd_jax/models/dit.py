@@ -22,7 +22,9 @@ from gidd_jax.models.layers import (
     check_heads,
     check_sequence,
     constrain,
+    kept,
     layer_stack,
+    recomputed,
     rotary_frequencies,
     rotary_tables,
     uniform_fan_in,
@@ -162,18 +164,24 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
             parts[..., i, :] for i in range(6)
         )
-        h = modulate(self.norm1(x), shift_attn, scale_attn).astype(self.dtype)
-        x = x + _gate(gate_attn, self._attend(h, cos, sin, lengths))
-        h = modulate(self.norm2(x), shift_mlp, scale_mlp).astype(self.dtype)
-        h = self.mlp_out(nn.gelu(self.mlp_in(h), approximate=True))
-        return constrain(x + _gate(gate_mlp, h), "batch", None, None), None
+        q, k, v = recomputed(Block._heads)(self, x, shift_attn, scale_attn, cos, sin)
+        h = attention(q, k, v, lengths=lengths, implementation=self.attention)
+        x = recomputed(Block._join)(self, x, h, gate_attn)
+        x = recomputed(Block._mlp)(self, x, shift_mlp, scale_mlp, gate_mlp)
+        return constrain(x, "batch", None, None), None
 
-    def _attend(self, h: Array, cos: Array, sin: Array, lengths: Array | None) -> Array:
-        qkv = self.qkv(h)
-        q = apply_rotary(qkv[:, :, 0], cos, sin)
-        k = apply_rotary(qkv[:, :, 1], cos, sin)
-        h = attention(q, k, qkv[:, :, 2], lengths=lengths, implementation=self.attention)
-        return self.attn_out(h)
+    def _heads(self, x: Array, shift: Array, scale: Array, cos: Array, sin: Array) -> Any:
+        qkv = self.qkv(modulate(self.norm1(x), shift, scale).astype(self.dtype))
+        q, k = (apply_rotary(qkv[:, :, i], cos, sin) for i in range(2))
+        return q, k, qkv[:, :, 2]
+
+    def _join(self, x: Array, h: Array, gate: Array) -> Array:
+        return x + _gate(gate, kept(self.attn_out(h)))
+
+    def _mlp(self, x: Array, shift: Array, scale: Array, gate: Array) -> Array:
+        h = modulate(self.norm2(x), shift, scale).astype(self.dtype)
+        h = nn.gelu(kept(self.mlp_in(h)), approximate=True)
+        return x + _gate(gate, kept(self.mlp_out(h)))
 
 
 def _gate(gate: Array, h: Array) -> Array:

@@ -7,6 +7,7 @@ and rotary angles run in float32.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -15,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core.spmd import get_logical_axis_rules
+from jax.ad_checkpoint import checkpoint_name
 
 from gidd_jax.errors import InputError
 from gidd_jax.ops.attention import OUTPUT_NAME
@@ -31,6 +33,23 @@ REMAT_POLICIES: dict[str, Any] = {
         jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
     ),
 }
+
+PRODUCT_NAME = "product"
+
+
+def kept(product: Array) -> Array:
+    """Mark the result of a product as what `recomputed` keeps."""
+    return checkpoint_name(product, PRODUCT_NAME)
+
+
+# A part of a layer of which the backward pass finds its inputs and products (`kept`) alone, and
+# computes the elementwise rest again: that costs less than float32 copies of it for every layer.
+# Within a loop over layers no barrier is needed for that.
+recomputed = functools.partial(
+    nn.remat,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names(PRODUCT_NAME),
+)
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:

@@ -22,7 +22,9 @@ from gidd_jax.models.layers import (
     check_heads,
     check_sequence,
     constrain,
+    kept,
     layer_stack,
+    recomputed,
     rotary_frequencies,
     rotary_tables,
 )
@@ -57,9 +59,9 @@ class Block(nn.Module):
         D, M, head_dim = self.hidden_size, self.intermediate_size, self._head_dim
         self.norm1 = RMSNorm(D, self.rms_norm_eps)
         self.norm2 = RMSNorm(D, self.rms_norm_eps)
-        self.query = self._heads(self.num_heads)
-        self.key = self._heads(self.num_kv_heads)
-        self.value = self._heads(self.num_kv_heads)
+        self.query = self._head_map(self.num_heads)
+        self.key = self._head_map(self.num_kv_heads)
+        self.value = self._head_map(self.num_kv_heads)
         self.attn_out = Linear(
             in_shape=(self.num_heads, head_dim),
             out_shape=(D,),
@@ -68,15 +70,15 @@ class Block(nn.Module):
             kernel_init=INIT,
             dtype=self.dtype,
         )
-        self.mlp_gate = self._mlp(D, M, "embed", "mlp")
-        self.mlp_in = self._mlp(D, M, "embed", "mlp")
-        self.mlp_out = self._mlp(M, D, "mlp", "embed")
+        self.mlp_gate = self._mlp_map(D, M, "embed", "mlp")
+        self.mlp_in = self._mlp_map(D, M, "embed", "mlp")
+        self.mlp_out = self._mlp_map(M, D, "mlp", "embed")
 
     @property
     def _head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    def _heads(self, count: int) -> Linear:
+    def _head_map(self, count: int) -> Linear:
         return Linear(
             in_shape=(self.hidden_size,),
             out_shape=(count, self._head_dim),
@@ -86,24 +88,28 @@ class Block(nn.Module):
             dtype=self.dtype,
         )
 
-    def _mlp(self, inputs: int, outputs: int, in_axis: str, out_axis: str) -> Linear:
+    def _mlp_map(self, inputs: int, outputs: int, in_axis: str, out_axis: str) -> Linear:
         return Linear((inputs,), (outputs,), (in_axis,), (out_axis,), INIT, dtype=self.dtype)
 
     def __call__(
         self, x: Array, cos: Array, sin: Array, position: Array | None, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        h = self.norm1(x).astype(self.dtype)
-        q = apply_rotary(self.query(h), cos, sin)
-        k = apply_rotary(self.key(h), cos, sin)
-        v = self.value(h)
+        q, k, v = recomputed(Block._heads)(self, x, cos, sin)
         if cache is None:
             h = attention(q, k, v, is_causal=True, implementation=self.attention)
         else:
             h, cache = _attend_cached(q, k, v, position, cache)
         x = x + self.attn_out(h)
+        return constrain(x + recomputed(Block._mlp)(self, x), "batch", None, None), cache
+
+    def _heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        h = self.norm1(x).astype(self.dtype)
+        q, k = (apply_rotary(heads(h), cos, sin) for heads in (self.query, self.key))
+        return q, k, self.value(h)
+
+    def _mlp(self, x: Array) -> Array:
         h = self.norm2(x).astype(self.dtype)
-        h = self.mlp_out(nn.silu(self.mlp_gate(h)) * self.mlp_in(h))
-        return constrain(x + h, "batch", None, None), cache
+        return self.mlp_out(nn.silu(kept(self.mlp_gate(h))) * kept(self.mlp_in(h)))
 
 
 def _attend_cached(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
@@ -58,10 +59,9 @@ def attention(
         if mask is not None:
             raise InputError("attention is 'splash', which takes no mask; use 'xla'.")
         return _on_mesh(q, k, v, lengths, is_causal, interpret=backend != "tpu")
-    attend: Any = functools.partial(
-        jax.nn.dot_product_attention,
-        is_causal=is_causal,
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
+    form: Any = implementation
+    attend = functools.partial(
+        jax.nn.dot_product_attention, is_causal=is_causal, implementation=form
     )
     if mask is not None or not _goes_row_by_row(q, k):
         out = attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
@@ -127,11 +127,16 @@ def _splash(
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
     q, k, v = (_by_heads(a) for a in (q, k, v))
+    minor = splash.QKVLayout.HEAD_DIM_MINOR
+    if q.shape[-1] < LANES:  # half of each row would be filling
+        minor = splash.QKVLayout.SEQ_MINOR
+        if not interpret:
+            q, k, v = (_gradient_in_lanes(a) for a in (q, k, v))
     shape = q.shape[2], k.shape[2]
     kind = masks.CausalMask if is_causal else masks.FullMask
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([kind(shape)] * heads),
-        block_sizes=_blocks(*shape),
+        block_sizes=_blocks(*shape, minor),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=OUTPUT_NAME,
@@ -148,13 +153,29 @@ def _splash(
     return jnp.swapaxes(out, 1, 2)[:, :queries]
 
 
+@jax.custom_vjp
+def _gradient_in_lanes(a: Array) -> Array:
+    """Return a [B, heads, L, d]; its gradient is laid out with L along the lanes, as a is.
+
+    The kernel writes gradients with d along the lanes: rotating their halves there costs more.
+    """
+    return a
+
+
+def _with_layout(_: None, gradient: Array) -> tuple[Array]:
+    return (with_layout_constraint(gradient, Layout(major_to_minor=(0, 1, 3, 2))),)
+
+
+_gradient_in_lanes.defvjp(lambda a: (a, None), _with_layout)
+
+
 def _by_heads(a: Array) -> Array:
     """Return a [B, L, heads, d] as [B, heads, L, d], with zeros up to a multiple of LANES."""
     filling = -a.shape[1] % LANES
     return jnp.swapaxes(jnp.pad(a, ((0, 0), (0, filling), (0, 0), (0, 0))), 1, 2)
 
 
-def _blocks(queries: int, keys: int) -> splash.BlockSizes:
+def _blocks(queries: int, keys: int, minor: splash.QKVLayout) -> splash.BlockSizes:
     q, kv = (
         max(block for block in range(LANES, MOST_BLOCK + 1, LANES) if length % block == 0)
         for length in (queries, keys)
@@ -166,5 +187,8 @@ def _blocks(queries: int, keys: int) -> splash.BlockSizes:
         block_q_dkv=q,
         block_kv_dkv=kv,
         block_kv_dkv_compute=kv,
+        q_layout=minor,
+        k_layout=minor,
+        v_layout=minor,
         use_fused_bwd_kernel=True,  # scores once in the backward pass, not once for dq and for dkv
     )

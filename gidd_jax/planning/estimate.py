@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from jax.interpreters.partial_eval import dce_jaxpr
+
 from gidd_jax.hardware import Chip
 
 KERNEL_SHARE = 0.5  # of the peak, at which a kernel's products are assumed to run
@@ -84,7 +86,11 @@ class _Program:
 
     def __init__(self, text: str) -> None:
         starts = list(_COMPUTATION.finditer(text))
-        self.lines = {m[1]: text[m.end() : text.index("\n}", m.end())].splitlines() for m in starts}
+        # Up to the next one, for a kernel's own text may hold a brace at the beginning of a line.
+        ends = [*(m.start() for m in starts[1:]), len(text)]
+        self.lines = {
+            m[1]: text[m.end() : end].splitlines() for m, end in zip(starts, ends, strict=True)
+        }
         self.entry = next(m[1] for m in starts if m[0].startswith("ENTRY"))
         self.unknown: set[str] = set()
         self._files = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.MULTILINE))
@@ -149,7 +155,10 @@ def kernel_flops(jaxpr: Any, unit: int) -> float:
     of a matrix unit: smaller ones leave the rest of it idle. A branch counts as its costliest, a
     loop without a known number of rounds once.
     """
-    return sum(_count(eqn, unit, inside=False) for eqn in jaxpr.jaxpr.eqns)
+    # What a layer computes again is written down whole, and the compiler leaves out what of it
+    # nothing reads: so do we.
+    needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return sum(_count(eqn, unit, inside=False) for eqn in needed.eqns)
 
 
 def _count(eqn: Any, unit: int, inside: bool) -> float:

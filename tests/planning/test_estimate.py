@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from gidd_jax.hardware import CHIPS
-from gidd_jax.ops.attention import attention
+from gidd_jax.ops.attention import OUTPUT_NAME, attention
 from gidd_jax.planning.estimate import NOWHERE, Estimate, Operation, kernel_flops, read_estimate
 from gidd_jax.planning.plan import make_plan
 from gidd_jax.planning.report import as_report, describe
@@ -42,6 +42,9 @@ StackFrames
 }
 
 %called (p: f32[8]) -> f32[8] {
+  %kernel = f32[8]{0} custom-call(%p), frontend_attributes={kernel_metadata={
+"block": 512
+}}
   ROOT %f = f32[8]{0} fusion(%p), calls=%fused, backend_config={"estimated_cycles":"10"}
 }
 
@@ -144,6 +147,10 @@ def test_products_of_attention():
     # Two products forward, five backward, each with one side of 64 that takes up a unit's width.
     for unit in (128, 256):
         assert kernel_flops(program, unit) == 7 * 2 * 2 * 3 * 512 * 512 * unit
+    # Written down twice, the forward kernel runs once where its outputs are kept.
+    policy = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
+    again = jax.make_jaxpr(jax.value_and_grad(jax.checkpoint(loss, policy=policy)))(q)
+    assert kernel_flops(again, 128) == kernel_flops(program, 128)
 
 
 @pytest.fixture(scope="module")
