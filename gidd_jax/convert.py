@@ -7,6 +7,7 @@ of the published GIDD models, autoregressive ones as a Llama that transformers l
 Examples:
   python -m gidd_jax.convert --checkpoint=outputs/quickstart --out=quickstart-hf
   python -m gidd_jax.convert --checkpoint=original/checkpoint --out=gidd-small
+  python -m gidd_jax.convert --checkpoint=OWNER/NAME --row_mode=crop --out=gidd-cropped
 """
 
 from gidd_jax.cli import CommandFlags, checkpoint_flag, run
@@ -14,6 +15,12 @@ from gidd_jax.cli import CommandFlags, checkpoint_flag, run
 flags = CommandFlags()
 CHECKPOINT = checkpoint_flag(flags)
 OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist.", required=True)
+ROW_MODE = flags.DEFINE_string(
+    "row_mode",
+    None,
+    "How training framed the rows of a diffusion model that is no run of gidd_jax.train: crop, "
+    "packed or padded. Default: as its folder says, or else packed.",
+)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 
 
@@ -23,7 +30,8 @@ def main(argv: list[str]) -> None:
     from gidd_jax.interchange.save import check_new_folder, save_pretrained
 
     out = check_new_folder(OUT.value)  # before the work, not after it
-    save_pretrained(load_pretrained(CHECKPOINT.value, ema=EMA.value, built_in=True), out)
+    model = load_pretrained(CHECKPOINT.value, ema=EMA.value, row_mode=ROW_MODE.value, built_in=True)
+    save_pretrained(model, out)
     print(f"wrote {out}")
 
 

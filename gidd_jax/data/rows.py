@@ -14,10 +14,10 @@ from gidd_jax.errors import InputError
 MODES = ("crop", "packed", "padded")
 
 
-def check_mode(mode: str) -> None:
-    """Raise InputError unless `mode` is one of MODES."""
+def check_mode(mode: str, name: str = "data mode") -> None:
+    """Raise InputError that begins with `name` unless `mode` is one of MODES."""
     if mode not in MODES:
-        raise InputError(f"data mode {mode!r}: legal values: {', '.join(MODES)}")
+        raise InputError(f"{name} {mode!r}: legal values: {', '.join(MODES)}")
 
 
 def ids_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

@@ -79,29 +79,27 @@ class Gidd:
         ema: bool = False,
         allow_code: bool = False,
         process: str | None = None,
+        row_mode: str | None = None,
     ) -> Self:
         """Load a workdir or step of `gidd_jax.train`, a published folder, or a hub name.
 
         ema: the moving average of the parameters; allow_code, process: whose code may run where
-        the model has a process of its own. Raises InputError when there is no model, or it is
-        damaged (see `interchange.load`).
+        the model has a process of its own; row_mode: how training framed the rows of a published
+        folder that does not say. Raises InputError when there is no model, or it is damaged (see
+        `interchange.load`).
         """
-        return cls(*load_pretrained(path, ema=ema, allow_code=allow_code, process=process))
+        return cls(
+            *load_pretrained(
+                path, ema=ema, allow_code=allow_code, process=process, row_mode=row_mode
+            )
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a new folder in the published Hugging Face format (see `interchange.save`).
 
         Raises InputError when it exists, or the process is one that the format cannot hold.
         """
-        model = Pretrained(
-            self.network,
-            self.params,
-            self.tokenizer,
-            self.process,
-            self.keep_padding_columns,
-            self.row_mode,
-        )
-        save_pretrained(model, path)
+        save_pretrained(Pretrained(*(getattr(self, name) for name in Pretrained._fields)), path)
 
     @property
     def max_seq_len(self) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
-from gidd_jax.data.rows import MODES
+from gidd_jax.data.rows import check_mode
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.fields import Fields
@@ -75,8 +75,7 @@ def from_hugging_face(folder: Path) -> Pretrained:
     if not fields.has("row_mode"):
         return model
     mode = fields.text("row_mode")
-    if mode not in MODES:
-        raise fields.error(f"row_mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+    _checked(file, lambda: check_mode(mode, "row_mode"))
     return model._replace(row_mode=mode)
 
 
@@ -173,7 +172,7 @@ def from_original(folder: Path) -> Pretrained:
         ) from error
     if not isinstance(values, Mapping):
         raise InputError(f"{file} holds no keys: fetch it again")
-    fields = Fields(file, values).section("model")
+    fields, row_mode = Fields(file, values).section("model"), _original_row_mode(file, values)
     kind = fields.text("type")
     if kind not in ("diffusion", "autoregressive"):
         raise fields.error(f"model.type = {kind!r}: must be diffusion or autoregressive")
@@ -187,10 +186,21 @@ def from_original(folder: Path) -> Pretrained:
     if kind == "diffusion":
         network = _dit_network(fields, _real_vocab_size(rows, tokenizer, weights), names)
         process = _original_process(fields, tokenizer)
-        return _dit(network, rows, state_dict, tokenizer, process, weights)
+        model = _dit(network, rows, state_dict, tokenizer, process, weights)
+        return model._replace(row_mode=row_mode)
     hidden_size, num_layers, num_heads = (fields.size(name) for name in names[:3])
     llama = Llama(rows, hidden_size, num_layers, num_heads, max_seq_len=fields.size("max_seq_len"))
-    return _llama(llama, state_dict, tokenizer, weights)
+    return _llama(llama, state_dict, tokenizer, weights)._replace(row_mode=row_mode)
+
+
+def _original_row_mode(file: Path, values: Mapping[str, Any]) -> str:
+    """Return how the original made rows: of documents end to end, or crops where it did not pack.
+
+    A config that does not say is taken for one of packed rows, as a published folder is.
+    """
+    fields = Fields(file, values)
+    packs = not fields.has("data") or fields.section("data").flag("sequence_packing", True)
+    return "packed" if packs else "crop"
 
 
 def _original_process(fields: Fields, tokenizer: Tokenizer) -> InterpolatingProcess:

@@ -12,6 +12,7 @@ from pathlib import Path
 from gidd_jax.checkpoints.checkpoint import CHECKPOINTS, Checkpoint, find_checkpoint, load_params
 from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
+from gidd_jax.data.rows import check_mode
 from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.folders import PROCESSES, from_hugging_face, from_original
@@ -47,6 +48,7 @@ def load_pretrained(
     ema: bool = False,
     allow_code: bool = False,
     process: str | None = None,
+    row_mode: str | None = None,
     causal: bool = False,
     built_in: bool = False,
 ) -> Pretrained:
@@ -56,13 +58,21 @@ def load_pretrained(
     original's training (model.pt and config.yaml; needs PyTorch). ema: the moving average of the
     parameters, which only `gidd_jax.train` keeps. A model with a process of its own is refused
     unless allow_code (run the text recorded in the checkpoint) or process (run this FILE.py:CLASS
-    in its place) says otherwise. causal, built_in: only autoregressive models, only processes of
-    this package; runs with others are refused by their settings, before any code runs. Raises
-    InputError when no model is there, or it is damaged or of an unknown architecture.
+    in its place) says otherwise. row_mode: how training framed the rows of a folder of others, one
+    of `data.rows.MODES`; None: as it says itself, or else packed. causal, built_in: only
+    autoregressive models, only processes of this package; runs with others are refused by their
+    settings, before any code runs. Raises InputError when no model is there, or it is damaged or of
+    an unknown architecture.
     """
     consent = Consent(allow_code, process)
+    if row_mode is not None:
+        check_mode(row_mode, "row_mode")
 
     def of_run(checkpoint: Checkpoint) -> Pretrained:
+        if row_mode is not None:
+            raise InputError(
+                f"row_mode: {checkpoint.folder} says itself how its rows were framed: leave it out"
+            )
         settings = Settings.from_saved(checkpoint.config())
         name = settings.process.name
         if causal and name != "autoregressive":
@@ -86,7 +96,15 @@ def load_pretrained(
     bad = not_numbers(model.params)
     if bad is not None:
         raise InputError(f"{path} is damaged ({bad}): fetch it again")
-    return model
+    return model if row_mode is None else _framed_as(model, row_mode, path)
+
+
+def _framed_as(model: Pretrained, row_mode: str, path: str | Path) -> Pretrained:
+    if model.process is None:
+        raise InputError(
+            f"row_mode: {path} is autoregressive, its rows are not framed: leave it out"
+        )
+    return model._replace(row_mode=row_mode)
 
 
 def _local_folder(path: str) -> Path:

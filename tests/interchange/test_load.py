@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh_command import fresh_command
 from published_folders import (
     ORIGINAL_AR,
     ORIGINAL_DIT,
@@ -106,6 +107,44 @@ def test_the_originals_diffusion_checkpoint(tmp_path, golden, with_torch):
     assert load_pretrained(folder).process == MaskedProcess(67, 66, t_eps=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("data", "row_mode"),
+    [
+        ("data: {sequence_packing: false}", "crop"),
+        ("data: {sequence_packing: true}", "packed"),
+        ("data: {num_workers: 8}", "packed"),
+        ("", "packed"),
+    ],
+)
+def test_rows_of_the_original_are_framed_as_its_training_made_them(
+    tmp_path, with_torch, data, row_mode
+):
+    config = f"{ORIGINAL_DIT}\n{data}\n"
+    folder = original(tmp_path / "a", config, "c05_dit_strong_state_dict.safetensors")
+    assert load_pretrained(folder).row_mode == row_mode
+    assert load_pretrained(folder, row_mode="padded").row_mode == "padded"
+
+
+def test_a_published_folder_that_does_not_say_is_framed_as_the_caller_says(tmp_path, golden):
+    folder = published(tmp_path / "hf", "c05_hf_dit_sliced", 67)
+    assert Gidd.from_pretrained(folder).row_mode == "packed"
+    assert Gidd.from_pretrained(folder, row_mode="crop").row_mode == "crop"
+    flags = (f"--checkpoint={folder}", "--row_mode=crop", f"--out={tmp_path}/out")
+    fresh_command("convert", *flags).main([])
+    assert Gidd.from_pretrained(tmp_path / "out").row_mode == "crop"
+    with pytest.raises(InputError, match="row_mode 'cut': legal values: crop, packed, padded"):
+        load_pretrained(folder, row_mode="cut")
+    edit(folder, row_mode="cut")
+    with pytest.raises(InputError, match=r"config\.json: row_mode 'cut': legal values: crop"):
+        load_pretrained(folder)
+    llama = llama_folder(tmp_path / "ar", golden("c06_llama_state_dict.safetensors"))
+    with pytest.raises(InputError, match="ar is autoregressive, its rows are not framed"):
+        load_pretrained(llama, row_mode="crop")
+    write_checkpoint(tmp_path / "run", tmp_path)
+    with pytest.raises(InputError, match=r"row_mode: .*run.* says itself how its rows"):
+        load_pretrained(tmp_path / "run", row_mode="crop")
+
+
 def test_the_originals_autoregressive_checkpoint(tmp_path, golden, with_torch):
     folder = original(tmp_path / "a", ORIGINAL_AR, "c06_llama_state_dict.safetensors")
     model = Gidd.from_pretrained(folder)
@@ -125,6 +164,11 @@ def test_the_originals_autoregressive_checkpoint(tmp_path, golden, with_torch):
         ("type: diffusion", "type: vae", "model.type = 'vae': must be"),
         (": gidd", ": flow", "diffusion_process = 'flow': must be gidd or mdlm"),
         ("model:", "network:", "config.yaml: model is missing"),
+        (
+            "training:",
+            "data: {sequence_packing: 1}\ntraining:",
+            "sequence_packing = 1: must be true",
+        ),
         ("model:", "model: !!python/object/apply:os.getcwd []\nx:", "config.yaml is no plain YAML"),
         ("n_blocks: 3", "n_blocks: 2", r"model.pt: .*unknown blocks\.2"),
     ],
