@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gidd_jax.evaluation.definitions import Check
-    from gidd_jax.process import InterpolatingProcess
+    from gidd_jax.evaluation.subjects import Subject
 
 flags = CommandFlags()
 CONFIG = config_flag(flags, "base")
@@ -95,15 +95,16 @@ def main(argv: list[str]) -> None:
     from gidd_jax.evaluation import certify
     from gidd_jax.evaluation.subjects import find_subject
 
-    process, small = find_subject(
+    subject = find_subject(
         CODE.process.value,
         CHECKPOINT.value,
         allow_code=CODE.allow_code.value,
         config=CONFIG.value if flags.names_config else None,
     )
+    process, small = subject.process, subject.small
     print(f"process: {process}", flush=True)
     if SAMPLER.value:
-        sys.exit(measure_samplers(process, out))
+        sys.exit(measure_samplers(subject, out))
     passed = report(certify.formula_checks(process))
     if small.vocab_size != process.vocab_size:
         print(f"with {small.vocab_size} tokens instead of {process.vocab_size}, to enumerate them:")
@@ -114,15 +115,14 @@ def main(argv: list[str]) -> None:
     print(f"all {len(passed)} checks passed")
 
 
-def measure_samplers(process: "InterpolatingProcess", out: "Path | None") -> int:
+def measure_samplers(subject: "Subject", out: "Path | None") -> int:
     """Print a line for each method and number of steps as it ends; return the exit code."""
     from gidd_jax.evaluation import sampler_laws
-    from gidd_jax.evaluation.certify import resized
     from gidd_jax.evaluation.reports import write_report
     from gidd_jax.sampling.schedule import check_options
 
     sizes = sampler_laws.SHORT_TOKENS, sampler_laws.LONG_TOKENS
-    short, long = (resized(process, size + 1, size) for size in sizes)
+    short, long = (subject.at(size + 1, size) for size in sizes)
     methods = sampler_laws.parse_methods(METHODS.value or sampler_laws.legal_methods(short))
     for options in methods.values():
         check_options(short, options)
@@ -150,7 +150,7 @@ def measure_samplers(process: "InterpolatingProcess", out: "Path | None") -> int
             failed.append(name)
         found[name] = {"verdict": words, "laws": [law._asdict() for law in laws]}
     if out is not None:
-        report = {"process": str(process), "told": told, "floor": floor, "bounds": bounds}
+        report = {"process": str(subject.process), "told": told, "floor": floor, "bounds": bounds}
         write_report(out, report | {"methods": found})
         print(f"wrote {out}")
     for name in failed:

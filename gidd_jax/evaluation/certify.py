@@ -15,8 +15,6 @@ import numpy as np
 
 from gidd_jax.evaluation.definitions import (
     NUM_TIMES,
-    TOY_MASK_ID,
-    TOY_VOCAB_SIZE,
     Check,
     derivatives,
     float64,
@@ -39,16 +37,9 @@ def formula_checks(process: InterpolatingProcess) -> Iterator[Check]:
 
 
 def toy_checks(process: InterpolatingProcess) -> Iterator[Check]:
-    """Yield the checks that enumerate the vocabulary: a `reduced` process is enough for them."""
+    """Yield the checks that enumerate the vocabulary: `subjects` makes a process small for them."""
     for check in (posterior, noising, prior, sampler, bound, fused):
         yield check(process)
-
-
-def reduced(process: InterpolatingProcess) -> InterpolatingProcess:
-    """Return the same process with few enough tokens to enumerate."""
-    if process.vocab_size <= 2 * TOY_VOCAB_SIZE:
-        return process
-    return resized(process, TOY_VOCAB_SIZE, TOY_MASK_ID)
 
 
 def resized(process: InterpolatingProcess, vocab_size: int, mask_id: int) -> InterpolatingProcess:

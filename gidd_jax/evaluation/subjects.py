@@ -1,9 +1,11 @@
 """Which process is checked: a built-in one, that of a config or a model, or a file of the user."""
 
 import dataclasses
+import functools
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,21 +14,33 @@ from gidd_jax import own_process
 from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.cli import load_config, nearest
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation.certify import reduced
+from gidd_jax.evaluation.certify import resized
 from gidd_jax.evaluation.definitions import TOY_MASK_ID, TOY_VOCAB_SIZE
 from gidd_jax.interchange import load
 from gidd_jax.interchange.folders import PROCESSES, process_fields
-from gidd_jax.own_process import PAPER_IDS, Consent, read_source
+from gidd_jax.own_process import PAPER_IDS, Consent, Source, read_source
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import ProcessSettings, Settings
 from gidd_jax.training.build import build_process
 
 
 class Subject(NamedTuple):
-    """A process, and the same with a vocabulary small enough to enumerate."""
+    """A process, and `at(vocab_size, mask_id)`, which makes the same over other tokens."""
 
     process: InterpolatingProcess
-    small: InterpolatingProcess
+    at: Callable[[int, int], InterpolatingProcess]
+
+    @property
+    def small(self) -> InterpolatingProcess:
+        """The same with a vocabulary small enough to enumerate."""
+        if self.process.vocab_size <= 2 * TOY_VOCAB_SIZE:
+            return self.process
+        return self.at(TOY_VOCAB_SIZE, TOY_MASK_ID)
+
+
+def resizable(process: InterpolatingProcess) -> Subject:
+    """Return a process of dataclass fields, made for other tokens by replacing them."""
+    return Subject(process, functools.partial(resized, process))
 
 
 def find_subject(
@@ -46,43 +60,53 @@ def find_subject(
     if allow_code and checkpoint is None:
         raise InputError("--allow_code is for the code in a --checkpoint: leave it out")
     if checkpoint is not None:
-        process = checkpoint_process(checkpoint, Consent(allow_code, description))
-        return Subject(process, reduced(process))
+        return checkpoint_subject(checkpoint, Consent(allow_code, description))
     if description is None:
         config = load_config("base") if config is None else config
         return config_subject(Settings.from_config(config).process)
     name, colon, rest = description.rpartition(":")
     if re.fullmatch(r"[A-Za-z_]\w*", rest) and colon and not _is_built_in(name):
         return own_subject(description)
-    process = built_in_process(description)
-    return Subject(process, reduced(process))
+    return resizable(built_in_process(description))
 
 
 def _is_built_in(name: str) -> bool:
     return name in (*PROCESSES, "autoregressive")
 
 
-def checkpoint_process(path: str, consent: Consent) -> InterpolatingProcess:
+def checkpoint_subject(path: str, consent: Consent) -> Subject:
     """Return the process of a model; the weights of our own runs stay on disk."""
     try:
         checkpoint = find_checkpoint(path)
     except InputError:  # another kind of folder, or none
         process = load.load_pretrained(path, **consent._asdict()).process
+        if process is not None:
+            return resizable(process)
     else:
-        process = load.checkpoint_process(checkpoint, consent)
-    if process is None:
-        raise InputError(f"{path} is autoregressive: only diffusion has a process to check")
-    return process
+        settings = Settings.from_saved(checkpoint.config()).process
+        tokenizer = checkpoint.tokenizer()
+        own = load.own_source(checkpoint, settings, consent)
+        if settings.name != "autoregressive":
+            return _built(settings, (tokenizer.vocab_size, tokenizer.mask_id), own)
+    raise InputError(f"{path} is autoregressive: only diffusion has a process to check")
 
 
 def config_subject(settings: ProcessSettings) -> Subject:
-    """Return the process of a config, the user's own at both sizes."""
-    own = read_source(settings.name)
-    process = build_process(settings, *PAPER_IDS, own)
-    small = build_process(settings, TOY_VOCAB_SIZE, TOY_MASK_ID, own)
-    if process is None or small is None:
+    """Return the process of a config."""
+    if settings.name == "autoregressive":
         raise InputError("process.name = autoregressive: only diffusion has a process to check")
-    return Subject(process, small)
+    return _built(settings, PAPER_IDS, read_source(settings.name))
+
+
+def _built(settings: ProcessSettings, ids: tuple[int, int], own: Source | None) -> Subject:
+    """Return the process that training builds from the settings, and how it builds it."""
+
+    def at(vocab_size: int, mask_id: int) -> InterpolatingProcess:
+        process = build_process(settings, vocab_size, mask_id, own)
+        assert process is not None
+        return process
+
+    return Subject(at(*ids), at)
 
 
 def built_in_process(description: str) -> InterpolatingProcess:
@@ -126,11 +150,18 @@ def own_subject(description: str) -> Subject:
         found = own_process.attribute(import_module(module), word, name)
     if isinstance(found, InterpolatingProcess):
         own_process.check_functions(name, found)
-        return Subject(
-            found, own_process.checked(name, "dataclasses.replace", lambda: reduced(found))
-        )
-    sizes = own_process.PAPER_IDS, (TOY_VOCAB_SIZE, TOY_MASK_ID)
-    return Subject(*(own_process.make_from(found, name, ids) for ids in sizes))
+        return Subject(found, lambda *ids: _replaced(found, name, ids))
+    return Subject(
+        own_process.make_from(found, name, PAPER_IDS),
+        lambda *ids: own_process.make_from(found, name, ids),
+    )
+
+
+def _replaced(
+    process: InterpolatingProcess, name: str, ids: tuple[int, int]
+) -> InterpolatingProcess:
+    """Return an instance of the user's own with other tokens in its fields."""
+    return own_process.checked(name, "dataclasses.replace", lambda: resized(process, *ids))
 
 
 def import_module(name: str) -> ModuleType:

@@ -28,9 +28,8 @@ from gidd_jax.own_process import (
     from_record,
     recorded_source,
 )
-from gidd_jax.process import InterpolatingProcess
 from gidd_jax.settings import ProcessSettings, Settings, split_own_process
-from gidd_jax.training.build import build_objective, build_process
+from gidd_jax.training.build import build_objective
 from gidd_jax.training.step import abstract_params
 
 # What a hub folder is asked for: no code, no pickles.
@@ -135,17 +134,10 @@ def _is_hugging_face(folder: Path) -> bool:
         return False
 
 
-def checkpoint_process(checkpoint: Checkpoint, consent: Consent) -> InterpolatingProcess | None:
-    """Return the process of a checkpoint (None: autoregressive); its weights stay on disk."""
-    settings = Settings.from_saved(checkpoint.config()).process
-    own = _own_source(checkpoint, settings, consent)
-    tokenizer = checkpoint.tokenizer()
-    return build_process(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
-
-
-def _own_source(
+def own_source(
     checkpoint: Checkpoint, settings: ProcessSettings, consent: Consent
 ) -> Source | None:
+    """Return the source of a checkpoint's own process that is to run; None if it is built in."""
     where = checkpoint.folder
     return recorded_source(
         settings, where, lambda: from_record(checkpoint.process(), settings, where), consent
@@ -155,7 +147,7 @@ def _own_source(
 def _from_checkpoint(
     checkpoint: Checkpoint, settings: Settings, ema: bool, consent: Consent
 ) -> Pretrained:
-    own = _own_source(checkpoint, settings.process, consent)
+    own = own_source(checkpoint, settings.process, consent)
     tokenizer = checkpoint.tokenizer()
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     return Pretrained(

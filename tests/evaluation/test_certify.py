@@ -13,7 +13,9 @@ import pytest
 from test_process import CosineProcess
 from tiny_checkpoint import write_checkpoint
 
-from gidd_jax.evaluation import certify, definitions, enumerated
+from gidd_jax.cli import load_config
+from gidd_jax.errors import InputError
+from gidd_jax.evaluation import certify, definitions, enumerated, subjects
 from gidd_jax.process import (
     HybridProcess,
     InterpolatingProcess,
@@ -53,7 +55,7 @@ def quick_checks(process: InterpolatingProcess) -> list[definitions.Check]:
 
     Operation by operation: those of one process are ready compiled for the next.
     """
-    small = certify.reduced(process)
+    small = subjects.resizable(process).small
     toys = enumerated.posterior, enumerated.noising, enumerated.prior, enumerated.bound
     with jax.disable_jit():
         return [*certify.formula_checks(process), *(check(small) for check in toys)]
@@ -209,16 +211,16 @@ def test_surprise_is_the_chance_of_such_draws():
     assert enumerated.surprise(np.array([[0, 1]]), np.array([[1.0, 0.0]])) == np.inf
 
 
-def test_reduced_keeps_the_process_and_the_shape_of_its_background():
+def test_a_smaller_vocabulary_keeps_the_process_and_the_shape_of_its_background():
     p = 0.999 ** np.arange(99)
     background = tuple(np.insert(p / p.sum(), 99, 0.0))
     process = HybridProcess(100, 99, 0.3, background=background)
-    small = certify.reduced(process)
+    small = subjects.resizable(process).small
     assert dataclasses.replace(small, background=None) == HybridProcess(*TOY, 0.3)
     assert small.background is not None
     values = np.delete(small.background, TOY[1])
     np.testing.assert_allclose(values[0] / values[-1], 0.999**98)
-    assert certify.reduced(small) is small
+    assert subjects.resizable(small).small is small
 
 
 # The command.
@@ -270,7 +272,7 @@ from gidd_jax.errors import InputError
 for process, checkpoint, *allowed in json.load(sys.stdin):
     try:
         found = subjects.find_subject(process, checkpoint, allow_code=bool(allowed))
-        print(*map(repr, found), sep=" and ")
+        print(repr(found.process), repr(found.small), sep=" and ")
     except InputError as error:
         print("error:", " ".join(str(error).split()))
 """
@@ -335,6 +337,39 @@ def test_the_processes_that_flags_name(tmp_path):
     for case, line, want in zip(cases, lines, cases.values(), strict=True):
         assert want in line, case
         assert line.startswith("error: ") == ("Process(" not in line and "Cosine(" not in line)
+
+
+OWN = """
+import dataclasses
+from gidd_jax.process import HybridProcess
+
+class Own(HybridProcess):
+    def __init__(self, vocab_size, mask_id):
+        if vocab_size < 5:
+            raise ValueError("too few tokens")
+        super().__init__(vocab_size, mask_id, 0.3)
+
+one = Own(1000, 7)
+"""
+
+
+def test_an_own_process_is_made_for_other_tokens_as_it_makes_itself(tmp_path):
+    """Its constructor need not take the fields that `dataclasses.replace` passes."""
+    (tmp_path / "own.py").write_text(OWN)
+    name = f"{tmp_path}/own.py:Own"
+    config = load_config("base")
+    config.process.name = name
+    for subject in (
+        subjects.find_subject(name, None),
+        subjects.find_subject(None, None, config=config),
+    ):
+        assert (subject.small.vocab_size, subject.small.mask_id) == TOY
+        assert (subject.at(9, 8).vocab_size, subject.at(9, 8).mask_id) == (9, 8)
+        with pytest.raises(InputError, match=r"Own\(4, 3\) raises ValueError: too few tokens"):
+            subject.at(4, 3)
+    fixed = subjects.find_subject(f"{tmp_path}/own.py:one", None)
+    with pytest.raises(InputError, match=r"own.py:one: dataclasses.replace raises TypeError"):
+        fixed.at(9, 8)
 
 
 def test_the_command_prints_its_checks_and_exits_with_1(tmp_path):

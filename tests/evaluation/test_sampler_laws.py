@@ -94,6 +94,21 @@ def test_the_command_prints_a_line_for_each_and_fails_where_a_sampler_does_not_s
     assert abs(report["bounds"]["full"] - report["bounds"]["entropy"]) < 0.5
 
 
+def test_a_process_of_ones_own_that_cannot_be_measured_is_one_line(tmp_path):
+    """It is made as small as the chains are before anything is measured."""
+    (tmp_path / "own.py").write_text(
+        "from gidd_jax.process import HybridProcess\n"
+        "class Own(HybridProcess):\n"
+        "    def __init__(self, vocab_size, mask_id):\n"
+        "        super().__init__(vocab_size, mask_id, 0.3)\n"
+    )
+    flags = ("--sampler", f"--process={tmp_path}/own.py:Own", "--methods=first_hitting")
+    done = run_command(*flags)
+    assert done.returncode == 2
+    assert "needs a process whose only noise is the mask" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
