@@ -74,7 +74,9 @@ METHODS = flags.DEFINE_string(
     "--sampler: methods, separated by commas, each with options as in NAME:KEY=VALUE:KEY=VALUE. "
     "Default: all that can sample the process.",
 )
-TOLD = flags.DEFINE_enum("told", "row", ["row", "position"], "--sampler: the times it knows.")
+TOLD = flags.DEFINE_enum(
+    "told", None, ["row", "position"], "--sampler: the times that the network knows. Default: row."
+)
 OUT = flags.DEFINE_string("out", None, "--sampler: file to write, ending in .json.")
 
 
@@ -85,8 +87,10 @@ def main(argv: list[str]) -> None:
     from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
-    if not SAMPLER.value and (OUT.value or METHODS.value):
-        raise InputError("--methods and --out belong to --sampler: add it, or leave them out")
+    if not SAMPLER.value and (OUT.value or METHODS.value or TOLD.value):
+        raise InputError(
+            "--methods, --told and --out belong to --sampler: add it, or leave them out"
+        )
 
     # The references are float64; and no accelerator is taken from a run that uses it.
     jax.config.update("jax_platforms", "cpu")
@@ -126,7 +130,7 @@ def measure_samplers(subject: "Subject", out: "Path | None") -> int:
     methods = sampler_laws.parse_methods(METHODS.value or sampler_laws.legal_methods(short))
     for options in methods.values():
         check_options(short, options)
-    floor, failed, told = sampler_laws.noise_floor(), [], TOLD.value
+    floor, failed, told = sampler_laws.noise_floor(), [], TOLD.value or "row"
     bounds = sampler_laws.bounds(long)
     print(
         f"bound of a long row: middle {bounds['middle']:.3f}, full {bounds['full']:.3f} +- "

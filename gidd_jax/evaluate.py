@@ -57,9 +57,6 @@ SPLIT = flags.DEFINE_string(
     "Without --data: train or validation. With --data: the split of a tfds: or hf: dataset (files "
     "are read whole; of shards only validation). Default: validation.",
 )
-NUM_SAMPLES_T = flags.DEFINE_integer(
-    "num_samples_t", 8, "Times drawn per row (diffusion only).", lower_bound=1
-)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows scored together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of times, noise and bootstrap.", lower_bound=0)
 MAX_DOCUMENTS = flags.DEFINE_integer(
@@ -86,7 +83,7 @@ DISTRIBUTED = distributed_flags(flags)
 AGAINST = flags.DEFINE_string(
     "against", None, "Another model, given as --checkpoint, to compare with on the same rows."
 )
-# Fields of EstimatorOptions, but for num_samples_t; what is not given keeps the default there.
+# Fields of EstimatorOptions; what is not given keeps the default there.
 OPTIONS = {
     "estimator": flags.DEFINE_enum(
         "estimator",
@@ -94,6 +91,11 @@ OPTIONS = {
         ESTIMATORS,
         "Diffusion only: the diffusion bound; the chain of decoders that put in one token a call; "
         f"weighted paths of the ancestral sampler. Default: {EstimatorOptions.estimator}.",
+    ),
+    "num_samples_t": flags.DEFINE_integer(
+        "num_samples_t",
+        None,
+        f"bound: times drawn per row. Default: {EstimatorOptions.num_samples_t}.",
     ),
     "num_orders": flags.DEFINE_integer(
         "num_orders", None, f"chain: orders per row. Default: {EstimatorOptions.num_orders}."
@@ -123,9 +125,8 @@ def main(argv: list[str]) -> None:
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
-    is_bound = given.get("estimator", "bound") == "bound"
-    times = {"num_samples_t": NUM_SAMPLES_T.value} if is_bound else {}
-    options = changed_options(EstimatorOptions(), given | times)
+    options = changed_options(EstimatorOptions(), given)
+    is_bound = options.estimator == "bound"
     is_writer = DISTRIBUTED.start()
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     check_estimator(model.process, options)

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.views.sampler_pictures import frontier_picture
 
     points = frontier.plan_points(
-        parse_methods(METHODS.value),
+        parse_methods(METHODS.value, frontier.AXES),
         _numbers("temperatures", TEMPERATURES.value, float),
         _numbers("steps", STEPS.value, int),
     )
@@ -94,6 +94,8 @@ def main(argv: list[str]) -> None:
 
 
 def _numbers(name: str, values: list[str], kind: type) -> list:
+    if not values:
+        raise InputError(f"--{name} is empty: give numbers, as in 1,2")
     try:
         return [kind(value) for value in values]
     except ValueError:

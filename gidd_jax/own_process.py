@@ -258,7 +258,7 @@ def parse_options(found: Callable[..., Any], name: str, options: str) -> dict[st
             raise InputError(f"{name}: unknown option {key!r}: {nearest(key, legal)}")
         if key in values:
             raise InputError(f"{name}: the option {key} is there twice: leave one out")
-        values[key] = _typed(f"{name}: {key}={value}", value, _kind(legal[key]))
+        values[key] = typed(f"{name}: {key}={value}", value, _kind(legal[key]))
     return values
 
 
@@ -268,7 +268,8 @@ def _kind(parameter: inspect.Parameter) -> type | None:
     return _KINDS.get(words) or _KINDS.get(type(parameter.default).__name__)
 
 
-def _typed(what: str, value: str, kind: type | None) -> Any:
+def typed(what: str, value: str, kind: type | None) -> Any:
+    """Return what was written as a bool, int, float or str; InputError that begins with `what`."""
     if kind is str:
         return value
     if kind is bool:

@@ -120,6 +120,7 @@ def test_estimators_and_a_second_model(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--estimator=chain", "--num_samples_t=4"), "num_samples_t has no effect with estimator"),
         (("--num_paths=3",), "num_paths has no effect with estimator 'bound'"),
         (("--estimator=chain", "--num_orders=0"), "num_orders must be at least 1"),
     ],

@@ -76,6 +76,11 @@ def test_a_frontier_is_drawn_and_goes_on_where_it_stopped(runs, tmp_path, capsys
     ("more", "message"),
     [
         ("--temperatures=hot", "--temperatures=hot: give numbers"),
+        ("--temperatures=", "--temperatures is empty: give numbers"),
+        ("--steps=", "--steps is empty: give numbers"),
+        ("--methods=psi:temperature=0.5", "temperature is given by --temperatures: leave it out"),
+        ("--methods=psi:num_steps=7", "num_steps is given by --steps: leave it out"),
+        ("--methods=psi:guidance=2", "guidance weighs prompts, and rows here have none"),
         ("--methods=euler", "unknown method 'euler'"),
         ("--methods=first_hitting", "needs a process whose only noise is the mask"),
         ("--steps=0", "num_steps must be at least 1"),

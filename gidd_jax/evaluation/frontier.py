@@ -18,6 +18,7 @@ from gidd_jax.inference.gidd import Gidd
 from gidd_jax.sampling.options import SamplerOptions, changed_options
 
 POINTS = "points"  # folder of the files of points
+AXES = {"temperature": "given by --temperatures", "num_steps": "given by --steps"}
 
 
 class Point(NamedTuple):

@@ -6,7 +6,7 @@ that samples comes as close to the data as exact draws do, or its error falls wi
 steps; another has a floor that no number of steps removes, or climbs to the most probable rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import oracle
 from gidd_jax.likelihood import Denoiser, row_bounds, sample_times
+from gidd_jax.own_process import typed
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.loop import sample_diffusion
 from gidd_jax.sampling.options import METHODS, SamplerOptions, changed_options
@@ -37,6 +38,7 @@ DEFAULT = (  # every method, and what options make of it
     "entropy_bound:edit_above=0.5",
 )
 TOLD = ("row", "position")
+AXES = {"num_steps": f"{', '.join(map(str, STEPS))} in turn"}
 
 
 class Law(NamedTuple):
@@ -52,8 +54,11 @@ class Law(NamedTuple):
     bigrams: float
 
 
-def parse_methods(text: str) -> dict[str, SamplerOptions]:
-    """Return the options of `NAME[:KEY=VALUE...],...` by what was written; InputError else."""
+def parse_methods(text: str, axes: Mapping[str, str] = AXES) -> dict[str, SamplerOptions]:
+    """Return the options of `NAME[:KEY=VALUE...],...` by what was written; InputError else.
+
+    axes: the options that take values of their own in turn, and what says which.
+    """
     found = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, *pairs = item.split(":")
@@ -62,8 +67,16 @@ def parse_methods(text: str) -> dict[str, SamplerOptions]:
             key, equals, value = pair.partition("=")
             if not equals:
                 raise InputError(f"--methods: {pair!r} must be KEY=VALUE, as in {name}:KEY=VALUE")
+            if key in axes:
+                raise InputError(f"--methods: {item}: {key} is {axes[key]}: leave it out")
+            if key in values:
+                raise InputError(f"--methods: {item}: {key} is there twice: leave one out")
             values[key] = _value(key, value)
         found[item] = changed_options(SamplerOptions(), values)
+        if found[item].guidance != 1:
+            raise InputError(
+                f"--methods: {item}: guidance weighs prompts, and rows here have none: leave it out"
+            )
     if not found:
         raise InputError(f"--methods is empty: name some of {', '.join(METHODS)}")
     return found
@@ -71,12 +84,7 @@ def parse_methods(text: str) -> dict[str, SamplerOptions]:
 
 def _value(key: str, text: str) -> Any:
     default = getattr(SamplerOptions, key, None)  # an unknown name is refused where it is used
-    if default is None or isinstance(default, str):
-        return text
-    try:
-        return type(default)(text)
-    except ValueError:
-        raise InputError(f"--methods: {key} must be a number: {text}") from None
+    return text if default is None else typed(f"--methods: {key}={text}", text, type(default))
 
 
 def legal_methods(process: InterpolatingProcess) -> str:

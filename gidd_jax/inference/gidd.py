@@ -30,6 +30,7 @@ from gidd_jax.inference.prompts import (
     Text,
     bucket,
     by_width,
+    check_guidance,
     check_some,
     continuations,
     empty_rows,
@@ -143,8 +144,6 @@ class Gidd:
             check_some(prompts, "prompts")
             rows = continuations(self.tokenizer, prompts, length, new_tokens)
         options = changed_options(options or SamplerOptions(), changes)
-        if prompts is None and options.guidance != 1:
-            raise InputError("guidance weighs prompts: give some, or leave it at 1")
         return self._draw(rows, batch_size, seed, options, trace)
 
     def infill(
@@ -329,6 +328,7 @@ class Gidd:
         self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
     ) -> Samples:
         _check_trace(trace)
+        check_guidance(rows, options)
         traced = []
 
         def noted_down(drawn: Drawn) -> Drawn:

@@ -8,6 +8,7 @@ import numpy as np
 from gidd_jax.data.texts import check_texts
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
+from gidd_jax.sampling.options import SamplerOptions
 
 Text = str | Sequence[int] | np.ndarray  # a text, or its token ids
 Piece = str | int  # a text, or a number of tokens to generate
@@ -203,3 +204,13 @@ def check_some(texts: Sequence[Any] | np.ndarray, name: str) -> None:
         raise InputError(f"{name} must be a list of texts, not one text")
     if len(texts) == 0:
         raise InputError(f"{name} is empty: give at least one")
+
+
+def check_guidance(rows: Rows, options: SamplerOptions) -> None:
+    """Raise InputError when guidance has nothing to weigh: no text is given in any of the rows."""
+    if options.guidance == 1:
+        return
+    place = np.arange(rows.ids.shape[1])[None]
+    after_begin = (place > 0) & (place < rows.lengths[:, None])
+    if not (after_begin & ~rows.free).any():
+        raise InputError("guidance weighs prompts: give some text, or leave it at 1")

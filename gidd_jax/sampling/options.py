@@ -115,6 +115,8 @@ class SamplerOptions:
         if self.loop_to > self.loop_from:
             raise InputError(f"loop_to must not exceed loop_from: {self.loop_to}, {self.loop_from}")
         self._check_read()
+        if self.stop_entropy != SamplerOptions.stop_entropy and not self.stop_after:
+            raise InputError("stop_entropy has no effect without stop_after: set stop_after, too")
 
     def _check_read(self) -> None:
         for field in dataclasses.fields(self):

@@ -47,6 +47,8 @@ def test_methods_are_read_with_their_options():
             method="entropy_bound", epsilon=0.5, stop_after=2
         ),
     }
+    (left,) = sampler_laws.parse_methods("remdm_cap:fill_masks=False").values()
+    assert left.fill_masks is False
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,13 @@ def test_methods_are_read_with_their_options():
         ("euler", "unknown method 'euler'"),
         ("psi:0.9", "'0.9' must be KEY=VALUE, as in psi:KEY=VALUE"),
         ("psi:kapa=0.9", "unknown option kapa"),
-        ("psi:kappa=high", "kappa must be a number: high"),
+        ("psi:kappa=high", "kappa=high: must be a number"),
+        ("ancestral:fill_masks=0", "fill_masks=0: must be true or false"),
+        ("gibbs:sweeps=1.5", "sweeps=1.5: must be an integer"),
+        ("psi:num_steps=7", "psi:num_steps=7: num_steps is 5, 20, 80 in turn: leave it out"),
+        ("psi:kappa=0.5:kappa=0.6", "kappa is there twice"),
+        ("psi:method=ancestral", "method is there twice"),
+        ("psi:guidance=2", "guidance weighs prompts, and rows here have none: leave it out"),
         ("entropy_bound:epsilon=-1", "epsilon must not be negative"),
         ("entropy_bound:edit_above=0", r"edit_above must lie in \(0, 1\]"),
     ],
@@ -112,7 +120,8 @@ def test_a_process_of_ones_own_that_cannot_be_measured_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--methods=ancestral",), "--methods and --out belong to --sampler"),
+        (("--methods=ancestral",), "--methods, --told and --out belong to --sampler"),
+        (("--told=row",), "--methods, --told and --out belong to --sampler"),
         (("--sampler", "--methods=first_hitting"), "needs a process whose only noise is the mask"),
         (("--sampler", "--out=laws.txt"), "--out must end in .json"),
     ],

@@ -158,4 +158,6 @@ def test_prompts_of_many_lengths_share_one_program(model):
 def test_guidance_without_a_prompt_is_refused(model):
     with pytest.raises(InputError, match="guidance weighs prompts"):
         model.generate(1, guidance=2.0, num_steps=2)
+    with pytest.raises(InputError, match="guidance weighs prompts: give some text"):
+        model.infill([[5], [3]], guidance=2.0, num_steps=2)  # the token that begins a text is none
     assert model.generate(prompts=["ab"], guidance=2.0, num_steps=2).network_calls % 2 == 0

@@ -355,6 +355,10 @@ def test_remasking_probabilities(method, eta):
         ({"method": "psi", "kappa": 1.1}, r"kappa must lie in \[0, 1\]"),
         ({"method": "remdm_loop", "loop_alpha": 1.0}, r"loop_alpha must lie in \(0, 1\)"),
         ({"method": "remdm_loop", "loop_to": 0.8}, "loop_to must not exceed loop_from"),
+        (
+            {"method": "entropy_bound", "stop_entropy": 0.5},
+            "stop_entropy has no effect without stop",
+        ),
         ({"kappa": 0.5}, "kappa has no effect with method 'ancestral': it belongs to psi"),
         ({"method": "first_hitting", "num_steps": 4}, "num_steps has no effect with method"),
     ],
