@@ -8,9 +8,9 @@ expectation), and so is the logarithm of their mean, which is closer and rises w
  * chain: the decoder that puts one token a call in place of a mask, in a random order or from left
    to right: log w = sum_i log x_hat_i(x_i | the tokens before it) is exact for the order it took.
    Of all orders, the decoder is their mixture.
- * importance: the ancestral sampler of N steps, and a last draw of x. A path z_1 .. z_N is drawn by
-   the forward process from x and weighed against the reverse one. The posteriors share their
-   transition with the forward process, which cancels:
+ * importance: the ancestral sampler of N steps on the cosine grid, and a last draw of every token
+   from x_hat. A path z_1 .. z_N is drawn by the forward process from x and weighed against the
+   reverse one. The posteriors share their transition with the forward process, which cancels:
    log w = log p_T(z_N) + log x_hat(x) - log q_1(z_1|x_hat) + sum_n log q_{n-1}(z_{n-1}|x_hat) -
    log q_n(z_n|x_hat), with the x_hat of the noisier of both. With K = 1 and N -> infinity it is the
    bound; it rises with K.
@@ -29,8 +29,10 @@ from gidd_jax.likelihood import Denoiser, log_likelihood
 from gidd_jax.loss import at_ids, log_marginal, masked_logits
 from gidd_jax.process import InterpolatingProcess, NoiseMass, expand_time
 from gidd_jax.sampling.options import EstimatorOptions
-from gidd_jax.sampling.schedule import check_method, time_grid
+from gidd_jax.sampling.schedule import has_masks, time_grid
 from gidd_jax.sampling.times import CLEAN
+
+PATH_GRID = "cosine"  # of the times of a path
 
 
 class Quantity(NamedTuple):
@@ -41,12 +43,16 @@ class Quantity(NamedTuple):
     is_mean: bool  # of the draws, else the logarithm of their mean weight
 
 
+EXACT = Quantity("exact", "log p itself, of an autoregressive model", True)
+
+
 def quantities(options: EstimatorOptions) -> list[Quantity]:
     """Return the figures that an estimator gives, from the loosest on."""
     if options.estimator == "bound":
         return [Quantity("bound", "lower bound of log p of the sampler with many steps", True)]
     if options.estimator == "importance":
         of = f"the ancestral sampler with {options.path_steps} steps"
+        of += f", on the {PATH_GRID} grid and with a last draw of every token"
         return [
             Quantity("mean of log w", f"lower bound of log p of {of}", True),
             Quantity("log of mean w", f"tighter lower bound of log p of {of}", False),
@@ -68,13 +74,10 @@ def check_estimator(process: InterpolatingProcess | None, options: EstimatorOpti
                 "this model is autoregressive: its log p is exact, leave out estimator"
             )
         return
-    if options.estimator == "chain":
-        try:
-            check_method(process, "confidence")
-        except InputError:
-            raise InputError(
-                "estimator 'chain' needs a process that starts from masks: use 'importance'"
-            ) from None
+    if options.estimator == "chain" and not has_masks(process):
+        raise InputError(
+            "estimator 'chain' needs a process with masks, this one has none: use 'importance'"
+        )
 
 
 def calls_per_row(options: EstimatorOptions, num_free: int) -> int:
@@ -171,7 +174,7 @@ def _path(
     x: jax.Array,
     free: jax.Array,
 ) -> Callable[[jax.Array], jax.Array]:
-    t, s = (jnp.asarray(a[::-1].copy()) for a in time_grid(process, options.path_steps, "cosine"))
+    t, s = (jnp.asarray(a[::-1].copy()) for a in time_grid(process, options.path_steps, PATH_GRID))
 
     def told(time: jax.Array) -> jax.Array:
         return jnp.where(free, time, CLEAN).astype(jnp.float32)

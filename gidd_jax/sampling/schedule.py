@@ -50,6 +50,13 @@ def is_mask_only(process: InterpolatingProcess) -> bool:
         return bool(jnp.max(process.beta_pi(t).uniform) * process.num_noise_tokens <= 1e-6)
 
 
+def has_masks(process: InterpolatingProcess) -> bool:
+    """Return whether the mask has more than 1e-6 of the mass at any time."""
+    with jax.ensure_compile_time_eval():
+        t = jnp.linspace(process.t_min, process.t_max, 101)
+        return bool(jnp.max(process.beta_pi(t).mask) > 1e-6)
+
+
 def time_grid(
     process: InterpolatingProcess, num_steps: int, grid: str = "uniform"
 ) -> tuple[np.ndarray, np.ndarray]:

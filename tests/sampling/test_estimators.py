@@ -37,7 +37,7 @@ def draws(process, count=200, given=(), told="position", **options):
 CHAINS = [{"chain_order": "left_to_right", "num_orders": 1}, {"num_orders": 3}]
 
 
-@pytest.mark.parametrize("name", ["masks", "hybrid"])
+@pytest.mark.parametrize("name", ["masks", "hybrid", "own"])  # own: a tenth of the prior is tokens
 @pytest.mark.parametrize("options", CHAINS, ids=["left to right", "random"])
 def test_every_order_of_the_chain_gives_the_exact_log_p(name, options):
     for given in ((), (1, 4)):
@@ -118,6 +118,8 @@ def test_figures_say_what_they_bound():
     assert estimators.calls_per_row(EstimatorOptions(num_samples_t=4), 7) == 5
     paths = EstimatorOptions(estimator="importance", num_paths=3, path_steps=10)
     assert estimators.calls_per_row(paths, 7) == 33
+    says = estimators.quantities(paths)[0].says
+    assert says.endswith("with 10 steps, on the cosine grid and with a last draw of every token")
     assert estimators.log_mean_exp(np.log([[1.0, 0.0], [3.0, 0.0]])).tolist() == [
         pytest.approx(np.log(2)),
         -np.inf,
@@ -142,7 +144,7 @@ def test_options_that_are_none_are_refused(options, message):
 
 
 def test_estimators_that_a_process_does_not_have_are_refused():
-    with pytest.raises(InputError, match="'chain' needs a process that starts from masks"):
+    with pytest.raises(InputError, match="'chain' needs a process with masks"):
         estimators.check_estimator(PROCESSES["uniform"], EstimatorOptions(estimator="chain"))
     with pytest.raises(InputError, match="this model is autoregressive: its log p is exact"):
         estimators.check_estimator(None, EstimatorOptions(estimator="importance"))
