@@ -16,6 +16,7 @@ Prints a table, one line per corpus. --out is JSON, written after each corpus: `
 `corpora`, a list with for each of them:
   data, split, documents, rows, tokens, bytes   what was scored (bytes: UTF-8, of scored tokens;
       documents: null for shards that do not say where they begin, errors are then over rows)
+  quantity, says, calls_per_token   its name, what it is to log p, and network calls for a token
   nelbo, nelbo_standard_error   upper bound of -log p in nats per token = reconstruction + middle +
       prior (exact for autoregressive models, which have no such terms); error by bootstrap over
       documents, the draws of t and noise included; null with fewer than two documents
@@ -27,8 +28,8 @@ Prints a table, one line per corpus. --out is JSON, written after each corpus: `
       tokens times draws are behind it
   seconds   of scoring, with compilation
 Another --estimator gives `options` and `quantities` in place of the bound and its terms, from the
-loosest on: `quantity`, what it `says` of log p, nats_per_token, standard_error (by document),
-perplexity, bits_per_byte and calls_per_token. --against adds
+loosest on: quantity, says, nats_per_token, standard_error (by document), perplexity, bits_per_byte
+and calls_per_token. --against adds
   against   {difference, difference_standard_error, difference_interval, share_better}: nats per
       token less than the other model needs, by the paired bootstrap, and the share of documents
       that the first model predicts better
@@ -181,7 +182,8 @@ def main(argv: list[str]) -> None:
     if AGAINST.value:
         print(tables.comparisons_table(results, AGAINST.value))
     for result in results:
-        for name, note in result.get(NOTES, {}).items():
+        notes = result.get(NOTES, {}) | result.get("against", {}).get(NOTES, {})
+        for name, note in notes.items():
             print(f"{result['data']}: {name}: {note}")
     if out is not None:
         print(f"wrote {out}")

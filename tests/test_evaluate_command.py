@@ -46,17 +46,21 @@ def test_command(data, tmp_path):
         f"--out={out}",
     )
     assert done.returncode == 0, done.stderr
-    header, first, second, note, written = done.stdout.splitlines()
+    header, first, second, says, note, written = done.stdout.splitlines()
+    assert says == "bound: lower bound of log p of the sampler with many steps"
     assert note.startswith(f"{tmp_path}/more,longer.jsonl: documents: one alone is scored: ")
-    assert header.split()[:4] == ["data", "documents", "tokens", "nats/token"]
+    assert header.split()[:5] == ["data", "quantity", "documents", "tokens", "nats/token"]
     report = json.loads(out.read_text())
     assert report["num_samples_t"] == 2
     assert report["process"].startswith("HybridProcess(vocab_size=259, mask_id=258")
     for line, corpus, documents in zip((first, second), report["corpora"], (2, 1), strict=True):
         assert line.split()[0] == corpus["data"]
-        assert line.split()[1] == str(corpus["documents"]) == str(documents)
-        assert float(line.split()[3]) == pytest.approx(corpus["nelbo"], abs=1e-4)
-    assert second.split()[4] == "-"
+        assert line.split()[1] == corpus["quantity"] == "bound"
+        assert line.split()[2] == str(corpus["documents"]) == str(documents)
+        assert float(line.split()[4]) == pytest.approx(corpus["nelbo"], abs=1e-4)
+        calls = (2 + 2) * corpus["rows"] / corpus["tokens"]
+        assert corpus["calls_per_token"] == pytest.approx(calls)
+    assert second.split()[5] == "-"
     assert report["corpora"][1]["nelbo_standard_error"] is None
     assert written == f"wrote {out}"
     assert not list(out.parent.glob("*.part"))

@@ -36,12 +36,12 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(finite(report), indent=2, allow_nan=False) + "\n")
 
 
-def written(value: float | None, digits: int) -> str:
+def written(value: float | None, digits: int, sign: str = "-") -> str:
     """Return a figure as people read it: `digits` after the point, as a power of ten where it is
-    large, and a dash where there is none."""
+    large, and a dash where there is none. sign "+": with its sign where it is positive, too."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.4g}"
+    return f"{value:{sign}.{digits}f}" if abs(value) < 1e6 else f"{value:{sign}.4g}"
 
 
 def table(lines: Sequence[Sequence[str]], num_names: int = 0) -> str:

@@ -34,6 +34,8 @@ from gidd_jax.parallel.sharding import (
     replicated,
 )
 from gidd_jax.process import InterpolatingProcess
+from gidd_jax.sampling.estimators import EXACT, quantities
+from gidd_jax.sampling.options import EstimatorOptions
 
 
 class Scores(NamedTuple):
@@ -166,6 +168,7 @@ def corpus_figures(
         "rows": len(nats),
         "tokens": tokens,
         "bytes": int(corpus.num_bytes.sum()),
+        **_quantity(process, scores),
         **_named("nelbo", nelbo),
         **(terms if process is not None else {}),
         "perplexity": perplexity(nelbo.value),
@@ -174,6 +177,20 @@ def corpus_figures(
         **(_sampled_figures(process, scores) if process is not None else {}),
         "seconds": round(scores.seconds, 3),
     } | _notes(nelbo.value, corpus)
+
+
+def _quantity(process: InterpolatingProcess | None, scores: Scores) -> dict[str, Any]:
+    """What the figure is to log p, and the network calls that it took for a token."""
+    num_samples_t, num_rows = scores.times.shape
+    quantity, calls = EXACT, 1
+    if process is not None:  # with the reconstruction, and the original's figure
+        (quantity,), calls = quantities(EstimatorOptions()), num_samples_t + 2
+    calls_per_token = calls * num_rows / int(scores.bounds.tokens.sum())
+    return {
+        "quantity": quantity.name,
+        "says": quantity.says,
+        "calls_per_token": calls_per_token,
+    }
 
 
 def _notes(nelbo: float, corpus: CorpusRows) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The figures of scored corpora as text, one line for each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gidd_jax.evaluation.reports import table, written
 
 BOUNDS = (
     "data",
+    "quantity",
     "documents",
     "tokens",
     "nats/token",
@@ -17,6 +18,7 @@ BOUNDS = (
     "middle",
     "prior",
     "original ppl",
+    "calls/token",
     "seconds",
 )
 ESTIMATES = (
@@ -39,13 +41,14 @@ def _count(number: int | None) -> str:
 
 
 def bounds_table(results: Sequence[dict[str, Any]]) -> str:
-    """Return the bound of each corpus with its terms."""
+    """Return the bound of each corpus with its terms, and below what it is."""
     lines: list[list[str]] = [list(BOUNDS)]
     for result in results:
         original = result.get("original", {})
         lines.append(
             [
                 result["data"],
+                result["quantity"],
                 _count(result["documents"]),
                 str(result["tokens"]),
                 written(result["nelbo"], 4),
@@ -54,19 +57,26 @@ def bounds_table(results: Sequence[dict[str, Any]]) -> str:
                 written(result["bits_per_byte"], 4),
                 *(written(result.get(k), 4) for k in ("reconstruction", "middle", "prior")),
                 written(original.get("perplexity"), 2),
+                written(result["calls_per_token"], 3),
                 written(result["seconds"], 1),
             ]
         )
-    return table(lines, num_names=1)
+    return "\n".join([table(lines, num_names=2), *_says(results)])
+
+
+def _says(figures: Iterable[dict[str, Any]]) -> list[str]:
+    """Return a line for each quantity: what it is to log p."""
+    return [
+        f"{name}: {what}"
+        for name, what in {one["quantity"]: one["says"] for one in figures}.items()
+    ]
 
 
 def estimates_table(results: Sequence[dict[str, Any]]) -> str:
     """Return the quantities of each corpus, and below what each of them is."""
     lines: list[list[str]] = [list(ESTIMATES)]
-    says = {}
     for result in results:
         for figure in result["quantities"]:
-            says[figure["quantity"]] = figure["says"]
             lines.append(
                 [
                     result["data"],
@@ -81,8 +91,8 @@ def estimates_table(results: Sequence[dict[str, Any]]) -> str:
                     written(result["seconds"], 1),
                 ]
             )
-    notes = [f"{name}: {what}" for name, what in says.items()]
-    return "\n".join([table(lines, num_names=2), *notes])
+    figures = (figure for result in results for figure in result["quantities"])
+    return "\n".join([table(lines, num_names=2), *_says(figures)])
 
 
 def comparisons_table(results: Sequence[dict[str, Any]], other: str) -> str:
@@ -90,12 +100,12 @@ def comparisons_table(results: Sequence[dict[str, Any]], other: str) -> str:
     lines: list[list[str]] = [list(COMPARISONS)]
     for result in results:
         found = result["against"]
-        interval = found["difference_interval"]
-        shown = "-" if interval is None else "{:+.4f} to {:+.4f}".format(*interval)
+        interval = found["difference_interval"] or (None, None)
+        shown = "-" if None in interval else " to ".join(written(v, 4, "+") for v in interval)
         lines.append(
             [
                 result["data"],
-                f"{found['difference']:+.4f}",
+                written(found["difference"], 4, "+"),
                 written(found["difference_standard_error"], 4),
                 shown,
                 f"{found['share_better']:.0%}",

@@ -176,7 +176,7 @@ def test_rows_of_shards_are_not_counted_as_documents(data, baseline, tmp_path, m
     assert found["notes"]["documents"].endswith("the bootstrap is over rows")
     assert found["nelbo_standard_error"] > 0
     line = bounds_table([finite({"data": "shards", **found})]).splitlines()[1]
-    assert line.split()[:2] == ["shards", "-"]
+    assert line.split()[:3] == ["shards", "exact", "-"]
     mixed = dataclasses.replace(settings, path=f"1:{tmp_path / 'out'},1:{tmp_path / 'corpus.txt'}")
     assert corpora.open_rows(mixed, "validation", baseline, is_own=True).num_documents is None
 

@@ -8,6 +8,7 @@ import pytest
 
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation.reports import finite, labels, table, write_csv, write_report, written
+from gidd_jax.evaluation.tables import comparisons_table
 from gidd_jax.evaluation.text_metrics import ratio_estimate
 from gidd_jax.likelihood import perplexity
 
@@ -40,6 +41,23 @@ def test_figures_as_people_read_them():
     assert written(12.34567, 4) == "12.3457"
     assert written(1e300, 2) == "1e+300"
     assert [written(value, 2) for value in (None, math.nan, math.inf)] == ["-"] * 3
+    assert [written(value, 2, "+") for value in (0.5, -0.5, 2e6)] == ["+0.50", "-0.50", "+2e+06"]
+
+
+def test_a_comparison_without_a_difference_has_a_dash():
+    """As where one of two models gives no probability to a token: all is scored by then."""
+    none = {"difference": math.nan, "difference_standard_error": None, "share_better": 0.5}
+    results = [
+        {"data": "a", "against": none | {"difference_interval": None}},
+        {"data": "b", "against": none | {"difference_interval": (math.nan, math.nan)}},
+        {"data": "c", "against": none | {"difference": 1.5, "difference_interval": (-0.5, 2.5)}},
+    ]
+    shown = comparisons_table([finite(result) for result in results], "OTHER").splitlines()[2:]
+    assert [line.split() for line in shown] == [
+        ["a", "-", "-", "-", "50%"],
+        ["b", "-", "-", "-", "50%"],
+        ["c", "+1.5000", "-", "-0.5000", "to", "+2.5000", "50%"],
+    ]
 
 
 def test_labels_tell_paths_apart():
