@@ -358,7 +358,7 @@ def test_an_own_process_is_made_for_other_tokens_as_it_makes_itself(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     name = f"{tmp_path}/own.py:Own"
     config = load_config("base")
-    config.process.name = name
+    config.update_from_flattened_dict({"process.name": name})
     for subject in (
         subjects.find_subject(name, None),
         subjects.find_subject(None, None, config=config),

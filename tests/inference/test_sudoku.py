@@ -48,8 +48,8 @@ def test_before_is_told_the_time_of_the_schedule(method):
     jax.block_until_ready(sample_diffusion(process, before, options, keys, 8, prompt))
     jax.effects_barrier()
     # Calls that could change nothing are left out; the last fills in masks.
-    schedule = [*time_grid(process, 6)[0], process.t_min]
-    is_on_schedule = set(told) <= set(np.float32(schedule).tolist()) and len(set(told)) == len(told)
+    schedule = np.array([*time_grid(process, 6)[0], process.t_min], np.float32).tolist()
+    is_on_schedule = set(told) <= set(schedule) and len(set(told)) == len(told)
     assert is_on_schedule == (method in sudoku.ON_SCHEDULE)
 
 
