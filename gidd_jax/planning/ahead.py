@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from gidd_jax.hardware import Chip
 from gidd_jax.models.dit import MLP_RATIO
@@ -97,7 +97,7 @@ class Builder:
         with (
             jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
             nn.logical_axis_rules(sharding.RULES),
-            _taken_for(backend),
+            taken_for(backend),
         ):
             traced = step.trace(state, batch, key)
             return Compiled(traced, traced.lower().compile(compiler_options=options))
@@ -139,6 +139,21 @@ def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
     return Temporaries(compiled.temporaries, way, None)
 
 
+def compile_for_one(topology: Topology, program: Any, *arguments: Any, **static: Any) -> Compiled:
+    """Compile a jitted program for one described TPU chip; the arguments give shapes and dtypes.
+
+    Raises what libtpu raises, or ImportError.
+    """
+    mesh = sharding.make_mesh(topology.devices, 1, 1, jax.devices("cpu")[: topology.devices])
+    chip = SingleDeviceSharding(described_mesh(topology, mesh).devices.flat[0])
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=chip), arguments
+    )
+    with taken_for("tpu"):
+        traced = program.trace(*shapes, **static)
+        return Compiled(traced, traced.lower().compile())
+
+
 def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     """Return the bytes of activations that a micro batch's backward pass reads, on one device.
 
@@ -148,7 +163,7 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     tensor.
     """
     model, train = build.settings.model, build.settings.train
-    with _taken_for("tpu"):  # whose plain attention is the same for two rows and for four
+    with taken_for("tpu"):  # whose plain attention is the same for two rows and for four
         small, large = (_residuals(build, rows) for rows in (2, 4))
     chip, L = topology.chip, model.max_seq_len
     backend = "cpu" if chip is None else "tpu" if chip.torus else "gpu"
@@ -210,7 +225,7 @@ def described_mesh(topology: Topology, mesh: Mesh) -> Mesh:
 
 
 @contextlib.contextmanager
-def _taken_for(backend: str) -> Iterator[None]:
+def taken_for(backend: str) -> Iterator[None]:
     """Let code that asks for the backend hear this one: it chooses chunks and layouts by it."""
     real = jax.default_backend
     jax.default_backend = lambda: backend

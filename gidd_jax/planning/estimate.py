@@ -23,7 +23,8 @@ _LIBRARIES = ("site-packages", "dist-packages", "<frozen")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) .*\{$", re.MULTILINE)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_LIMIT = re.compile(r"%(\S+) = s32\[\]\S* constant\((\d+)\)")
+_COMPARED = re.compile(r"ROOT .* compare\(%[^\s,]+, %([^\s,)]+)\), direction=LT")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _FUSED = re.compile(r" fusion\(.*calls=%([^\s,]+)")
@@ -112,10 +113,12 @@ class _Program:
                 yield from max(branches, key=lambda costs: sum(cycles for _, cycles in costs))
 
     def _rounds(self, condition: str) -> int:
-        """Return the integer that a loop's condition compares with; 1 where there is not one."""
-        limits = {int(n) for line in self.lines[condition] for n in _LIMIT.findall(line)}
-        if len(limits) == 1:
-            return limits.pop()
+        """Return the integer that a loop's counter stays below; 1 where there is not one."""
+        lines = "\n".join(self.lines[condition])
+        limits = dict(_LIMIT.findall(lines))
+        compared = _COMPARED.search(lines)
+        if compared and compared[1] in limits:
+            return int(limits[compared[1]])
         self.unknown.add(condition)
         return 1
 

@@ -133,12 +133,17 @@ def make_plan(settings: Settings, name: str) -> Plan:
     Needs as many devices as `set_devices` makes. Raises InputError for what the run would refuse:
     a mesh that does not fit the devices, a batch that does not split.
     """
-    topology, devices = _devices(name)
     tokenizer = load_tokenizer(settings.data.tokenizer)
+    return plan_for(settings, name, tokenizer.vocab_size, tokenizer.mask_id)
+
+
+def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Plan:
+    """Return the plan of a run whose tokenizer has these sizes, whatever settings.data says."""
+    topology, devices = _devices(name)
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, devices)
     rows = settings.train.batch_size // settings.train.micro_batches
     sharding.check_batch_size(rows, mesh)
-    build = Builder(settings, tokenizer.vocab_size, tokenizer.mask_id)
+    build = Builder(settings, vocab_size, mask_id)
     state = build.state(mesh)
     parameters = device_bytes(state.params)
     gradients = parameters * (2 if settings.train.micro_batches > 1 else 1)
@@ -152,7 +157,7 @@ def make_plan(settings: Settings, name: str) -> Plan:
         kept=kept_bytes(build, topology, mesh),
     )
     tokens = settings.train.batch_size * settings.model.max_seq_len
-    flops = flops_per_token(settings.model, tokenizer.vocab_size)
+    flops = flops_per_token(settings.model, vocab_size)
     computed = flops + recomputed_flops_per_token(settings.model)
     return Plan(
         topology=topology,
@@ -162,7 +167,7 @@ def make_plan(settings: Settings, name: str) -> Plan:
         memory=memory,
         way=extra.way,
         accepted=extra.accepted,
-        notes=_layout_notes(settings, tokenizer.vocab_size, mesh),
+        notes=_layout_notes(settings, vocab_size, mesh),
         tokens_per_step=tokens,
         num_steps=settings.train.num_steps,
         flops=flops,

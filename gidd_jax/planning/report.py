@@ -3,7 +3,7 @@
 from typing import Any
 
 from gidd_jax.hardware import Chip
-from gidd_jax.planning.estimate import KERNEL_SHARE, Operation
+from gidd_jax.planning.estimate import KERNEL_SHARE, Estimate, Operation
 from gidd_jax.planning.plan import Plan
 
 GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
@@ -63,17 +63,22 @@ def as_report(plan: Plan) -> dict[str, Any]:
         "estimate": None,
     }
     if chip is not None and estimate is not None and step is not None:
-        report["estimate"] = {
-            "seconds": step,
-            "cycles": estimate.cycles,
-            "ghz": chip.ghz,
-            "kernel_flops": estimate.kernel_flops,
-            "kernel_share_of_peak": KERNEL_SHARE,
-            "unknown_loops": estimate.unknown,
-            "mfu": plan.mfu(step),
-            "operations": [operation._asdict() for operation in estimate.operations[:SHOWN]],
-        }
+        shares = {"seconds": step, "mfu": plan.mfu(step)}
+        report["estimate"] = estimate_report(estimate, chip) | shares
     return report
+
+
+def estimate_report(estimate: Estimate, chip: Chip) -> dict[str, Any]:
+    """Return an estimate's figures under their names: cycles, seconds, FLOPs of kernels."""
+    return {
+        "seconds": estimate.seconds(chip),
+        "cycles": estimate.cycles,
+        "ghz": chip.ghz,
+        "kernel_flops": estimate.kernel_flops,
+        "kernel_share_of_peak": KERNEL_SHARE,
+        "unknown_loops": estimate.unknown,
+        "operations": [operation._asdict() for operation in estimate.operations[:SHOWN]],
+    }
 
 
 def _verdict(plan: Plan) -> str:

@@ -60,7 +60,9 @@ stack_frame_id=2}, backend_config={"estimated_cycles":"100"}
 }
 
 %until (p: (s32[], f32[8])) -> pred[] {
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
+  %size = s32[]{:T(128)} constant(64)
+  %done = s32[] multiply(%i, %size)
+  ROOT %lt = pred[] compare(%done, %n), direction=LT
 }
 
 %cheap (p: f32[8]) -> f32[8] {
