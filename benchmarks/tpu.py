@@ -98,7 +98,7 @@ def _program_line(name: str, chip: str) -> dict[str, Any]:
     report = estimate and estimate_report(estimate, topology.chip)
     if report is not None:
         report["seconds"] = report["seconds"] / steps
-    title = name if name == "loss" else f"{name}, one of {steps} steps"
+    title = name if name == "loss" else f"{name}, one step"
     return _line(f"{title} (small)", chip, report) | {"temporaries": compiled.temporaries}
 
 
@@ -154,8 +154,9 @@ def _sampling(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], int]:
         "trace": False,
     }
     if name == "correction":
+        # It ends when nothing changes any more: the loop has no known length, and counts once.
         static["options"] = CorrectionOptions(num_steps=NUM_STEPS)
-        return programs.correct, (batch,), static, NUM_STEPS
+        return programs.correct, (batch,), static, 1
     static["special"] = programs.SpecialIds(0, 1, MASK_ID, VOCAB_SIZE)
     static |= {"options": SamplerOptions(num_steps=NUM_STEPS), "num_free": LENGTH}
     return programs.diffusion, (batch,), static, NUM_STEPS

@@ -123,3 +123,27 @@ class Vocabulary:
             return jax.lax.dynamic_update_slice_in_dim(so_far, new, i * width, axis=1)
 
         return jax.lax.fori_loop(0, count, add, so_far)
+
+
+class OnChip(Vocabulary):
+    """The vocabulary of a block of rows inside a kernel, where all arrays have two axes.
+
+    Values of tokens are [n, 1], those of columns [1, V]. A value at an id is a sum, for a TPU's
+    kernel cannot gather.
+    """
+
+    def tokens(self, a: Array) -> Array:
+        return a
+
+    def columns(self, a: Array) -> Array:
+        return a
+
+    def pick(self, a: Array, ids: Array) -> Array:
+        here = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1) == ids
+        return self.sum(jnp.where(here, a, 0.0))
+
+    def sum(self, a: Array) -> Array:
+        return jnp.sum(a, axis=1, keepdims=True)
+
+    def largest(self, term: Terms, a: Array, of_columns: Array) -> Array:
+        return jnp.max(term(a, of_columns)[0], axis=1, keepdims=True)

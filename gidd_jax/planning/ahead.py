@@ -19,7 +19,7 @@ from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.ops.attention import MOST_SCORES, automatic
 from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
-from gidd_jax.planning.estimate import Estimate, kernel_flops, read_estimate
+from gidd_jax.planning.estimate import Estimate, find_kernels, read_estimate
 from gidd_jax.planning.roofline import Topology
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
@@ -57,7 +57,8 @@ class Compiled(NamedTuple):
         """Return the compiler's estimate of the program's time; None where it makes none."""
         if chip is None or not chip.ghz:
             return None
-        return read_estimate(self.program.as_text(), kernel_flops(self.traced.jaxpr, chip.unit))
+        kernels = find_kernels(self.traced.jaxpr, chip.unit)
+        return read_estimate(self.program.as_text(), kernels)
 
 
 class Builder:
@@ -211,7 +212,10 @@ def described_mesh(topology: Topology, mesh: Mesh) -> Mesh:
     assert topology.chip is not None
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ImportError("pip install libtpu to have it")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask about itself
+    # There is no TPU host to ask about itself, and no need to say so.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     # A v4 chip is one device, as in a real run, not one for each of its cores.
     options: dict[str, Any] = {}
     if topology.chip.name == "v4":

@@ -1,8 +1,8 @@
 """The time of a compiled program by its compiler's own estimate, operation by operation.
 
 The TPU's compiler writes the cycles that it expects of each operation into the program's text. It
-says nothing of Pallas kernels: their products are counted in the program as JAX sees it. Traffic
-between devices is in neither; `plan.py` sets it beside the estimate.
+says nothing of Pallas kernels: their products and arrays are counted in the program as JAX sees it.
+Traffic between devices is in neither; `plan.py` sets it beside the estimate.
 """
 
 import collections
@@ -16,7 +16,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from gidd_jax.hardware import Chip
 
-KERNEL_SHARE = 0.5  # of the peak, at which a kernel's products are assumed to run
+KERNEL_SHARE = 0.5  # of a chip's peak, or bandwidth, at which kernels are assumed to run
 NOWHERE = "no source line"
 # Not where an operation was asked for: what this package's own frames call on their way.
 _LIBRARIES = ("site-packages", "dist-packages", "<frozen")
@@ -33,6 +33,20 @@ _CALL = re.compile(r" call\(.*to_apply=%([^\s,]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([^\s,]+)")
 
 
+class Kernel(NamedTuple):
+    """A Pallas kernel: how often it runs; FLOPs of its products, bytes in and out of one run."""
+
+    name: str
+    calls: float
+    flops: float
+    bytes: float
+
+    def seconds(self, chip: Chip) -> float:
+        """Return the assumed time of all runs: at KERNEL_SHARE of what limits one."""
+        limits = self.flops / chip.peak_flops, self.bytes / chip.memory_bandwidth
+        return self.calls * max(limits) / KERNEL_SHARE
+
+
 class Operation(NamedTuple):
     """What the operations that one source line asked for cost together; what: the costliest."""
 
@@ -45,24 +59,24 @@ class Operation(NamedTuple):
 class Estimate:
     """A program's cycles on one device, by source line, the costliest first.
 
-    unknown: loops whose number of rounds the program does not say, counted once. kernel_flops:
-    those of its Pallas kernels, of which the compiler has no estimate, in whole matrix units.
+    unknown: loops whose number of rounds the program does not say, counted once. kernels: those
+    of Pallas, of which the compiler has no estimate.
     """
 
     cycles: float
     operations: list[Operation]
     unknown: int
-    kernel_flops: float
+    kernels: list[Kernel]
 
     def seconds(self, chip: Chip) -> float:
-        """Return the estimated time: cycles at the chip's clock, kernels at KERNEL_SHARE."""
+        """Return the estimated time: cycles at the chip's clock, and the kernels'."""
         return self.cycles / (1e9 * chip.ghz) + self.kernel_seconds(chip)
 
     def kernel_seconds(self, chip: Chip) -> float:
-        return self.kernel_flops / (KERNEL_SHARE * chip.peak_flops)
+        return sum(kernel.seconds(chip) for kernel in self.kernels)
 
 
-def read_estimate(text: str, kernel_flops: float) -> Estimate | None:
+def read_estimate(text: str, kernels: list[Kernel]) -> Estimate | None:
     """Return the estimate in the text of a compiled program; None where there is none in it."""
     if not _CYCLES.search(text):
         return None
@@ -79,7 +93,7 @@ def read_estimate(text: str, kernel_flops: float) -> Estimate | None:
     ]
     operations.sort(key=lambda operation: -operation.cycles)
     total = sum(operation.cycles for operation in operations)
-    return Estimate(total, operations, len(program.unknown), kernel_flops)
+    return Estimate(total, operations, len(program.unknown), kernels)
 
 
 class _Program:
@@ -151,8 +165,8 @@ def _rows(table: str, *fields: str) -> dict[str, tuple[str, ...]]:
     return {row[0]: row[1:] for row in re.findall(pattern, table, re.MULTILINE)}
 
 
-def kernel_flops(jaxpr: Any, unit: int) -> float:
-    """Return the FLOPs of the products in a program's Pallas kernels, on one device.
+def find_kernels(jaxpr: Any, unit: int) -> list[Kernel]:
+    """Return the Pallas kernels of a program as JAX sees it, with their work on one device.
 
     jaxpr: a closed one. The sizes of a product count as multiples of the `unit` rows and columns
     of a matrix unit: smaller ones leave the rest of it idle. A branch counts as its costliest, a
@@ -161,24 +175,45 @@ def kernel_flops(jaxpr: Any, unit: int) -> float:
     # What a layer computes again is written down whole, and the compiler leaves out what of it
     # nothing reads: so do we.
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
-    return sum(_count(eqn, unit, inside=False) for eqn in needed.eqns)
+    calls: collections.Counter[Kernel] = collections.Counter()
+    for kernel in _kernels(needed, unit, 1):
+        calls[kernel._replace(calls=1)] += int(kernel.calls)
+    return [kernel._replace(calls=count) for kernel, count in calls.items()]
 
 
-def _count(eqn: Any, unit: int, inside: bool) -> float:
-    name, params = eqn.primitive.name, eqn.params
-    if inside and name == "dot_general":
-        return _flops_of_whole_units(eqn, unit)
-    kernel = inside or name == "pallas_call"
-    parts = [
-        [_count(inner, unit, kernel) for inner in program.eqns]
-        for program in _programs(params.values())
-    ]
-    if name == "cond":
-        return max(map(sum, parts))
-    times = params["length"] if name == "scan" else 1
-    if name == "pallas_call":
-        times = math.prod(params["grid_mapping"].grid)
-    return times * sum(map(sum, parts))
+def _kernels(program: Any, unit: int, times: int) -> Iterator[Kernel]:
+    for eqn in program.eqns:
+        if eqn.primitive.name == "pallas_call":
+            rounds = math.prod(eqn.params["grid_mapping"].grid)
+            flops = rounds * sum(_flops(inner, unit) for inner in _programs(eqn.params.values()))
+            arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            size = float(sum(a.size * a.dtype.itemsize for a in arrays))
+            yield Kernel(str(eqn.params["name"]), times, flops, size)
+            continue
+        parts = [
+            list(_kernels(inner, unit, times * _length(eqn)))
+            for inner in _programs(eqn.params.values())
+        ]
+        if eqn.primitive.name == "cond":
+            parts = [max(parts, key=lambda kernels: sum(k.flops + k.bytes for k in kernels))]
+        for kernels in parts:
+            yield from kernels
+
+
+def _flops(program: Any, unit: int) -> float:
+    """Return the FLOPs of the products in one round of a kernel."""
+    total = 0.0
+    for eqn in program.eqns:
+        parts = [_flops(inner, unit) for inner in _programs(eqn.params.values())]
+        inner = max(parts) if eqn.primitive.name == "cond" else sum(parts)
+        total += _length(eqn) * inner
+        if eqn.primitive.name == "dot_general":
+            total += _flops_of_whole_units(eqn, unit)
+    return total
+
+
+def _length(eqn: Any) -> int:
+    return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
 
 def _programs(values: Iterable[Any]) -> Iterator[Any]:

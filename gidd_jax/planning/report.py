@@ -69,13 +69,13 @@ def as_report(plan: Plan) -> dict[str, Any]:
 
 
 def estimate_report(estimate: Estimate, chip: Chip) -> dict[str, Any]:
-    """Return an estimate's figures under their names: cycles, seconds, FLOPs of kernels."""
+    """Return an estimate's figures under their names: cycles, seconds, kernels."""
     return {
         "seconds": estimate.seconds(chip),
         "cycles": estimate.cycles,
         "ghz": chip.ghz,
-        "kernel_flops": estimate.kernel_flops,
-        "kernel_share_of_peak": KERNEL_SHARE,
+        "kernels": [kernel._asdict() for kernel in estimate.kernels],
+        "kernel_share_of_limits": KERNEL_SHARE,
         "unknown_loops": estimate.unknown,
         "operations": [operation._asdict() for operation in estimate.operations[:SHOWN]],
     }
@@ -113,7 +113,7 @@ def _estimate_lines(plan: Plan) -> list[str]:
         return []
     lines = [f"  compiler's estimate {_ms(step)}: {_pace(plan, step)}"]
     if kernels := estimate.kernel_seconds(chip):
-        share = f"{100 * KERNEL_SHARE:.0f} % of the peak"
+        share = f"{100 * KERNEL_SHARE:.0f} % of the chip's limits"
         lines.append(f"    {_ms(kernels)} of it for kernels, assumed at {share}")
     if estimate.unknown:
         lines.append(f"  loops of unknown length, counted once: {estimate.unknown}")

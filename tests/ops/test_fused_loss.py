@@ -87,23 +87,21 @@ def assert_same(got, want, value=1e-6, gradient=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=gradient * float(jnp.max(jnp.abs(b))))
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_fused_is_plain(name, keep):
+def test_fused_is_plain(name, keep, by_rows):
     process = PROCESSES[name]
     arrays, data = case(process)
     want = value_and_grads(plain(process, *data, keep), arrays)
     for size in (20, 128)[: 2 - keep]:  # one that leaves a rest, one that holds all
-        loss = fused(process, *data, keep, tokens_per_chunk=size)
+        loss = fused(process, *data, keep, tokens_per_chunk=size, by_rows=by_rows)
         assert_same(value_and_grads(loss, arrays), want)
         # Without gradients it is another program.
         np.testing.assert_allclose(jax.jit(loss)(*arrays)[0], want[0][0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "mesh_shape"), [*(("hybrid", shape) for shape in MESHES), ("background", (2, 2, 2))]
-)
-def test_fused_on_a_mesh_is_plain(name, mesh_shape):
+def check_on_a_mesh(name, mesh_shape, by_rows=False):
     process = PROCESSES[name]
     arrays, data = case(process)
     want = value_and_grads(plain(process, *data, False), arrays)
@@ -117,9 +115,17 @@ def test_fused_on_a_mesh_is_plain(name, mesh_shape):
         tokens_per_chunk=7,
         batch_axes=sharding.BATCH_AXES,
         vocab_axis=sharding.VOCAB_AXIS,
+        by_rows=by_rows,
     )
     with sharding.activate(mesh):
         assert_same(value_and_grads(loss, placed), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh_shape"), [*(("hybrid", shape) for shape in MESHES), ("background", (2, 2, 2))]
+)
+def test_fused_on_a_mesh_is_plain(name, mesh_shape):
+    check_on_a_mesh(name, mesh_shape)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +134,17 @@ def test_fused_on_a_mesh_is_plain(name, mesh_shape):
 )
 def test_fused_with_the_vocabulary_on_the_minor_axis_is_plain(name, mesh_shape, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    test_fused_on_a_mesh_is_plain(name, mesh_shape)
+    check_on_a_mesh(name, mesh_shape)
 
 
-def test_bfloat16_features_are_near_float64():
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_the_kernel_on_a_mesh_is_plain(mesh_shape):
+    # Split over tensor, columns are summed over devices, which a kernel cannot: it is not used.
+    check_on_a_mesh("background", mesh_shape, by_rows=True)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_bfloat16_features_are_near_float64(by_rows):
     process = PROCESSES["hybrid"]
     (h, kernel, bias), data = case(process)
     low = h.astype(jnp.bfloat16)
@@ -144,7 +157,7 @@ def test_bfloat16_features_are_near_float64():
             plain(process, x, z_t, t.astype(jnp.float64), False), exact
         )
         want, grads = float(want), [np.asarray(g) for g in grads]
-    loss = fused(process, *data, False, tokens_per_chunk=20)
+    loss = fused(process, *data, False, tokens_per_chunk=20, by_rows=by_rows)
     (got, _), got_grads = value_and_grads(loss, (low, rounded, bias))
     assert abs(float(got) / want - 1) < 1e-5
     for a, b in zip(got_grads, grads, strict=True):
@@ -152,7 +165,8 @@ def test_bfloat16_features_are_near_float64():
         assert error < 1e-2
 
 
-def test_cross_entropy_is_mdlm_and_autoregressive():
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_cross_entropy_is_mdlm_and_autoregressive(by_rows):
     process = PROCESSES["masked"]
     (h, kernel, bias), (x, z_t, t) = case(process)
 
@@ -163,7 +177,17 @@ def test_cross_entropy_is_mdlm_and_autoregressive():
     def fused_mdlm(h, kernel, bias):
         weights = mdlm_weights(process, z_t, t) / x.size
         return fused_loss(
-            process, h, kernel, bias, x, z_t, t, weights, cross_entropy=True, vocab_size=VOCAB
+            process,
+            h,
+            kernel,
+            bias,
+            x,
+            z_t,
+            t,
+            weights,
+            cross_entropy=True,
+            vocab_size=VOCAB,
+            by_rows=by_rows,
         )[0]
 
     def causal(h, kernel, bias):
@@ -183,6 +207,7 @@ def test_cross_entropy_is_mdlm_and_autoregressive():
             ones,
             cross_entropy=True,
             vocab_size=COLUMNS,
+            by_rows=by_rows,
         )[0]
 
     for got, want in ((fused_mdlm, mdlm), (fused_causal, causal)):
