@@ -252,11 +252,11 @@ def fused_loss(
         )
     # A kernel can neither sum over devices nor hold rows of any length.
     can = split == 1 and kernel.shape[1] <= MOST_COLUMNS
-    by_rows = can and (backend == "tpu" if by_rows is None else by_rows)
+    by_rows = can and (by_rows if by_rows is not None else backend == "tpu")
     vocabulary = Vocabulary(vocab_axis, major=backend == "cpu" and not by_rows)
     config = ChunkLoss(process, cross_entropy, vocab_size, keep_padding_columns, vocabulary)
     if bias is None:
         bias = jnp.zeros(kernel.shape[1], jnp.float32)
     size = tokens_per_chunk or chunk_size(kernel.shape[1] // split, kernel.shape[0], backend)
-    layout = _Layout(batch_axes, vocab_axis, size, by_rows)
+    layout = _Layout(batch_axes, vocab_axis, size, bool(by_rows))
     return _fused(config, layout, h, kernel, bias, targets)

@@ -43,8 +43,8 @@ def loss_by_rows(
     of_columns: Any = pl.BlockSpec((1, width), lambda i: (0, 0))
 
     def body(products: Any, columns: Any, targets: Any, terms: Any, gradients: Any) -> None:
-        parts = (jax.tree.map(lambda ref: ref[...], part) for part in (columns, targets))
-        found, dl = on_chip.terms(products[...], *parts, with_gradient)
+        columns, targets = jax.tree.map(lambda ref: ref[...], (columns, targets))
+        found, dl = on_chip.terms(products[...], columns, targets, with_gradient)
         for ref, values in zip(terms, found, strict=True):
             ref[...] = values
         if dl is None:
