@@ -117,15 +117,15 @@ def entropy_bound_step(
     epsilon is drawn from x_hat, and at least what is open over the calls that are left. What stays
     open becomes noise of the process. A token is reopened when the chance that it is noise at the
     row's time t [B], b (1 - x_hat(z)) / (alpha x_hat(z) + b) (see `suspicion`), exceeds edit_above.
-    A row stops when its argmax stood still for `stop_after` calls and the mean entropy is below
-    stop_entropy: what is open is drawn, and nothing changes any more. A block's last call draws
-    all.
+    A row stops when nothing is open and nothing can be reopened; and early, when the argmax stood
+    still for `stop_after` calls and the mean entropy is below stop_entropy, at all positions that
+    may still change: what is open is drawn. A block's last call draws all.
     """
-    num_active = jnp.sum(active, axis=-1)
     edits, stops = options.edit_above < 1, options.stop_after > 0
     runs = active & ~state.stopped[:, None]
     candidates = runs & state.open
-    wanted = runs if edits or stops else candidates
+    # Without editing drawn tokens stay, and under masks x_hat is untrained where one stands.
+    wanted = runs if edits else candidates
     levels = uniforms(fold_in(keys, 0), z_t.shape[1], num_levels(network.num_columns))
     alpha, mass = process.alpha(t)[:, None], process.beta_pi(t)
     at_z = process.mass_at(NoiseMass(*(m[:, None] for m in mass)), z_t)
@@ -150,10 +150,11 @@ def entropy_bound_step(
     due = (jnp.sum(candidates, axis=-1) + calls_left - 1) // calls_left
     sure = _within_bound(spread, candidates, options.epsilon)
     chosen = highest(-spread, candidates, jnp.maximum(sure, due))
-    still = jnp.where(jnp.all((argmax == state.argmax) | ~runs, axis=-1), state.still + 1, 0)
+    still = jnp.where(jnp.all((argmax == state.argmax) | ~wanted, axis=-1), state.still + 1, 0)
     stopped = state.stopped
     if stops:
-        mean = jnp.sum(jnp.where(runs, spread, 0.0), axis=-1) / jnp.maximum(num_active, 1)
+        total = jnp.sum(jnp.where(wanted, spread, 0.0), axis=-1)
+        mean = total / jnp.maximum(jnp.sum(wanted, axis=-1), 1)
         stopped |= (still >= options.stop_after) & (mean < options.stop_entropy)
         chosen = jnp.where(stopped[:, None], candidates, chosen)
         reopened &= ~stopped[:, None]
@@ -165,10 +166,10 @@ def entropy_bound_step(
     z = jnp.where(chosen, drawn, jnp.where(runs & is_open, noise, z_t))
     # A token that was just drawn from x_hat was judged by nothing yet.
     wrong = jnp.where(chosen, 0.0, jnp.where(runs & edits, wrong, state.wrong))
-    if not (edits or stops):
+    if not edits:
         stopped |= ~jnp.any(active & is_open, axis=-1)
     return Taken(z, log_probs, wanted), Editing(
-        is_open, wrong, jnp.where(runs, argmax, state.argmax), still, stopped
+        is_open, wrong, jnp.where(wanted, argmax, state.argmax), still, stopped
     )
 
 

@@ -159,7 +159,34 @@ def test_a_row_stops_after_its_argmax_stood_still_so_often():
         assert (drawn.stopped_at == count + 1).all()
         assert not np.isin(drawn.ids, [4]).any()
     unsure = draw(MASKS, says([0.4, 0.2, 0.2, 0.2]), num_steps=20, **STOPS)
-    assert (unsure.stopped_at == 20).all()
+    assert (unsure.stopped_at == LENGTH).all()  # nothing is open
+
+
+@pytest.mark.parametrize("process", [MASKS, HYBRID], ids=["masks", "hybrid"])
+@pytest.mark.parametrize(("epsilon", "calls"), [(float("inf"), 1), (1.0, None), (0.0, LENGTH)])
+def test_to_look_for_stops_never_costs_calls(process, epsilon, calls):
+    predict = says([0.4, 0.3, 0.2, 0.1])
+    plain = draw(process, predict, epsilon=epsilon, num_steps=40)
+    assert calls in (None, int(plain.network_calls))
+    for count in (1, 3):
+        unsure = draw(process, predict, epsilon=epsilon, num_steps=40, stop_after=count)
+        assert int(unsure.network_calls) == int(plain.network_calls)
+        np.testing.assert_array_equal(unsure.stopped_at, plain.stopped_at)
+        np.testing.assert_array_equal(unsure.ids, plain.ids)
+
+
+def test_what_the_network_says_of_tokens_that_stay_stops_nothing_and_keeps_nothing_going():
+    """Under masks it is untrained there: here flat, with another argmax in every call."""
+
+    def sure_of_masks(z, times):
+        drifting = 0.01 * jax.nn.one_hot(jnp.sum(z != 4, axis=-1) % 4, 5)[:, None]
+        sure = jnp.float32([9, 0, 0, 0, 0])[None, None]
+        return jnp.where((z == 4)[..., None], sure, drifting)
+
+    drawn = draw(MASKS, sure_of_masks, num_steps=50, **STOPS)
+    assert (drawn.stopped_at == 3).all()
+    assert int(drawn.network_calls) == 3
+    np.testing.assert_array_equal(drawn.ids, 0)
 
 
 @pytest.mark.parametrize("process", [MASKS, HYBRID], ids=["masks", "hybrid"])
