@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import exact_chain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,8 @@ from tiny_checkpoint import tiny_model
 
 from gidd_jax import Gidd
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation import sampler_laws
+from gidd_jax.evaluation.oracle import all_rows, chain_ids
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.sampling.options import SuspicionOptions
 from gidd_jax.sampling.suspicion import expected_share, judge
@@ -101,6 +104,19 @@ def test_leaving_one_out_is_exact_whatever_x_hat_says_about_tokens(float64, name
     table = posterior if kind == "posterior" else left_out
     options = SuspicionOptions(method="leave_one_out", t=t)
     assert_exact(judge(process, network(table), options, jnp.asarray(Z)), posterior)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "uniform", "own"])
+def test_a_position_that_is_left_out_leaves_the_time_of_the_others_as_it_is(name):
+    """The exact network, told one time a row: the mask says nothing, the others are noise of t."""
+    process = exact_chain.PROCESSES[name]
+    network = sampler_laws.exact_network(process, exact_chain.CHAIN, told="row")
+    z = jnp.asarray(chain_ids(process)[all_rows(exact_chain.CHAIN, 4)])
+    exact = judge(process, network, SuspicionOptions(t=0.1), z)
+    left_out = judge(process, network, SuspicionOptions(method="leave_one_out", t=0.1), z)
+    assert np.std(exact.wrong) > 0.01
+    for leaf in ("wrong", "proposal_probs"):
+        np.testing.assert_allclose(getattr(left_out, leaf), getattr(exact, leaf), atol=1e-5)
 
 
 @pytest.mark.parametrize("process", [MaskedProcess(V, MASK), HybridProcess(V, MASK, p_uniform=0)])
