@@ -1,6 +1,8 @@
 """Which tokens of a training row are given, as those of a prompt are: clean, at time 0, no loss.
 
-A network that is told the times of positions learns so what it can rely on.
+A network that is told the times of positions learns so what it can rely on. Rows are given as
+sampling gives them (`inference.framing`): beside a gap the padding after the text is clean, too; a
+beginning is continued up to the context, padding and all.
 """
 
 import jax
@@ -11,7 +13,8 @@ def draw_givens(key: jax.Array, mask: jax.Array, share: float) -> jax.Array:
     """Return which positions are given, bool [B, L]: some in a `share` of the rows.
 
     mask bool [B, L]: the real tokens. Of the rows with givens a third each gives a beginning, all
-    but a span, and scattered tokens; how many is uniform, and at least one token stays free.
+    but a span, and scattered tokens; how many is uniform, and at least one token stays free. The
+    latter two give all padding as well.
     """
     keys = jax.random.split(key, 5)
     rows, length = mask.shape
@@ -26,4 +29,5 @@ def draw_givens(key: jax.Array, mask: jax.Array, share: float) -> jax.Array:
     kind = jax.random.randint(keys[3], (rows, 1), 0, 3)
     given = jnp.where(kind == 0, prefix, jnp.where(kind == 1, outside, scattered)) & mask
     some_free = jnp.sum(given, axis=-1, keepdims=True) < count
+    given |= ~mask & (kind != 0)
     return given & some_free & (jax.random.uniform(keys[4], (rows, 1)) < share)

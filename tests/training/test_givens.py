@@ -23,9 +23,8 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 def test_prefixes_spans_and_scattered_tokens_are_given_in_a_share_of_the_rows():
     mask = jnp.arange(12)[None] < jnp.tile(jnp.array([[12], [7], [1]]), (1000, 1))
-    given = np.asarray(draw_givens(jax.random.key(0), mask, 0.6))
+    given = np.asarray(draw_givens(jax.random.key(0), mask, 0.6)) & np.asarray(mask)
     count = np.asarray(mask).sum(-1)
-    assert not given[~np.asarray(mask)].any()
     assert (given.sum(-1) < count).all()  # some token is always free
     assert not given[count == 1].any()
     rows = given[count == 12]
@@ -39,6 +38,20 @@ def test_prefixes_spans_and_scattered_tokens_are_given_in_a_share_of_the_rows():
     assert sizes.min() == 1
     assert sizes.max() == 11
     assert not np.asarray(draw_givens(jax.random.key(0), mask, 0.0)).any()
+
+
+def test_padding_is_given_beside_gaps_and_not_after_a_beginning():
+    """All of it or none, as in a row with a gap and in one that is continued up to the context."""
+    mask = jnp.broadcast_to(jnp.arange(12)[None] < 8, (4000, 12))
+    given = np.asarray(draw_givens(jax.random.key(0), mask, 0.6))
+    text, padding = given[:, :8], given[:, 8:]
+    with_padding = padding.any(-1)
+    np.testing.assert_array_equal(padding.all(-1), with_padding)
+    assert abs(with_padding.mean() - 0.4) < 0.03  # two kinds of three
+    without = text[~with_padding & text.any(-1)]
+    assert abs(len(without) / len(given) - 0.2) < 0.03
+    assert (np.diff(without.astype(int)) <= 0).all()  # a beginning
+    assert not text[with_padding].all(-1).any()  # some token is always free
 
 
 def dit_objective(givens):
@@ -67,7 +80,8 @@ def test_given_tokens_stay_clean_at_time_0_and_have_no_loss():
     what, batch = dit_objective(1.0), toy_batch()
     noised = what.noise(jax.random.key(3), batch["tokens"], batch["mask"])
     given = np.asarray(noised.given)
-    assert given.any()
+    assert (given & np.asarray(batch["mask"])).any()
+    assert (given & ~np.asarray(batch["mask"])).any()
     np.testing.assert_array_equal(noised.z_t[given], batch["tokens"][given])
     np.testing.assert_array_equal(noised.times[given], 0)
     times = np.broadcast_to(np.asarray(noised.t)[:, None], given.shape)
