@@ -128,7 +128,8 @@ def detection_figures(
     if not clean.free.any():
         raise InputError("the texts hold no token but special ones: there is nothing to judge")
     noisy = corrupted(clean, ordinary, share, seed)
-    found = model.suspicion(noisy, batch_size=batch_size, options=options)
+    # Rows of a corpus hold the token that ends a text where one ends.
+    found = model.suspicion(noisy, batch_size=batch_size, ends=False, options=options)
     judged = clean.free
     wrong, scores = (noisy.ids != clean.ids)[judged], found.wrong[judged]
     restored = (found.proposals == clean.ids)[judged][wrong]

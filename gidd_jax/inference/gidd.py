@@ -219,13 +219,15 @@ class Gidd:
         texts: Sequence[Text] | Rows,
         *,
         batch_size: int = 16,
+        ends: bool = True,
         options: SuspicionOptions | None = None,
         **changes: Any,
     ) -> Suspicions:
         """Return how probably each token of the texts is wrong, and what belongs there instead.
 
-        texts: also lists of token ids, or rows whose free tokens are judged. `changes` are fields
-        of `options`, such as method="leave_one_out". Raises InputError for autoregressive models,
+        texts: also lists of token ids, or rows whose free tokens are judged. ends: texts shorter
+        than the context end there; False: they hold the token that ends them, if any. `changes` are
+        fields of `options`, such as method="leave_one_out". Raises InputError for autoregressive models,
         for method "one_pass" with masks alone, and for texts that are empty or too long.
         """
         if self.process is None:
@@ -235,7 +237,7 @@ class Gidd:
         check_suspicion(self.process, settings)
         given = isinstance(texts, Rows)
         rows = texts if given else scored_texts(self.tokenizer, texts, None, self.max_seq_len)
-        whole_rows = self._framed(rows, ends=not given)
+        whole_rows = self._framed(rows, ends=ends)
         found, calls = scores.suspicion(self, whole_rows, settings, batch_size)
         _check_numbers(found[0])
         texts_out = self._decode_rows(rows.ids, rows)

@@ -128,7 +128,8 @@ def test_ordinary_tokens_are_those_that_write_text(model):
 def oracle_suspicion(clean: np.ndarray, score_of_wrong: float, proposal: int):
     """A stand-in for Gidd.suspicion that sees the original."""
 
-    def suspicion(rows, *, batch_size, options):
+    def suspicion(rows, *, batch_size, ends, options):
+        assert not ends  # rows of a corpus hold what ends their texts
         wrong = np.where(rows.ids != clean, score_of_wrong, 0.125) * rows.free
         proposals = np.full(clean.shape, proposal)
         return Suspicions(rows.ids, [], rows.free, wrong, proposals, 0.5 * wrong, 1)
@@ -211,6 +212,24 @@ def test_a_long_text_is_judged_token_by_token(model):
         np.testing.assert_allclose(got.wrong[i], alone.wrong[0, 1 + i - start], rtol=1e-4)
     with pytest.raises(InputError, match="the text is empty"):
         judge_text(model, "", SuspicionOptions(), batch_size=4)
+
+
+def test_a_short_text_is_judged_as_one_that_ends(model):
+    """With the token that ends it and padding, as in training; a text of ids alike."""
+    assert model.row_mode == "padded"
+    got = judge_text(model, "men", SuspicionOptions(), batch_size=4)
+    alone = model.suspicion(["men"])
+    np.testing.assert_array_equal(got.wrong, alone.wrong[0, 1:])
+    np.testing.assert_array_equal(got.proposal_probs, alone.proposal_probs[0, 1:])
+    endless = model.suspicion(["men"], ends=False)
+    assert np.abs(endless.wrong - alone.wrong).max() > 1e-4
+    # A row of a corpus ends where it says so.
+    row = np.append(alone.ids[0], model.tokenizer.eos_id)
+    rows = judged_rows(
+        CorpusRows([row], np.zeros(1), np.zeros(1), 1), ordinary_ids(model), model.tokenizer.pad_id
+    )
+    ended = model.suspicion(rows, ends=False)
+    np.testing.assert_array_equal(ended.wrong[0, 1:4], alone.wrong[0, 1:])
 
 
 # What is shown.
