@@ -226,9 +226,9 @@ class Gidd:
         """Return how probably each token of the texts is wrong, and what belongs there instead.
 
         texts: also lists of token ids, or rows whose free tokens are judged. ends: texts shorter
-        than the context end there; False: they hold the token that ends them, if any. `changes` are
-        fields of `options`, such as method="leave_one_out". Raises InputError for autoregressive models,
-        for method "one_pass" with masks alone, and for texts that are empty or too long.
+        than the context end there; False: they hold what ends them, if anything. `changes` are
+        fields of `options`, such as method="leave_one_out". Raises InputError for autoregressive
+        models, for method "one_pass" with masks alone, and for texts that are empty or too long.
         """
         if self.process is None:
             raise InputError("suspicion needs a diffusion model: this one is autoregressive")

@@ -17,8 +17,9 @@ of t the minimiser is p_i; "clip" and the hybrid family's "dynamic" weigh z_i = 
 multiplies the odds of x_hat(z_i) by the same factor at all positions: ranks stay, probabilities are
 too low. Leaving one out masks each position in turn: on a mask all weights agree, and posterior
 and prior are the same. The network is still told t: the other tokens are noise of that time, and
-under a later one it would trust them too little. Where the only noise is the mask no token is ever noise (b = 0), and what
-leaving one out gives is 1 - p_i(z_i): how unexpected a token is. It ranks, but is not calibrated.
+under a later one it would trust them too little. Where the only noise is the mask no token is ever
+noise (b = 0), and what leaving one out gives is 1 - p_i(z_i): how unexpected a token is. It ranks,
+but is not calibrated.
 
 Self-correction (`correct`) scores a change by the tempered x_hat of its proposal and asks which
 change to make first; it never asks how probable the token that stands there is as noise.
