@@ -212,8 +212,12 @@ def described_mesh(topology: Topology, mesh: Mesh) -> Mesh:
     assert topology.chip is not None
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ImportError("pip install libtpu to have it")
-    # There is no TPU host to ask about itself, and no need to say so.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    # There is no TPU host to ask about itself; what it would say only silences libtpu's errors.
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     # A v4 chip is one device, as in a real run, not one for each of its cores.
