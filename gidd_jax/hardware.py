@@ -65,6 +65,13 @@ CHIPS = (
 )
 
 
+def device_kind() -> str:
+    """Return jax's name for the devices of this process, such as "TPU v5 lite"."""
+    import jax
+
+    return jax.local_devices()[0].device_kind
+
+
 def find_chip(device_kind: str) -> Chip | None:
     """Return the chip of a device by jax's name for it, None where unknown."""
     return next((chip for chip in CHIPS if any(k in device_kind for k in chip.kinds)), None)

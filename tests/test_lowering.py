@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from gidd_jax import hardware
 from gidd_jax.cli import load_config
 from gidd_jax.draws import row_keys
 from gidd_jax.models.dit import DiT
@@ -38,6 +39,8 @@ ALL_LOGITS = f"{BATCH}x{LENGTH}x256x"
 def platform(request, monkeypatch):
     """A platform, with the choices of the code as on it."""
     monkeypatch.setattr(jax, "default_backend", lambda: BACKENDS[request.param])
+    kind = "TPU v5 lite" if request.param == "tpu" else ""
+    monkeypatch.setattr(hardware, "device_kind", lambda: kind)
     return request.param
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gidd_jax.ops.chunk_loss import ChunkLoss, Columns, Targets, Terms
-from gidd_jax.ops.row_kernel import MOST_COLUMNS, ROWS, loss_by_rows
+from gidd_jax.ops.row_kernel import ROWS, loss_by_rows, suits
 from gidd_jax.ops.vocabulary import Vocabulary
 from gidd_jax.process import InterpolatingProcess, expand_time
 
@@ -227,7 +227,7 @@ def fused_loss(
     [B, L]; t [B]. With `cross_entropy` the term is -log x_hat_x (MDLM, autoregressive), otherwise
     KL and IS of the process. Axes of the current mesh over which batch and columns are split may
     be named; the sums over them are made here. by_rows: whether a kernel goes through each chunk's
-    logits row by row (`loss_by_rows`), where it can; None: on TPUs.
+    logits row by row (`loss_by_rows`); None: where that suits.
     """
     backend = jax.default_backend()
     mesh = jax.sharding.get_abstract_mesh()
@@ -250,13 +250,12 @@ def fused_loss(
             at_x=zeros + process.mass_at(mass, x),
             at_z=zeros + process.mass_at(mass, z_t),
         )
-    # A kernel can neither sum over devices nor hold rows of any length.
-    can = split == 1 and kernel.shape[1] <= MOST_COLUMNS
-    by_rows = can and (by_rows if by_rows is not None else backend == "tpu")
-    vocabulary = Vocabulary(vocab_axis, major=backend == "cpu" and not by_rows)
+    wanted = suits(kernel.shape[1]) if by_rows is None else by_rows
+    goes_by_rows = wanted and split == 1  # a kernel cannot sum over devices
+    vocabulary = Vocabulary(vocab_axis, major=backend == "cpu" and not goes_by_rows)
     config = ChunkLoss(process, cross_entropy, vocab_size, keep_padding_columns, vocabulary)
     if bias is None:
         bias = jnp.zeros(kernel.shape[1], jnp.float32)
     size = tokens_per_chunk or chunk_size(kernel.shape[1] // split, kernel.shape[0], backend)
-    layout = _Layout(batch_axes, vocab_axis, size, bool(by_rows))
+    layout = _Layout(batch_axes, vocab_axis, size, goes_by_rows)
     return _fused(config, layout, h, kernel, bias, targets)

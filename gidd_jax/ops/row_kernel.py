@@ -13,15 +13,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gidd_jax import hardware
 from gidd_jax.ops.chunk_loss import ChunkLoss, Columns, Targets, Terms
 from gidd_jax.ops.vocabulary import OnChip
 
 Array = jax.Array
 
 ROWS = 16  # of a block
-# Some eight arrays of a block's size are on the chip at once, in 64 of its 128 MiB.
+# Some eight arrays of a block's size are on the chip at once, in 64 of its 128 MiB. TPUs before v5
+# have 16 MiB, too little for a usual vocabulary.
 MOST_COLUMNS = 1 << 17
 VECTOR_MEMORY = 100 << 20
+SMALL = ("TPU v2", "TPU v3", "TPU v4")
+
+
+def suits(columns: int) -> bool:
+    """Tell whether the devices of this process are TPUs that hold rows of so many columns."""
+    kind = hardware.device_kind()
+    return kind.startswith("TPU") and not kind.startswith(SMALL) and columns <= MOST_COLUMNS
 
 
 def loss_by_rows(
@@ -73,7 +82,7 @@ def loss_by_rows(
         out_specs=specs,
         out_shape=outs,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY),
-        interpret=jax.default_backend() != "tpu",
+        interpret=not hardware.device_kind().startswith("TPU"),
         name="loss_by_rows",
     )
     terms, gradients = run(

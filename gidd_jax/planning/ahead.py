@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from gidd_jax import hardware
 from gidd_jax.hardware import Chip
 from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.ops.attention import MOST_SCORES, automatic
@@ -79,8 +80,10 @@ class Builder:
         objective = self.objective("xla")
         return state_maker(self.settings, objective, self._optimizer, mesh)[1]
 
-    def compile(self, mesh: Mesh, batch_size: int, attention: str, backend: str) -> Compiled:
-        """Compile the training step; `backend` is what the code takes the devices for."""
+    def compile(
+        self, mesh: Mesh, batch_size: int, attention: str, backend: str, kind: str = ""
+    ) -> Compiled:
+        """Compile the training step; backend and kind are what the code takes the devices for."""
         objective = self.objective(attention)
         rate = learning_rate(self.settings.optimizer, self.settings.train.num_steps)
         state = self.state(mesh)
@@ -98,7 +101,7 @@ class Builder:
         with (
             jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
             nn.logical_axis_rules(sharding.RULES),
-            taken_for(backend),
+            taken_for(backend, kind),
         ):
             traced = step.trace(state, batch, key)
             return Compiled(traced, traced.lower().compile(compiler_options=options))
@@ -119,7 +122,8 @@ def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
     reason = ""
     if topology.chip.torus:
         try:
-            compiled = build.compile(described_mesh(topology, mesh), batch_size, attention, "tpu")
+            described, kind = described_mesh(topology, mesh), topology.chip.kinds[0]
+            compiled = build.compile(described, batch_size, attention, "tpu", kind)
             way = "compiled by the TPU's own compiler for the described slice"
             estimate = compiled.estimate(topology.chip)
             return Temporaries(compiled.temporaries, way, True, estimate)
@@ -150,7 +154,8 @@ def compile_for_one(topology: Topology, program: Any, *arguments: Any, **static:
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=chip), arguments
     )
-    with taken_for("tpu"):
+    assert topology.chip is not None
+    with taken_for("tpu", topology.chip.kinds[0]):
         traced = program.trace(*shapes, **static)
         return Compiled(traced, traced.lower().compile())
 
@@ -233,11 +238,15 @@ def described_mesh(topology: Topology, mesh: Mesh) -> Mesh:
 
 
 @contextlib.contextmanager
-def taken_for(backend: str) -> Iterator[None]:
-    """Let code that asks for the backend hear this one: it chooses chunks and layouts by it."""
-    real = jax.default_backend
-    jax.default_backend = lambda: backend
+def taken_for(backend: str, kind: str = "") -> Iterator[None]:
+    """Let code that asks for the backend hear this one: it chooses chunks and layouts by it.
+
+    Kernels are chosen by the kind of device (`hardware.device_kind`), '' where the program is
+    compiled for other devices than those it is meant for.
+    """
+    real, real_kind = jax.default_backend, hardware.device_kind
+    jax.default_backend, hardware.device_kind = lambda: backend, lambda: kind
     try:
         yield
     finally:
-        jax.default_backend = real
+        jax.default_backend, hardware.device_kind = real, real_kind

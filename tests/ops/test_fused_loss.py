@@ -7,8 +7,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gidd_jax import hardware
 from gidd_jax.loss import autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weights
 from gidd_jax.ops.fused_loss import chunk_size, fused_loss, pairwise_sum
+from gidd_jax.ops.row_kernel import suits
 from gidd_jax.parallel import sharding
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 
@@ -141,6 +143,16 @@ def test_fused_with_the_vocabulary_on_the_minor_axis_is_plain(name, mesh_shape, 
 def test_the_kernel_on_a_mesh_is_plain(mesh_shape):
     # Split over tensor, columns are summed over devices, which a kernel cannot: it is not used.
     check_on_a_mesh("background", mesh_shape, by_rows=True)
+
+
+def test_the_kernel_is_for_chips_that_hold_its_rows(monkeypatch):
+    kinds = ("cpu", "NVIDIA H100", "TPU v3", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite")
+    found = {}
+    for kind in kinds:
+        monkeypatch.setattr(hardware, "device_kind", lambda kind=kind: kind)
+        found[kind] = suits(50304)
+        assert not suits(1 << 18)
+    assert [kind for kind in kinds if found[kind]] == ["TPU v5 lite", "TPU v5", "TPU v6 lite"]
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
