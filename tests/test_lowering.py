@@ -173,6 +173,36 @@ def test_fused_loss(platform, dtype):
         np.testing.assert_array_equal(grads[1], want_grads[1])
 
 
+@pytest.mark.parametrize(
+    ("mesh_shape", "columns", "kernels"),
+    [
+        ((8, 1, 1), 256, 1),
+        ((2, 4, 1), 256, 1),
+        ((2, 2, 2), 251, 1),
+        ((2, 2, 2), 256, 0),
+        ((1, 1, 8), 256, 0),
+        ((1, 1, 8), 250, 0),
+    ],
+)
+def test_the_kernel_of_the_loss_on_a_mesh(monkeypatch, mesh_shape, columns, kernels):
+    """It is used wherever a device has all columns, and can be told which rows are its own."""
+    monkeypatch.setattr(hardware, "device_kind", lambda: "TPU v5 lite")
+
+    def loss(h, kernel, x, t):
+        axes = {"batch_axes": sharding.BATCH_AXES, "vocab_axis": sharding.VOCAB_AXIS}
+        options = {"cross_entropy": False, "vocab_size": VOCAB}
+        ones = jnp.ones(x.shape)
+        return fused_loss(PROCESS, h, kernel, None, x, x, t, ones, **axes, **options)[0]
+
+    h = jax.ShapeDtypeStruct((BATCH, LENGTH, 32), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((32, columns), jnp.float32)
+    with sharding.activate(sharding.make_mesh(*mesh_shape)):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        traced = gradient.trace(h, kernel, token_ids(), jnp.full(BATCH, 0.5))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == kernels
+
+
 @pytest.mark.parametrize("method", ["ancestral", "adaptive", "confidence"])
 def test_sampler(platform, method):
     model = network()

@@ -251,7 +251,8 @@ def fused_loss(
             at_z=zeros + process.mass_at(mass, z_t),
         )
     wanted = suits(kernel.shape[1]) if by_rows is None else by_rows
-    goes_by_rows = wanted and split == 1  # a kernel cannot sum over devices
+    # A kernel cannot sum over devices, and runs on each of several only where the batch is split.
+    goes_by_rows = wanted and split == 1 and (mesh.size <= 1 or batch_axes != ())
     vocabulary = Vocabulary(vocab_axis, major=backend == "cpu" and not goes_by_rows)
     config = ChunkLoss(process, cross_entropy, vocab_size, keep_padding_columns, vocabulary)
     if bias is None:
