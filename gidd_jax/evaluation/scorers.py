@@ -17,7 +17,7 @@ from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.loss import at_ids
 from gidd_jax.models.llama import Llama
-from gidd_jax.parallel.sharding import batch_sharding, make_mesh, replicated
+from gidd_jax.parallel.sharding import activate, batch_sharding, local_mesh, replicated
 
 _LENGTH_STEP = 64  # padded lengths are multiples of it, so that few programs are compiled
 
@@ -88,7 +88,7 @@ class JaxScorer:
         self.tokenizer, self.pad_id = model.tokenizer, model.tokenizer.pad_id
         self.max_length = model.network.max_seq_len
         self._network = model.network.clone(dtype=jnp.dtype(dtype))
-        self._mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
+        self._mesh = local_mesh()
         self._params = jax.device_put(model.params, replicated(self._mesh))
 
     def score(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,7 @@ class JaxScorer:
         ids = np.pad(ids, ((0, rows), (0, columns)), constant_values=self.pad_id)
         ids = jax.device_put(ids, batch_sharding(self._mesh))
         # The default precision of float32 products on TPUs is that of bfloat16.
-        with jax.default_matmul_precision("highest"):
+        with activate(self._mesh), jax.default_matmul_precision("highest"):
             return jax.tree.map(np.asarray, function(self._params, ids, network=self._network))
 
 

@@ -27,9 +27,10 @@ from gidd_jax.likelihood import (
 )
 from gidd_jax.parallel.sharding import (
     BATCH_AXES,
+    activate,
     batch_sharding,
     gather_batches,
-    make_mesh,
+    local_mesh,
     own_batches,
     replicated,
 )
@@ -63,7 +64,7 @@ def score_rows(
     """
     start = time.perf_counter()
     num_rows = len(corpus.ids)
-    mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
+    mesh = local_mesh()
     size = -(-min(batch_size, num_rows) // mesh.size) * mesh.size
     params = jax.device_put(model.params, replicated(mesh))
     by_row = batch_sharding(mesh)
@@ -80,14 +81,15 @@ def score_rows(
         ]
         tokens, mask = (np.stack([row[key] for row in batch]) for key in ("tokens", "mask"))
         row_arrays = (row_keys(keys[1], jnp.asarray(numbers)), original[real], tokens, mask)
-        part = _score(
-            params,
-            jax.device_put(times[:, real], by_draw),
-            *jax.device_put(row_arrays, by_row),
-            network=model.network,
-            process=model.process,
-            keep_padding_columns=model.keep_padding_columns,
-        )
+        arrays = (jax.device_put(times[:, real], by_draw), *jax.device_put(row_arrays, by_row))
+        with activate(mesh):
+            part = _score(
+                params,
+                *arrays,
+                network=model.network,
+                process=model.process,
+                keep_padding_columns=model.keep_padding_columns,
+            )
         parts.append(jax.tree.map(np.asarray, part))
     parts = gather_batches(parts)
     bounds = jax.tree.map(lambda *a: np.concatenate(a, axis=-1)[..., :num_rows], *parts)

@@ -1,6 +1,6 @@
 """Rows in batches of one size: each process its share, split over the devices of that process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,22 +11,37 @@ from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.inference.programs import Batch
 from gidd_jax.inference.prompts import Rows
-from gidd_jax.parallel.sharding import batch_sharding, make_mesh, own_batches, replicated
+from gidd_jax.parallel import sharding
 
 
-def split_rows(
-    params: Any, rows: Rows, batch_size: int, seed: int, names: np.ndarray | None = None
-) -> Iterator[Batch]:
-    """Yield this process's share of the rows in batches of one size, split over its devices.
+def by_batches(
+    run: Callable[[Batch], Any],
+    params: Any,
+    rows: Rows,
+    batch_size: int,
+    seed: int,
+    names: np.ndarray | None = None,
+) -> list[Any]:
+    """Return what `run` makes of each batch of the rows, of all processes, as NumPy arrays.
 
     names: the numbers that rows draw by; default: their own. Rows beyond the last repeat it.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1: {batch_size}")
-    mesh = make_mesh(-1, 1, 1, devices=jax.local_devices())
-    params = jax.device_put(params, replicated(mesh))
+    # Kernels run on each device's rows only where they know the mesh that splits them.
+    with sharding.activate(sharding.local_mesh()) as mesh:
+        batches = _split_rows(mesh, params, rows, batch_size, seed, names)
+        parts = [jax.tree.map(np.asarray, run(batch)) for batch in batches]
+    return sharding.gather_batches(parts)
+
+
+def _split_rows(
+    mesh: Any, params: Any, rows: Rows, batch_size: int, seed: int, names: np.ndarray | None
+) -> Iterator[Batch]:
+    """Yield this process's share of the rows in batches of one size, split over its devices."""
+    params = jax.device_put(params, sharding.replicated(mesh))
     size = -(-min(batch_size, len(rows.ids)) // mesh.size) * mesh.size
-    for batch in own_batches(-(-len(rows.ids) // size)):
+    for batch in sharding.own_batches(-(-len(rows.ids) // size)):
         # What repeats the last row draws as it does: it causes no network call of its own.
         numbers = np.minimum(np.arange(size) + batch * size, len(rows.ids) - 1)
         part = jax.tree.map(lambda a, n=numbers: a[n], rows)
@@ -38,4 +53,4 @@ def split_rows(
             part.free,
             part.lengths if rows.is_ragged else None,
         )
-        yield Batch(params, *jax.device_put(arrays, batch_sharding(mesh)))
+        yield Batch(params, *jax.device_put(arrays, sharding.batch_sharding(mesh)))

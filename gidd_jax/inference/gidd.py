@@ -11,6 +11,7 @@ print(model.log_likelihood(["the best of times"], prompts=["It was"]).log_probs[
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,7 @@ import numpy as np
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.inference import programs, scores
-from gidd_jax.inference.batches import split_rows
+from gidd_jax.inference.batches import by_batches
 from gidd_jax.inference.framing import framed, scheduled_tokens, trace_of, unframed, widened
 from gidd_jax.inference.programs import Batch, SpecialIds
 from gidd_jax.inference.prompts import (
@@ -44,7 +45,6 @@ from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
-from gidd_jax.parallel.sharding import gather_batches
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import check_autoregressive
 from gidd_jax.sampling.correction import Correction
@@ -199,8 +199,7 @@ class Gidd:
                 traced.append(changes_of_correction(part))
             return part._replace(frames=None)
 
-        batches = split_rows(self.params, self._framed(rows), batch_size, seed)
-        parts = gather_batches(map(corrected, batches))
+        parts = by_batches(corrected, self.params, self._framed(rows), batch_size, seed)
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
         _check_numbers(result.initial_accuracy, result.final_accuracy)
@@ -294,12 +293,13 @@ class Gidd:
         rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
         found = np.zeros(len(rows.ids), bool)
         for numbers, part in by_width(self._framed(rows)):
-            parts = gather_batches(
-                programs.is_greedy(
-                    batch, network=self.network, process=self.process, special=self._special_ids
-                )
-                for batch in split_rows(self.params, part, batch_size, seed=0)
+            run = functools.partial(
+                programs.is_greedy,
+                network=self.network,
+                process=self.process,
+                special=self._special_ids,
             )
+            parts = by_batches(run, self.params, part, batch_size, seed=0)
             _check_numbers(*(np.where(part.is_broken, np.nan, 0.0) for part in parts))
             found[numbers] = np.concatenate([part.matches for part in parts])[: len(numbers)]
         return found
@@ -333,20 +333,15 @@ class Gidd:
         check_guidance(rows, options)
         traced = []
 
-        def noted_down(drawn: Drawn) -> Drawn:
-            if trace:
-                traced.append(changes_of(drawn, self.tokenizer.mask_id))
-            return drawn._replace(frames=None)
-
         whole_rows = self._framed(rows)
         if self.process is None:
             check_autoregressive(options)
         else:  # prompts of many lengths share programs
             width = bucket(whole_rows.ids.shape[1], self.max_seq_len)
             whole_rows = widened(whole_rows, self.tokenizer, width)
-        batches = split_rows(self.params, whole_rows, batch_size, seed)
-        drawn = (
-            programs.draw(
+
+        def drawn(batch: Batch) -> Drawn:
+            part = programs.draw(
                 batch,
                 network=self.network,
                 process=self.process,
@@ -355,9 +350,11 @@ class Gidd:
                 num_free=scheduled_tokens(options, whole_rows),
                 trace=trace,
             )
-            for batch in batches
-        )
-        parts = gather_batches(map(noted_down, drawn))
+            if trace:
+                traced.append(changes_of(part, self.tokenizer.mask_id))
+            return part._replace(frames=None)
+
+        parts = by_batches(drawn, self.params, whole_rows, batch_size, seed)
         calls = sum(int(part.network_calls) for part in parts)
         ids, log_probs, drawn_at, stopped_at = (
             np.concatenate([getattr(part, name) for part in parts])[: len(rows.ids)]

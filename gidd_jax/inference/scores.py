@@ -1,13 +1,13 @@
 """Rows judged in groups of a similar width: how probable they are, and which tokens are wrong."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gidd_jax.inference import programs
-from gidd_jax.inference.batches import split_rows
+from gidd_jax.inference.batches import by_batches
 from gidd_jax.inference.prompts import Rows, by_width
-from gidd_jax.parallel.sharding import gather_batches
 from gidd_jax.sampling.estimators import calls_per_row, num_draws
 from gidd_jax.sampling.options import EstimatorOptions, SuspicionOptions
 
@@ -21,16 +21,14 @@ def log_likelihood_draws(
     """Return draws of log p of the free tokens, float32 [K, N, L], and the network calls."""
     draws, calls = np.zeros((num_draws(options), *rows.ids.shape), np.float32), 0
     for numbers, part in by_width(rows):
-        scores = gather_batches(
-            programs.log_likelihood(
-                batch,
-                network=model.network,
-                process=model.process,
-                keep_padding_columns=model.keep_padding_columns,
-                options=options,
-            )
-            for batch in split_rows(model.params, part, batch_size, seed, numbers)
+        run = functools.partial(
+            programs.log_likelihood,
+            network=model.network,
+            process=model.process,
+            keep_padding_columns=model.keep_padding_columns,
+            options=options,
         )
+        scores = by_batches(run, model.params, part, batch_size, seed, numbers)
         found = np.concatenate(scores, axis=1)[:, : len(numbers)]
         draws[:, numbers, : part.ids.shape[1]] = found
         longest = int(part.free.sum(axis=-1).max())
@@ -46,10 +44,10 @@ def suspicion(
     kinds = (np.float32, np.int32, np.float32)
     found, calls = [np.zeros(rows.ids.shape, kind) for kind in kinds], 0
     for numbers, part in by_width(rows):
-        parts = gather_batches(
-            programs.suspicion(batch, network=model.network, process=model.process, options=options)
-            for batch in split_rows(model.params, part, batch_size, seed=0)
+        run = functools.partial(
+            programs.suspicion, network=model.network, process=model.process, options=options
         )
+        parts = by_batches(run, model.params, part, batch_size, seed=0)
         for whole, *leaves in zip(found, *parts, strict=True):
             whole[numbers, : part.ids.shape[1]] = np.concatenate(leaves)[: len(numbers)]
         one_by_one = options.method == "leave_one_out"

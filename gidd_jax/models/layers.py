@@ -44,7 +44,8 @@ def kept(product: Array) -> Array:
 
 # A part of a layer of which the backward pass finds its inputs and products (`kept`) alone, and
 # computes the elementwise rest again: that costs less than float32 copies of it for every layer.
-# Within a loop over layers no barrier is needed for that.
+# Within a loop over layers no barrier is needed for that; of an unrolled one (`scan_layers=False`)
+# the compiler may keep the copies.
 recomputed = functools.partial(
     nn.remat,
     prevent_cse=False,
@@ -252,8 +253,8 @@ def layer_stack(
 
     `scan_layers` compiles one block in a loop, otherwise the loop is unrolled; the parameters
     are the same. `remat` names what the backward pass recomputes: 'none', 'full', 'attention'
-    (everything but the outputs of attention) or 'dots' (everything but those and the matrix
-    products with weights). `in_axes` as in flax.linen.scan.
+    (everything but attention, where that is the TPU's kernel) or 'dots' (everything but that and
+    the matrix products with weights). `in_axes` as in flax.linen.scan.
     """
     if remat not in REMAT_POLICIES:
         raise InputError(f"remat is {remat!r}; use one of {', '.join(REMAT_POLICIES)}.")

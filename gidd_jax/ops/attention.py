@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -23,7 +22,7 @@ from gidd_jax.parallel import sharding
 Array = jax.Array
 
 IMPLEMENTATIONS = ("", "xla", "cudnn", "splash")
-OUTPUT_NAME = "attention"  # what a policy of recomputation calls the outputs
+OUTPUT_NAME = "attention"  # what a policy of recomputation calls what the TPU's kernel keeps
 MOST_SCORES = 1 << 21  # on CPU, computed at once
 LANES = 128  # of a TPU: its kernel takes lengths in multiples of this
 MOST_BLOCK = 512  # queries, and keys, whose scores the TPU's kernel holds at once
@@ -64,15 +63,14 @@ def attention(
         jax.nn.dot_product_attention, is_causal=is_causal, implementation=form
     )
     if mask is not None or not _goes_row_by_row(q, k):
-        out = attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
-        return checkpoint_name(out, OUTPUT_NAME)
+        return attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
 
     @jax.checkpoint  # the backward pass computes the scores of a row again
     def row(parts: tuple[Array, Array, Array, Array | None]) -> Array:
         q, k, v, lengths = jax.tree.map(lambda a: a[None], parts)
         return attend(q, k, v, key_value_seq_lengths=lengths)[0]
 
-    return checkpoint_name(jax.lax.map(row, (q, k, v, lengths)), OUTPUT_NAME)
+    return jax.lax.map(row, (q, k, v, lengths))
 
 
 def automatic(backend: str, dtype: Any, length: int, head_dim: int) -> str:

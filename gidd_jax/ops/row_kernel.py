@@ -20,10 +20,10 @@ from gidd_jax.ops.vocabulary import OnChip
 Array = jax.Array
 
 ROWS = 16  # of a block
-# Some eight arrays of a block's size are on the chip at once, in 64 of its 128 MiB. TPUs before v5
-# have 16 MiB, too little for a usual vocabulary.
-MOST_COLUMNS = 1 << 17
-VECTOR_MEMORY = 100 << 20
+# Some eight arrays of a block's size are on the chip at once, 55 MiB in float32. TPUs from v5 on
+# have 64 MiB or 128; those before have 16, too little for a usual vocabulary.
+MOST_COLUMNS = 100 << 10
+VECTOR_MEMORY = 60 << 20
 SMALL = ("TPU v2", "TPU v3", "TPU v4")
 
 

@@ -83,10 +83,15 @@ def _arrange(sizes: Sequence[int], devices: Sequence[Any], asked: str) -> np.nda
 
 
 @contextlib.contextmanager
-def activate(mesh: Mesh) -> Iterator[None]:
+def activate(mesh: Mesh) -> Iterator[Mesh]:
     """Make `mesh` and RULES current, so that jitted functions keep activations split by batch."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        yield
+        yield mesh
+
+
+def local_mesh() -> Mesh:
+    """Mesh of this process's devices that splits the batch alone, for inference."""
+    return make_mesh(-1, 1, 1, devices=jax.local_devices())
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

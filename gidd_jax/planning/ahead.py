@@ -22,7 +22,7 @@ from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
 from gidd_jax.planning.estimate import Estimate, find_kernels, read_estimate
 from gidd_jax.planning.roofline import Topology
-from gidd_jax.settings import Settings
+from gidd_jax.settings import ModelSettings, Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import compile_step, state_maker
 from gidd_jax.training.objective import Noised, Objective
@@ -81,7 +81,7 @@ class Builder:
         return state_maker(self.settings, objective, self._optimizer, mesh)[1]
 
     def compile(
-        self, mesh: Mesh, batch_size: int, attention: str, backend: str, kind: str = ""
+        self, mesh: Mesh, batch_size: int, attention: str, backend: str, kind: str
     ) -> Compiled:
         """Compile the training step; backend and kind are what the code takes the devices for."""
         objective = self.objective(attention)
@@ -116,7 +116,8 @@ def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
     """
     batch_size, attention = build.settings.train.batch_size, build.settings.model.attention
     if topology.here or topology.chip is None:
-        compiled = build.compile(mesh, batch_size, attention, jax.default_backend())
+        backend, kind = jax.default_backend(), hardware.device_kind()
+        compiled = build.compile(mesh, batch_size, attention, backend, kind)
         way = "compiled for these devices"
         return Temporaries(compiled.temporaries, way, None, compiled.estimate(topology.chip))
     reason = ""
@@ -124,9 +125,6 @@ def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
         try:
             described, kind = described_mesh(topology, mesh), topology.chip.kinds[0]
             compiled = build.compile(described, batch_size, attention, "tpu", kind)
-            way = "compiled by the TPU's own compiler for the described slice"
-            estimate = compiled.estimate(topology.chip)
-            return Temporaries(compiled.temporaries, way, True, estimate)
         except Exception as error:  # of any kind: libtpu is missing, or refuses slice or step
             words = str(error).strip().splitlines()[0]
             if (found := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", words)) is not None:
@@ -134,12 +132,15 @@ def temporaries(build: Builder, topology: Topology, mesh: Mesh) -> Temporaries:
                 way = "by the TPU's own compiler, which refuses the step for want of memory"
                 return Temporaries(round(needed), way, False)
             reason = f" (the TPU's compiler did not do it: {words[:100]})"
+        else:
+            way = "compiled by the TPU's own compiler for the described slice"
+            return Temporaries(compiled.temporaries, way, True, compiled.estimate(topology.chip))
     # Copies of the model beyond two change no array of a device: fewer devices compile sooner.
     copies = min(mesh.shape["data"], 2)
     sizes = (copies, mesh.shape["fsdp"], mesh.shape["tensor"])
     part = sharding.make_mesh(*sizes, devices=list(mesh.devices.flat)[: math.prod(sizes)])
     rows = batch_size // mesh.shape["data"] * copies
-    compiled = build.compile(part, rows, "xla", "tpu" if topology.chip.torus else "gpu")
+    compiled = build.compile(part, rows, "xla", "tpu" if topology.chip.torus else "gpu", "")
     way = f"at most; compiled for {part.size} CPU devices with the same arrays on each{reason}"
     return Temporaries(compiled.temporaries, way, None)
 
@@ -171,10 +172,7 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     model, train = build.settings.model, build.settings.train
     with taken_for("tpu"):  # whose plain attention is the same for two rows and for four
         small, large = (_residuals(build, rows) for rows in (2, 4))
-    chip, L = topology.chip, model.max_seq_len
-    backend = "cpu" if chip is None else "tpu" if chip.torus else "gpu"
-    head_dim = model.hidden_size // model.num_heads
-    form = model.attention or automatic(backend, jnp.dtype(model.dtype), L, head_dim)
+    L, backend, form = model.max_seq_len, _backend(topology), attention_form(model, topology)
     scores = train.batch_size // train.micro_batches * model.num_heads * L**2
     by_row = backend == "cpu" and mesh.size == 1 and scores > MOST_SCORES
     is_recomputed = by_row or form in ("cudnn", "splash")
@@ -187,6 +185,18 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     return (
         total * train.batch_size // (train.micro_batches * mesh.shape["data"] * mesh.shape["fsdp"])
     )
+
+
+def attention_form(model: ModelSettings, topology: Topology) -> str:
+    """Return which form of attention a run takes on the devices (`ops.attention`)."""
+    head_dim, dtype = model.hidden_size // model.num_heads, jnp.dtype(model.dtype)
+    return model.attention or automatic(_backend(topology), dtype, model.max_seq_len, head_dim)
+
+
+def _backend(topology: Topology) -> str:
+    if topology.chip is None:
+        return "cpu"
+    return "tpu" if topology.chip.torus else "gpu"
 
 
 def _residuals(build: Builder, rows: int) -> list[Any]:

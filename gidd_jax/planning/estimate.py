@@ -23,8 +23,9 @@ _LIBRARIES = ("site-packages", "dist-packages", "<frozen")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) .*\{$", re.MULTILINE)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_LIMIT = re.compile(r"%(\S+) = s32\[\]\S* constant\((\d+)\)")
-_COMPARED = re.compile(r"ROOT .* compare\(%[^\s,]+, %([^\s,)]+)\), direction=LT")
+_CONSTANT = re.compile(r"%(\S+) = [su]32\[\]\S* constant\((\d+)\)")
+_COMPARED = re.compile(r"ROOT .* compare\(%([^\s,]+), %([^\s,)]+)\), direction=LT")
+_TUPLE = re.compile(r"ROOT .* tuple\((.*?)\)(?:, |$)", re.MULTILINE)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _FUSED = re.compile(r" fusion\(.*calls=%([^\s,]+)")
@@ -118,7 +119,7 @@ class _Program:
             if found := _CYCLES.search(line):
                 yield line, times * int(found[1])
             elif found := _WHILE.search(line):
-                yield from self.costs(found[2], times * self._rounds(found[1]))
+                yield from self.costs(found[2], times * self._rounds(*found.groups()))
             elif found := _CALL.search(line):
                 yield from self.costs(found[1], times)
             elif " conditional(" in line:
@@ -126,13 +127,21 @@ class _Program:
                 branches = [list(self.costs(n, times)) for n in re.findall(r"%([^\s,]+)", names)]
                 yield from max(branches, key=lambda costs: sum(cycles for _, cycles in costs))
 
-    def _rounds(self, condition: str) -> int:
-        """Return the integer that a loop's counter stays below; 1 where there is not one."""
-        lines = "\n".join(self.lines[condition])
-        limits = dict(_LIMIT.findall(lines))
-        compared = _COMPARED.search(lines)
-        if compared and compared[1] in limits:
-            return int(limits[compared[1]])
+    def _rounds(self, condition: str, body: str) -> int:
+        """Return how often a loop's counter goes up from 0 until it reaches a known integer.
+
+        1 where limit or step are not to be found.
+        """
+        head, rounds = ("\n".join(self.lines[name]) for name in (condition, body))
+        limits, steps = dict(_CONSTANT.findall(head)), dict(_CONSTANT.findall(rounds))
+        compared, results = _COMPARED.search(head), _TUPLE.search(rounds)
+        if compared and results and compared[2] in limits:
+            counter = re.search(rf"%{re.escape(compared[1])} = .*index=(\d+)", head)
+            names = re.findall(r"%([^\s,]+)", results[1])
+            changed = counter and re.escape(names[int(counter[1])])
+            added = re.search(rf"%{changed} = \S+ add\(%[^\s,]+, %([^\s,)]+)\)", rounds)
+            if added and added[1] in steps:
+                return math.ceil(int(limits[compared[2]]) / int(steps[added[1]]))
         self.unknown.add(condition)
         return 1
 

@@ -17,7 +17,7 @@ from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.hardware import find_chip
 from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
 from gidd_jax.parallel import sharding
-from gidd_jax.planning.ahead import Builder, kept_bytes, temporaries
+from gidd_jax.planning.ahead import Builder, attention_form, kept_bytes, temporaries
 from gidd_jax.planning.estimate import Estimate
 from gidd_jax.planning.roofline import Roofline, Sent, Topology, parse_topology, roofline
 from gidd_jax.settings import Settings
@@ -158,7 +158,8 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
     )
     tokens = settings.train.batch_size * settings.model.max_seq_len
     flops = flops_per_token(settings.model, vocab_size)
-    computed = flops + recomputed_flops_per_token(settings.model)
+    keeps_attention = attention_form(settings.model, topology) == "splash"
+    computed = flops + recomputed_flops_per_token(settings.model, keeps_attention)
     return Plan(
         topology=topology,
         mesh=dict(mesh.shape),

@@ -52,17 +52,18 @@ def flops_per_token(model: ModelSettings, vocab_size: int) -> float:
     return 6.0 * (model.num_layers * weights + output) + 3.0 * model.num_layers * attention
 
 
-def recomputed_flops_per_token(model: ModelSettings) -> float:
+def recomputed_flops_per_token(model: ModelSettings, keeps_attention: bool) -> float:
     """Return the FLOPs of one token that model.remat adds: what the backward pass computes again.
 
-    `full`: the layers' whole forward pass; `attention`: its products with weights, and attention
-    itself only where no kernel is used; `dots`: attention at the most.
+    `full`: the layers' whole forward pass; `attention` and `dots`: attention, but where it
+    `keeps_attention` (the TPU's kernel does), and `attention` the products with weights, too.
     """
     weights, attention = _layer_products(model)
+    kept = attention if keeps_attention else 0.0
     again = {
         "none": 0.0,
-        "dots": attention,
-        "attention": 2.0 * weights,
+        "dots": attention - kept,
+        "attention": 2.0 * weights + attention - kept,
         "full": 2.0 * weights + attention,
     }
     return model.num_layers * again[model.remat]

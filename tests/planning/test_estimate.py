@@ -22,8 +22,9 @@ from gidd_jax.planning.report import as_report, describe
 
 V5E = next(chip for chip in CHIPS if chip.name == "v5e")
 KERNEL = Kernel("attention", 2, 0.985e12, 1e6)
-# As the TPU's compiler writes it: a loop of twelve rounds with a call in it, a loop whose length
-# depends on data, two branches, a fusion with no name of its own, and one from nowhere.
+# As the TPU's compiler writes it: a loop of twelve rounds with a call in it, a loop whose counter
+# goes up by two, one whose length depends on data, two branches, a fusion with no name of its own,
+# and one from nowhere.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -58,11 +59,28 @@ StackFrames
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %call = f32[8]{0} call(%g), to_apply=%called
-  ROOT %d = f32[8]{0} fusion(%g), calls=%fused, metadata={op_name="jit(step)/while/dot_general" \
+  %d = f32[8]{0} fusion(%g), calls=%fused, metadata={op_name="jit(step)/while/dot_general" \
 stack_frame_id=2}, backend_config={"estimated_cycles":"100"}
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], f32[8]) tuple(/*index=0*/%next, %d), metadata={op_name="x(y)"}
+}
+
+%window (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %w = f32[8]{0} negate(%p), backend_config={"estimated_cycles":"7"}
+  %two = u32[]{:T(128)} constant(2)
+  %after = u32[]{:T(128)} add(%i, %two), backend_config={}
+  ROOT %t = (f32[8], u32[]) tuple(%w, %after)
+}
+
+%within (p: (f32[8], u32[])) -> pred[] {
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %most = u32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %most), direction=LT
 }
 
 %cond (p: (s32[], f32[8])) -> pred[] {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %limit = s32[]{:T(128)} constant(12)
   ROOT %lt = pred[] compare(%i, %limit), direction=LT
 }
@@ -84,6 +102,7 @@ backend_config={"estimated_cycles":"5"}
 
 ENTRY %main (p: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+  %v = (f32[8], u32[]) while(%s), condition=%within, body=%window
   %u = (s32[], f32[8]) while(%t), condition=%until, body=%body
   %k = f32[8]{0} conditional(%b, %x, %y), branch_computations={%cheap, %dear}
   %z = f32[8]{0} conditional(%b, %x, %y), true_computation=%dear, false_computation=%cheap
@@ -95,13 +114,13 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_costs_by_hand():
     estimate = read_estimate(PROGRAM, [KERNEL])
-    rounds = 12 + 1  # the second loop does not say how many
+    rounds = 12 + 1  # the last loop does not say how many; that of windows: 0, 2, 4
     assert estimate.operations == [
         Operation("models/layers.py:104", "dot_general", rounds * (100 + 10)),
+        Operation(NOWHERE, "", 3 * 7 + 3),
         Operation("/home/me/train.py:7", "neg", 5 + 5),
-        Operation(NOWHERE, "", 3),
     ]
-    assert estimate.cycles == 13 * 110 + 10 + 3
+    assert estimate.cycles == 13 * 110 + 10 + 3 * 7 + 3
     assert (estimate.unknown, estimate.kernels) == (1, [KERNEL])
 
 

@@ -139,9 +139,19 @@ def test_work_of_a_step(settings, plan):
     assert plan.tokens_per_step == 8 * 16
     assert plan.device_flops == plan.flops * 128 / 8  # nothing is computed twice
     # 2 layers of width 32 at 16 tokens: 12 D^2 weights, and attention of 4 L D.
-    full, dots = (dataclasses.replace(settings.model, remat=name) for name in ("full", "dots"))
-    assert recomputed_flops_per_token(full) == 2 * (2 * 12 * 32**2 + 4 * 16 * 32)
-    assert recomputed_flops_per_token(dots) == 2 * 4 * 16 * 32
+    weights, attention = 2 * 2 * 12 * 32**2, 2 * 4 * 16 * 32
+    again = {
+        (name, keeps): recomputed_flops_per_token(
+            dataclasses.replace(settings.model, remat=name), keeps_attention=keeps
+        )
+        for name in ("none", "full", "attention", "dots")
+        for keeps in (False, True)
+    }
+    assert again[("none", False)] == again[("none", True)] == again[("dots", True)] == 0
+    assert again[("full", False)] == again[("full", True)] == weights + attention
+    assert again[("dots", False)] == attention
+    assert again[("attention", False)] == weights + attention
+    assert again[("attention", True)] == weights
 
 
 def test_step_time_by_hand():
