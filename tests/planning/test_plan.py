@@ -66,7 +66,7 @@ def plan(settings):
 @pytest.fixture(scope="module")
 def whole_step(settings):
     """The step compiled for all devices of the plan."""
-    return builder(settings).compile(sharding.make_mesh(8, 1, 1), 8, "xla", "gpu").program
+    return builder(settings).compile(sharding.make_mesh(8, 1, 1), 8, "xla", "gpu", "").program
 
 
 @pytest.fixture
