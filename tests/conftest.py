@@ -19,9 +19,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # A forgotten axis must fail instead of broadcasting.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Commands that tests start, which read this when they import jax, leave the user's cache alone.
-_cache = tempfile.TemporaryDirectory(prefix="gidd_jax_cache_", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+# Commands that tests start, and the workers of a run on several cores, read this when they import
+# jax: they share what takes long to compile, and leave the user's cache alone.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="gidd_jax_cache_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 # Said once per process, by whichever test imports it first: that there is no PyTorch.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
