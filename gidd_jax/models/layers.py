@@ -120,10 +120,14 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         axes, shape = self.in_axes + self.out_axes, self.in_shape + self.out_shape
         kernel = param(self, "kernel", self.kernel_init, axes, shape)
+        # Gathered over fsdp before the product, in its dtype: the compiler would else go through
+        # slices of the width, products too thin to fill a TPU's matrix units.
+        whole = (None if axis == "embed" else axis for axis in axes)
+        kernel = constrain(kernel.astype(self.dtype), *whole)
         n = len(self.in_shape)
         y = jnp.tensordot(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             axes=n,
             precision=self.precision,
             preferred_element_type=self.out_dtype or self.dtype,
