@@ -295,7 +295,7 @@ def command(*args):
     )
 
 
-@pytest.mark.parametrize("module", ["benchmarks.run", "benchmarks.report"])
+@pytest.mark.parametrize("module", ["benchmarks.run", "benchmarks.report", "benchmarks.tpu"])
 def test_help(module):
     result = command(module, "--help")
     assert result.returncode == 0, result.stderr
@@ -306,6 +306,8 @@ def test_wrong_words_end_in_one_line(tmp_path):
     wrong = [
         ("benchmarks.run", "--out=results.txt"),
         ("benchmarks.report", f"--results={tmp_path}"),
+        ("benchmarks.tpu", "--chips=v9"),
+        ("benchmarks.tpu", "--cases=smal"),
     ]
     if importlib.util.find_spec("torch") is None:
         wrong.append(("benchmarks.run", "--vs-torch"))

@@ -209,7 +209,8 @@ def bytes_sent(settings: Settings, params: Any, mesh: Mesh) -> list[Sent]:
     A ring over n devices sends (n-1)/n of the whole array in a gather or a reduce-scatter, twice
     that in an all-reduce. For each micro batch: parameters split over fsdp are gathered in the
     forward and in the backward pass, their gradients reduce-scattered over fsdp and all-reduced
-    over data; gradients of other parameters are all-reduced over both. With tensor = t each layer
+    over data; gradients of other parameters are all-reduced over both. A compiler that all-reduces
+    the former, too, as the TPU's does, sends a third more over fsdp. With tensor = t each layer
     all-reduces its activations [rows, L, D] twice per pass (with remat = full or attention the
     forward pass counts twice), the embedding and the gradient of the last features once. Arrays
     travel in the dtype of the products, those of embedding and time conditioning in float32.

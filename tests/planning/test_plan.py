@@ -368,11 +368,13 @@ def test_the_command(folder, tmp_path):
     )
     before = contents(work)
     commands = [
-        ["--plan=cpu-4"],
+        ["--plan=cpu-4", f"--out={tmp_path / 'plan.json'}"],
         ["--plan", "--config.mesh.fsdp=3"],
         ["--plan=8xH300"],
         ["--plan=16xH100"],
         ["--plan=v6e-16", "--config.mesh.fsdp=3"],
+        ["--plan=cpu-4", "--out=plan.txt"],
+        ["--out=plan.json"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", MANY, str(logs)],
@@ -385,12 +387,17 @@ def test_the_command(folder, tmp_path):
     )
     out = (logs / "0.out").read_text()
     errors = [(logs / f"{i}.err").read_text() for i in range(len(commands))]
-    assert done.stdout.split() == ["0", "2", "2", "2", "2"], errors
+    assert done.stdout.split() == ["0", *"222222"], errors
     assert "on cpu-4 (4 devices, data=4 fsdp=1 tensor=1)" in out
     assert "number of devices, 1;" in errors[1]  # those of this machine
     assert "8xH200" in errors[2]
     assert "batch of 8 rows does not split over mesh.data * mesh.fsdp = 16" in errors[3]
     assert "mesh.fsdp=3" in errors[4]
+    assert "--out must end in .json: plan.txt" in errors[5]
+    assert "--out belongs to --plan" in errors[6]
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert f"parameters            {report['parameters']:,}\n" in out
     for error in errors[1:]:
         assert error.startswith("error: ")
         assert len(error.splitlines()) == 1
