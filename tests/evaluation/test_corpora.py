@@ -217,6 +217,21 @@ def test_bytes_of_what_is_scored(data, model, baseline):
         np.testing.assert_array_equal(corpus.num_bytes, expected)
 
 
+def test_the_mesh_that_splits_a_batch_is_current(data, model, monkeypatch):
+    """A TPU's kernel would be refused without: the compiler cannot split it."""
+    found = []
+
+    def noted(*arrays, **static):
+        found.append((jax.sharding.get_abstract_mesh().size, len(arrays[2].sharding.device_set)))
+        raise InterruptedError
+
+    monkeypatch.setattr(scoring, "_score", noted)
+    corpus = corpora.open_rows(tiny_settings(data).data, "train", model, is_own=True)
+    with pytest.raises(InterruptedError):
+        score(model, corpus)
+    assert found == [(8, 8)]
+
+
 def test_scores_do_not_depend_on_batches(data, model):
     corpus = corpora.open_rows(tiny_settings(data).data, "train", model, is_own=True)
     whole = score(model, corpus, batch_size=64)

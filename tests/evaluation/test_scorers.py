@@ -103,6 +103,19 @@ def test_scores_are_those_of_the_network(judge, rows, exact):
     np.testing.assert_allclose(found.token_nats, np.concatenate(exact), rtol=2e-5)
 
 
+def test_the_mesh_that_splits_a_batch_is_current(judge, rows, monkeypatch):
+    found = []
+
+    def noted(params, ids, *, network):
+        found.append((jax.sharding.get_abstract_mesh().size, len(ids.sharding.device_set)))
+        raise InterruptedError
+
+    monkeypatch.setattr(scorers, "_score", noted)
+    with pytest.raises(InterruptedError):
+        scorers.score_sequences(judge, rows, batch_size=5)
+    assert found == [(8, 8)]
+
+
 def test_scores_do_not_depend_on_the_batch(judge, rows):
     whole = scorers.score_sequences(judge, rows, batch_size=5)
     for batch_size in (1, 2, 3):
