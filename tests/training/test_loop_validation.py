@@ -87,7 +87,7 @@ def test_a_run_whose_validation_has_no_byte_ends_with_a_note(tmp_path, caplog):
     settings = tiny_settings(tmp_path, **changes)
     texts = ["A text that is longer than a row."] * 20 + [""] * 4
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         figures = train(settings, tmp_path / "run")
     assert math.isnan(figures["bits_per_byte"])
     assert steps_on_disk(tmp_path / "run") == [2]
@@ -102,7 +102,7 @@ def test_mostly_padding_is_said(tmp_path, caplog):
     """Rows of [END] two bytes [END] in a context of 16: three quarters are padding."""
     settings = tiny_settings(tmp_path, **{"train.num_steps": 1, "data.mode": "crop"})
     (tmp_path / "corpus.txt").write_text("ab\n" * 24)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         train(settings, tmp_path / "run")
     assert "75 % of the training rows is padding: lower model.max_seq_len" in caplog.text
 
