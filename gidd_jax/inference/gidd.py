@@ -47,7 +47,7 @@ from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import check_autoregressive
-from gidd_jax.sampling.correction import Correction
+from gidd_jax.sampling.correction import Correction, check_correction
 from gidd_jax.sampling.estimators import check_estimator, log_mean_exp
 from gidd_jax.sampling.loop import Drawn
 from gidd_jax.sampling.options import (
@@ -170,24 +170,28 @@ class Gidd:
 
     def correct(
         self,
-        texts: Sequence[str] | np.ndarray,
+        texts: Sequence[str] | np.ndarray | Rows,
         *,
         batch_size: int = 16,
         seed: int = 0,
+        ends: bool = True,
         trace: bool = False,
         options: CorrectionOptions | None = None,
         **changes: Any,
     ) -> Corrected:
-        """Improve texts, or token ids int [N, L], by `sampling.correction`.
+        """Improve texts, token ids int [N, L] or the free tokens of rows by `sampling.correction`.
 
-        `changes` are fields of `options`, such as temperature=0.2; trace as in `generate`. Raises
-        InputError for autoregressive models and texts that are empty or longer than the context.
+        `changes` are fields of `options`, such as temperature=0.2; ends as in `suspicion`, trace as
+        in `generate`. Raises InputError for autoregressive models, for score "suspicion" with masks
+        alone, and for texts that are empty or longer than the context.
         """
         if self.process is None:
             raise InputError("self-correction needs a diffusion model: this one is autoregressive")
         check_some(texts, "texts")
-        rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
         settings = changed_options(options or CorrectionOptions(), changes)
+        check_correction(self.process, settings)
+        given = isinstance(texts, Rows)
+        rows = texts if given else whole_texts(self.tokenizer, texts, self.max_seq_len)
         _check_trace(trace)
         traced = []
 
@@ -199,7 +203,8 @@ class Gidd:
                 traced.append(changes_of_correction(part))
             return part._replace(frames=None)
 
-        parts = by_batches(corrected, self.params, self._framed(rows), batch_size, seed)
+        whole_rows = self._framed(rows, ends=ends)
+        parts = by_batches(corrected, self.params, whole_rows, batch_size, seed)
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
         _check_numbers(result.initial_accuracy, result.final_accuracy)
@@ -316,9 +321,11 @@ class Gidd:
     def _decode_rows(self, ids: np.ndarray, rows: Rows) -> list[str]:
         return [self.decode(row[:length]) for row, length in zip(ids, rows.lengths, strict=True)]
 
-    def _revised(self, texts: Sequence[str] | np.ndarray, rows: Rows, ids: np.ndarray) -> list[str]:
+    def _revised(
+        self, texts: Sequence[str] | np.ndarray | Rows, rows: Rows, ids: np.ndarray
+    ) -> list[str]:
         """Return the texts with ids [N, L] in place of those of the rows; the rest stays."""
-        if isinstance(texts, np.ndarray):
+        if isinstance(texts, np.ndarray | Rows):
             return self._decode_rows(ids, rows)
         of_text = zip(texts, rows.free, strict=True)
         return [

@@ -1,8 +1,10 @@
 """Self-correction: a trained denoiser improves finished samples (arXiv 2503.04482, section 5.3).
 
 Each step draws a token for every position from the tempered x_hat of the current sequence, taken
-as slightly noisy (time t), and replaces the tokens whose replacement is most probable. Rows run
-side by side in one compiled loop, and each stops by itself.
+as slightly noisy (time t), and replaces the tokens of highest score. Score "proposal", the paper's,
+asks which replacement is most probable; score "suspicion" asks which token is most probably noise
+(`sampling.suspicion`), and replaces none that is not above a threshold. Rows run side by side in
+one compiled loop, and each stops by itself.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax.draws import first_largest, fold_in, index_from_uniforms, num_levels, uniforms
+from gidd_jax.errors import InputError
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import at_ids, masked_logits
 from gidd_jax.ops.fused_loss import chunk_size
@@ -19,7 +22,9 @@ from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.filters import log_softmax_at, temper, unnormalised
 from gidd_jax.sampling.loop import Frames
 from gidd_jax.sampling.options import CorrectionOptions
+from gidd_jax.sampling.schedule import is_mask_only
 from gidd_jax.sampling.steps import highest
+from gidd_jax.sampling.suspicion import noise_posterior
 from gidd_jax.sampling.times import CLEAN
 
 
@@ -37,9 +42,9 @@ class Proposals(NamedTuple):
 class Judgement(NamedTuple):
     """What the network says of every position, each [B, L].
 
-    score: the probability of the proposal among the proposals; first_choice: the most probable
-    token; log_proposal, log_token: log x_hat at the proposal, and at the token there; is_number: no
-    NaN.
+    score: the probability of the proposal among the proposals, or that the token there is wrong;
+    first_choice: the most probable token; log_proposal, log_token: log x_hat at the proposal, and
+    at the token there; is_number: no NaN.
     """
 
     proposal: jax.Array
@@ -88,7 +93,7 @@ class _State(NamedTuple):
 def correction_step(
     judged: Judgement, z: jax.Array, free: jax.Array, tokens_per_step: int
 ) -> jax.Array:
-    """Replace the tokens of highest score: the proposal's probability where it is a change, else 0.
+    """Replace the tokens of highest score, which is 0 where the proposal is no change.
 
     Only free positions [B, L] are replaced.
     """
@@ -103,20 +108,53 @@ def judge(
     numbers: jax.Array,
     z: jax.Array,
     propose: Proposals,
-    temperature: float,
+    options: CorrectionOptions,
 ) -> Judgement:
     """Judge tokens z [B, K] by their logits [B, K, C], with the proposals' random numbers."""
     logits = masked_logits(process, logits)
-    weights = unnormalised(temper(logits, temperature))
-    proposal = propose.draw(weights, numbers)
+    weights = unnormalised(temper(logits, options.temperature))
+    if options.score == "suspicion":
+        proposal, score = _suspicious(process, logits, numbers, z, propose, options)
+    else:
+        proposal = propose.draw(weights, numbers)
+        score = at_ids(weights, proposal) / jnp.sum(weights, axis=-1)
     return Judgement(
         proposal=proposal,
-        score=at_ids(weights, proposal) / jnp.sum(weights, axis=-1),
+        score=score,
         first_choice=first_largest(weights),
         log_proposal=log_softmax_at(logits, proposal),
         log_token=log_softmax_at(logits, z),
         is_number=~jnp.isnan(jnp.sum(logits, axis=-1)),  # XLA's maximum on CPU may pass over NaN
     )
+
+
+def _suspicious(
+    process: InterpolatingProcess,
+    logits: jax.Array,
+    numbers: jax.Array,
+    z: jax.Array,
+    propose: Proposals,
+    options: CorrectionOptions,
+) -> tuple[jax.Array, jax.Array]:
+    """Return another token where the one there is too suspicious, else that one; and P(wrong).
+
+    Given that z_i is noise, x_i is v with a probability proportional to x_hat(v), v other than z_i.
+    """
+    t = jnp.full(z.shape[:1], options.t)
+    log_prior = jax.nn.log_softmax(logits[..., : process.vocab_size])
+    wrong = noise_posterior(process, log_prior, z, t).wrong
+    others = jnp.where(jax.nn.one_hot(z, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    another = propose.draw(unnormalised(temper(others, options.temperature)), numbers)
+    return jnp.where(wrong > options.threshold, another, z), wrong
+
+
+def check_correction(process: InterpolatingProcess, options: CorrectionOptions) -> None:
+    """Raise InputError when the score finds no wrong token under this process."""
+    if options.score == "suspicion" and is_mask_only(process):
+        raise InputError(
+            "score 'suspicion' needs a process with noise other than the mask, under masks alone "
+            "no token is ever wrong: use score 'proposal'"
+        )
 
 
 def self_accuracy(first_choice: jax.Array, z: jax.Array, free: jax.Array) -> jax.Array:
@@ -142,8 +180,10 @@ def self_correct(
     `proposals`.
     A row stops when a step changes nothing, or when its accuracy has not exceeded its best one for
     more than `patience` steps; the changes of that last step are dropped, as in the original.
-    trace: also return what every step left, 8 bytes a token and step.
+    trace: also return what every step left, 8 bytes a token and step. Raises InputError for score
+    "suspicion" under masks alone.
     """
+    check_correction(process, options)
     rows, length = z.shape
 
     def judge_all(step: jax.Array, z: jax.Array) -> Judgement:
@@ -156,7 +196,7 @@ def self_correct(
 
         def judge_group(part: tuple[jax.Array, jax.Array, jax.Array]) -> Judgement:
             h, numbers, z = part
-            return judge(process, project(h), numbers, z, propose, options.temperature)
+            return judge(process, project(h), numbers, z, propose, options)
 
         judged = jax.lax.map(judge_group, parts)  # [groups, B, size]
         return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, -1)[:, :length], judged)

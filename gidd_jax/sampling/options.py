@@ -32,6 +32,7 @@ ESTIMATED_BY = {
     "num_paths": "importance",
     "path_steps": "importance",
 }
+CORRECTION_SCORES = ("proposal", "suspicion")
 SUSPICION_METHODS = ("one_pass", "leave_one_out")
 # Options that only some methods read: setting one for another method is an error.
 READ_BY = {
@@ -137,8 +138,13 @@ class CorrectionOptions:
     tokens_per_step: int = 1  # most tokens replaced in a step
     patience: int = 32  # stop a row after more than so many steps without a better accuracy
     t: float = 0.01  # the time the network is told, 0 to 1
+    score: str = "proposal"  # which tokens are replaced first, one of CORRECTION_SCORES
+    threshold: float = 0.5  # suspicion: replace what is wrong with more than this probability
 
     def __post_init__(self):
+        if self.score not in CORRECTION_SCORES:
+            legal = ", ".join(CORRECTION_SCORES)
+            raise InputError(f"unknown score {self.score!r}: use one of {legal}")
         for name, least in (("num_steps", 1), ("tokens_per_step", 1), ("patience", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}: {getattr(self, name)}")
@@ -146,6 +152,12 @@ class CorrectionOptions:
             raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
         if not 0 < self.t < 1:
             raise InputError(f"t must lie in (0, 1): {self.t}")
+        if not 0 <= self.threshold < 1:
+            raise InputError(f"threshold must lie in [0, 1): {self.threshold}")
+        if self.threshold != CorrectionOptions.threshold and self.score != "suspicion":
+            raise InputError(
+                f"threshold has no effect with score {self.score!r}: it belongs to suspicion"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,9 @@ under a later one it would trust them too little. Where the only noise is the ma
 noise (b = 0), and what leaving one out gives is 1 - p_i(z_i): how unexpected a token is. It ranks,
 but is not calibrated.
 
-Self-correction (`correct`) scores a change by the tempered x_hat of its proposal and asks which
-change to make first; it never asks how probable the token that stands there is as noise.
+Self-correction (`correction`) scores a change by the tempered x_hat of its proposal and asks which
+change to make first; it never asks how probable the token that stands there is as noise. With score
+"suspicion" it asks just that, by one pass.
 """
 
 from typing import NamedTuple

@@ -35,7 +35,8 @@ def test_steps_match_original(golden, temperature, count):
         np.testing.assert_allclose(probs, data[f"{name}/p_t"], rtol=1e-10)
         z, proposal = jnp.asarray(data["z_t"]), jnp.asarray(data["proposal"])
         propose = Proposals(no_numbers, lambda weights, numbers: numbers)
-        judged = judge(PROCESS, data["logits"], proposal, z, propose, temperature)
+        options = CorrectionOptions(temperature=temperature)
+        judged = judge(PROCESS, data["logits"], proposal, z, propose, options)
         z_next = correction_step(judged, z, jnp.ones(z.shape, bool), count)
     np.testing.assert_array_equal(z_next, data[f"{name}/z_next"])
     accuracy = np.mean(np.asarray(z_next) == np.argmax(logits, -1))
@@ -211,6 +212,9 @@ def test_patience_ends_a_row_that_does_not_improve():
         ({"patience": -1}, "patience must be at least 0"),
         ({"temperature": -0.1}, "temperature must be finite and at least 0"),
         ({"t": 0.0}, r"t must lie in \(0, 1\)"),
+        ({"score": "loss"}, "unknown score 'loss': use one of proposal, suspicion"),
+        ({"score": "suspicion", "threshold": 1.0}, r"threshold must lie in \[0, 1\)"),
+        ({"threshold": 0.9}, "threshold has no effect with score 'proposal'"),
     ],
 )
 def test_options_outside_their_range_are_refused(options, message):
