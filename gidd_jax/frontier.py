@@ -52,14 +52,15 @@ def main(argv: list[str]) -> None:
     from gidd_jax.evaluation.sampler_laws import parse_methods
     from gidd_jax.evaluation.scorers import load_scorer
     from gidd_jax.inference.gidd import Gidd
+    from gidd_jax.sampling.options import numbers
     from gidd_jax.sampling.schedule import check_options
     from gidd_jax.views.pictures import save_figures
     from gidd_jax.views.sampler_pictures import frontier_picture
 
     points = frontier.plan_points(
         parse_methods(METHODS.value, frontier.AXES),
-        _numbers("temperatures", TEMPERATURES.value, float),
-        _numbers("steps", STEPS.value, int),
+        numbers("temperatures", TEMPERATURES.value, float),
+        numbers("steps", STEPS.value, int),
     )
     workdir = Path(WORKDIR.value or "")
     if workdir.exists() and not workdir.is_dir():
@@ -91,15 +92,6 @@ def main(argv: list[str]) -> None:
     save_figures({"frontier": frontier_picture(results)}, workdir)
     print(frontier.summary(results))
     print(f"written to {workdir}: frontier.csv, frontier.png, frontier.svg")
-
-
-def _numbers(name: str, values: list[str], kind: type) -> list:
-    if not values:
-        raise InputError(f"--{name} is empty: give numbers, as in 1,2")
-    try:
-        return [kind(value) for value in values]
-    except ValueError:
-        raise InputError(f"--{name}={','.join(values)}: give numbers, as in 1,2") from None
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def mark(file: str, options: SuspicionOptions) -> None:
 
 def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     """Print the figures of each share, and write them where asked for."""
-    from gidd_jax.evaluation import corpora
+    from gidd_jax.evaluation.corpora import open_corpus
     from gidd_jax.evaluation.detection import TABLE_HEADER, detection_figures, table_line
     from gidd_jax.evaluation.reports import NOTES, finite, write_report
     from gidd_jax.inference.gidd import Gidd
@@ -120,23 +120,18 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
     if model.process is None:
         raise InputError("suspicion needs a diffusion model: this one is autoregressive")
     check_suspicion(model.process, options)
-    own = corpora.run_data_settings(CHECKPOINT.value)
-    settings = corpora.zero_shot_settings(own, DATA.value) if DATA.value else own
-    if settings is None:
-        raise InputError(f"{CHECKPOINT.value} names no corpus of its own: give one with --data")
-    (split,) = corpora.splits_of([settings.path], SPLIT.value, is_own=not DATA.value)
-    corpus = corpora.open_rows(
-        settings, split, model, is_own=not DATA.value, max_documents=MAX_DOCUMENTS.value
+    name, split, corpus = open_corpus(
+        model, CHECKPOINT.value, DATA.value, SPLIT.value, max_documents=MAX_DOCUMENTS.value
     )
     expected = expected_share(model.process, options.t)
-    print(f"{settings.path}: {len(corpus.ids)} rows; noise expected at t = {options.t:g}: ", end="")
+    print(f"{name}: {len(corpus.ids)} rows; noise expected at t = {options.t:g}: ", end="")
     print(f"{expected:.2%} of the tokens\n{TABLE_HEADER}")
     figures = []
     report = {
         "checkpoint": CHECKPOINT.value,
         "ema": EMA.value,
         "process": repr(model.process),
-        "data": settings.path,
+        "data": name,
         "split": split,
         "method": options.method,
         "t": options.t,
@@ -163,8 +158,8 @@ def evaluate(options: SuspicionOptions, corruption: list[float]) -> None:
         print(table_line(figures[-1]))
     notes = [(f"corruption {one['corruption']:g}: ", one.get(NOTES, {})) for one in figures]
     for where, named in [*notes, ("", corpus.notes)]:
-        for name, note in named.items():
-            print(f"{where}{name}: {note}")
+        for figure, note in named.items():
+            print(f"{where}{figure}: {note}")
     if out is not None:
         print(f"wrote {out}")
 

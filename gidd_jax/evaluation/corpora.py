@@ -119,6 +119,25 @@ def open_corpora(
     ]
 
 
+def open_corpus(
+    model: Gidd, checkpoint: str, data: str | None, split: str | None, *, max_documents: int
+) -> tuple[str, str | None, CorpusRows]:
+    """Return the name, split and rows of one corpus, as `open_corpora`; InputError for several."""
+    count = len(split_list(data)) if data else 1
+    if count > 1:
+        raise InputError(f"--data={data} names {count} corpora: give one")
+    (found,) = open_corpora(
+        model,
+        checkpoint,
+        data,
+        split,
+        max_documents=max_documents,
+        text_key=None,
+        txt_documents=None,
+    )
+    return found
+
+
 def open_rows(
     settings: DataSettings,
     split: str | None,

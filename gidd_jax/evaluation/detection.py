@@ -1,21 +1,20 @@
 """Finding wrong tokens: long texts window by window, and how well it goes on corrupted text.
 
-For the figures, a share of the tokens of validation text is replaced, each by a token drawn
-uniformly from those that are not special. Wrong is what differs from the original. Special tokens
-are neither replaced nor judged.
+For the figures, random errors are planted into validation text (`planting`). Wrong is what differs
+from the original.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation.corpora import CorpusRows
+from gidd_jax.evaluation.planting import judged_rows, ordinary_ids, planted
 from gidd_jax.evaluation.reports import NOTES
 from gidd_jax.evaluation.text_metrics import Estimate, bootstrap_counts, estimate_from
 from gidd_jax.inference.gidd import Gidd
-from gidd_jax.inference.prompts import Rows, scored_texts
+from gidd_jax.inference.prompts import scored_texts
 from gidd_jax.sampling.options import SuspicionOptions
 from gidd_jax.sampling.trace import shown, written_by
 
@@ -80,34 +79,6 @@ def windows(num_tokens: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.searchsorted(middles, np.arange(num_tokens) + 0.5)
 
 
-def ordinary_ids(model: Gidd) -> np.ndarray:
-    """Return the ids of the tokens that are not special, and that model and tokenizer share."""
-    tokenizer: Tokenizer = model.tokenizer
-    added = tokenizer.backend.get_added_tokens_decoder()
-    special = {i for i, token in added.items() if token.special}
-    special |= {tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id, tokenizer.bos_id}
-    known = set(tokenizer.backend.get_vocab(with_added_tokens=True).values()) - special
-    return np.array(sorted(i for i in known if i < model.network.vocab_size), np.int32)
-
-
-def judged_rows(corpus: CorpusRows, ordinary: np.ndarray, pad_id: int) -> Rows:
-    """Return the rows of a corpus, in which tokens that are not special are judged."""
-    rows = [np.asarray(corpus.ids[i]) for i in range(len(corpus.ids))]
-    lengths = np.array([len(row) for row in rows], np.int32)
-    ids = np.full((len(rows), int(lengths.max())), pad_id, np.int32)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-    within = np.arange(ids.shape[1]) < lengths[:, None]
-    return Rows(ids, within & np.isin(ids, ordinary), lengths)
-
-
-def corrupted(rows: Rows, ordinary: np.ndarray, share: float, seed: int) -> Rows:
-    """Replace each judged token with probability `share`; larger shares replace what smaller do."""
-    rng = np.random.default_rng(seed)
-    replaced = rows.free & (rng.random(rows.ids.shape) < share)
-    return rows._replace(ids=np.where(replaced, rng.choice(ordinary, rows.ids.shape), rows.ids))
-
-
 def detection_figures(
     model: Gidd,
     corpus: CorpusRows,
@@ -125,9 +96,7 @@ def detection_figures(
     """
     ordinary = ordinary_ids(model)
     clean = judged_rows(corpus, ordinary, model.tokenizer.pad_id)
-    if not clean.free.any():
-        raise InputError("the texts hold no token but special ones: there is nothing to judge")
-    noisy = corrupted(clean, ordinary, share, seed)
+    noisy = planted(clean, ordinary, share, seed).rows
     # Rows of a corpus hold the token that ends a text where one ends.
     found = model.suspicion(noisy, batch_size=batch_size, ends=False, options=options)
     judged = clean.free

@@ -4,6 +4,8 @@ Imports nothing heavy, so that commands can name the choices in --help.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from gidd_jax.cli import nearest
@@ -160,6 +162,33 @@ class CorrectionOptions:
             )
 
 
+def correction_grid(
+    scores: Sequence[str],
+    times: Sequence[str],
+    temperatures: Sequence[str],
+    common: dict[str, Any],
+) -> list[CorrectionOptions]:
+    """Return the options of every score, --t and --temperature, each with the common fields.
+
+    A threshold is for suspicion: other scores beside it do without. Raises InputError for values
+    outside their range, and for a threshold where no score reads it.
+    """
+    if not scores:
+        raise InputError(f"--score is empty: use {' or '.join(CORRECTION_SCORES)}")
+    without = {name: value for name, value in common.items() if name != "threshold"}
+    return [
+        CorrectionOptions(
+            score=score,
+            t=t,
+            temperature=temperature,
+            **(without if "suspicion" in scores and score != "suspicion" else common),
+        )
+        for score, t, temperature in itertools.product(
+            scores, numbers("t", times, float), numbers("temperature", temperatures, float)
+        )
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class SuspicionOptions:
     """How wrong tokens are looked for; raises InputError for values outside their range."""
@@ -209,6 +238,16 @@ class EstimatorOptions:
 
 
 Options = TypeVar("Options", SamplerOptions, CorrectionOptions, SuspicionOptions, EstimatorOptions)
+
+
+def numbers(flag: str, words: Sequence[str], kind: type) -> list:
+    """Return the numbers of a flag that takes several; raises InputError unless there are some."""
+    if not words:
+        raise InputError(f"--{flag} is empty: give numbers, as in 1,2")
+    try:
+        return [kind(word) for word in words]
+    except ValueError:
+        raise InputError(f"--{flag}={','.join(words)}: give numbers, as in 1,2") from None
 
 
 def changed_options(options: Options, changes: dict[str, Any]) -> Options:

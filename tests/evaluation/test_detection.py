@@ -15,22 +15,18 @@ from tiny_checkpoint import tiny_model, write_checkpoint
 
 from gidd_jax import Gidd
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation import detection
 from gidd_jax.evaluation.corpora import CorpusRows
 from gidd_jax.evaluation.detection import (
     JudgedText,
     auroc,
     auroc_estimate,
     calibration_of,
-    corrupted,
     detection_figures,
     judge_text,
-    judged_rows,
-    ordinary_ids,
     windows,
 )
+from gidd_jax.evaluation.planting import judged_rows, ordinary_ids, planted
 from gidd_jax.evaluation.reports import finite
-from gidd_jax.inference.prompts import Rows
 from gidd_jax.inference.samples import Suspicions
 from gidd_jax.sampling.options import SuspicionOptions
 from gidd_jax.views.marked import marked_page, percent, print_marked, suspicious
@@ -104,27 +100,6 @@ def test_calibration_by_hand():
     assert calibration_of(p, rng.random(20_000) < p).error < 0.02
 
 
-def test_corruption_replaces_the_share_by_ordinary_tokens():
-    ordinary = np.arange(3, 13)
-    rows = Rows(np.full((200, 50), 5), np.ones((200, 50), bool), np.full(200, 50))
-    rows.free[:, :5] = False
-    few, many = (corrupted(rows, ordinary, share, seed=1).ids for share in (0.1, 0.3))
-    assert np.all(few[:, :5] == 5)
-    changed = many[rows.free] != 5
-    np.testing.assert_allclose(changed.mean(), 0.3 * 0.9, atol=4 * np.sqrt(0.2 / 9000))
-    counts = np.bincount(many[many != 5], minlength=13)
-    assert stats.chisquare(np.delete(counts, 5)[3:]).pvalue > 1e-3
-    assert counts[:3].sum() == 0
-    assert np.all((few == many)[few != 5])
-    assert np.mean(few != many) > 0.1
-
-
-def test_ordinary_tokens_are_those_that_write_text(model):
-    tokenizer = model.tokenizer
-    special = [tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id]
-    assert sorted({*range(tokenizer.vocab_size)} - {*ordinary_ids(model)}) == sorted(special)
-
-
 def oracle_suspicion(clean: np.ndarray, score_of_wrong: float, proposal: int):
     """A stand-in for Gidd.suspicion that sees the original."""
 
@@ -150,7 +125,7 @@ def test_figures_of_a_detector_that_knows(model, monkeypatch):
     json.dumps(got, allow_nan=False)
     assert (got["tokens"], got["auroc"], got["auroc_interval"]) == (19, 1.0, (1.0, 1.0))
     np.testing.assert_allclose(got["calibration_error"], 0.125)
-    wrong = corrupted(clean, ordinary_ids(model), 0.5, 0).ids != clean.ids
+    wrong = planted(clean, ordinary_ids(model), 0.5, 0).rows.ids != clean.ids
     np.testing.assert_allclose(got["share_wrong"], wrong.sum() / 19)
     np.testing.assert_allclose(got["restored"], np.mean(clean.ids[wrong] == a))
 
@@ -158,12 +133,9 @@ def test_figures_of_a_detector_that_knows(model, monkeypatch):
 @pytest.mark.parametrize(
     ("share", "count", "null"), [(1e-9, 0, ["auroc", "restored"]), (1 - 1e-9, 19, ["auroc"])]
 )
-def test_shares_that_leave_no_wrong_or_no_right_token(model, monkeypatch, share, count, null):
+def test_shares_that_leave_no_wrong_or_no_right_token(model, share, count, null):
     ids = model.tokenizer.encode(["one line.", "two lines."])
     corpus = CorpusRows(ids, np.arange(2), np.zeros(2), 2)
-    ordinary = ordinary_ids(model)
-    unused = ordinary[~np.isin(ordinary, np.concatenate(ids))]  # what is replaced is wrong
-    monkeypatch.setattr(detection, "corrupted", lambda rows, _, s, n: corrupted(rows, unused, s, n))
     got = finite(
         detection_figures(
             model, corpus, share, SuspicionOptions(), batch_size=4, num_resamples=9, seed=0
