@@ -35,6 +35,8 @@ demo: $(RUN)/summary.json  ## sample, correct, evaluate, exchange and check the 
 	$(BIN)/python -m gidd_jax.check --checkpoint=$(RUN)
 	$(BIN)/python -m gidd_jax.highlight --checkpoint=$(RUN) --evaluate --corruption=0.1 --t=0.2 \
 	  --max_documents=2 --out=$(DEMO)/detection.json
+	$(BIN)/python -m gidd_jax.self_correct --checkpoint=$(RUN) --planted=0.05 --t=0.2 \
+	  --score=proposal,suspicion --num_steps=16 --max_documents=2 --out=$(DEMO)/mended.json
 	$(BIN)/python -m gidd_jax.plots --workdir=$(RUN) --evaluation=$(DEMO)/evaluation.json \
 	  --frontier=$(DEMO)/before.json,$(DEMO)/after.json \
 	  --calibration=$(DEMO)/detection.json --out=$(DEMO)/plots
