@@ -14,6 +14,7 @@ from gidd_jax.data.texts import read_texts
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation.detection import judge_text
+from gidd_jax.inference.prompts import whole_texts
 from gidd_jax.inference.samples import load_ids, save_samples
 from gidd_jax.sampling.correction import CorrectionOptions
 from gidd_jax.sampling.options import SamplerOptions, SuspicionOptions
@@ -122,6 +123,23 @@ def test_corrections_of_texts_and_of_ids(model):
     whole = model.correct(got.ids, options=options, temperature=0.0)
     assert whole.ids.shape == got.ids.shape
     assert np.all(whole.final_accuracy >= whole.initial_accuracy)
+
+
+def test_corrections_change_the_free_tokens_of_rows_alone(model, folder):
+    texts = ["It is a truth", "men"]
+    whole = model.correct(texts, score="suspicion", threshold=0.0, num_steps=3, temperature=1.0)
+    assert whole.num_changes.min() >= 1
+    assert not np.any(whole.converged)  # all tokens are more suspicious than that
+    rows = whole_texts(model.tokenizer, texts, model.max_seq_len)
+    rows.free[:, 3:] = False
+    got = model.correct(rows, score="suspicion", threshold=0.0, num_steps=3, temperature=1.0)
+    assert np.all(got.num_changes >= 1)
+    np.testing.assert_array_equal((got.ids != rows.ids) & ~rows.free, False)
+    endless = model.correct(rows, ends=False, num_steps=1)
+    ended = model.correct(rows, num_steps=1)
+    assert endless.ids.shape == ended.ids.shape == rows.ids.shape
+    with pytest.raises(InputError, match="use score 'proposal'"):
+        tiny_model(folder, "mdlm").correct(texts, score="suspicion")
 
 
 def test_what_a_tokenizer_replaces_stays_as_it_was_given(model, folder, tmp_path):
