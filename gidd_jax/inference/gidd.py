@@ -19,6 +19,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from gidd_jax.data.rows import NO_FRAME
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.inference import programs, scores
@@ -142,13 +143,13 @@ class Gidd:
             rows = empty_rows(self.tokenizer, count, length, begin=self.process is None)
         else:
             check_some(prompts, "prompts")
-            rows = continuations(self.tokenizer, prompts, length, new_tokens)
+            rows = continuations(self.tokenizer, prompts, length, new_tokens, begin=self._begins)
         options = changed_options(options or SamplerOptions(), changes)
         return self._draw(rows, batch_size, seed, options, trace)
 
     def infill(
         self,
-        texts: Sequence[Sequence[Piece]],
+        texts: Sequence[Sequence[Piece]] | np.ndarray,
         *,
         batch_size: int = 16,
         seed: int = 0,
@@ -158,13 +159,14 @@ class Gidd:
     ) -> Samples:
         """Fill gaps in texts: each is a list of pieces, texts and numbers of tokens to generate.
 
-        Other arguments as in `generate`. Raises InputError for autoregressive models, and for
-        texts without gaps or longer than the context.
+        texts: also token ids int [N, L], -1 where one is to be generated. Other arguments as in
+        `generate`. Raises InputError for autoregressive models, and for texts without gaps or
+        longer than the context.
         """
         if self.process is None:
             raise InputError("infilling needs a diffusion model: this one is autoregressive")
         check_some(texts, "texts")
-        rows = infillings(self.tokenizer, texts, self.max_seq_len)
+        rows = infillings(self.tokenizer, texts, self.max_seq_len, begin=self._begins)
         options = changed_options(options or SamplerOptions(), changes)
         return self._draw(rows, batch_size, seed, options, trace)
 
@@ -186,7 +188,7 @@ class Gidd:
         if self.process is None:
             raise InputError("self-correction needs a diffusion model: this one is autoregressive")
         check_some(texts, "texts")
-        rows = whole_texts(self.tokenizer, texts, self.max_seq_len)
+        rows = whole_texts(self.tokenizer, texts, self.max_seq_len, begin=self._begins)
         settings = changed_options(options or CorrectionOptions(), changes)
         _check_trace(trace)
         traced = []
@@ -235,7 +237,7 @@ class Gidd:
         settings = changed_options(options or SuspicionOptions(), changes)
         check_suspicion(self.process, settings)
         given = isinstance(texts, Rows)
-        rows = texts if given else scored_texts(self.tokenizer, texts, None, self.max_seq_len)
+        rows = texts if given else self._scored(texts, None)
         whole_rows = self._framed(rows, ends=ends)
         found, calls = scores.suspicion(self, whole_rows, settings, batch_size)
         _check_numbers(found[0])
@@ -268,7 +270,7 @@ class Gidd:
         check_some(texts, "texts")
         settings = changed_options(options or EstimatorOptions(), changes)
         check_estimator(self.process, settings)
-        rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
+        rows = self._scored(texts, prompts)
         by_token, calls = scores.log_likelihood_draws(
             self, self._framed(rows), settings, batch_size, seed
         )
@@ -290,7 +292,7 @@ class Gidd:
         token. Raises InputError like `log_likelihood`, and for diffusion without such a start.
         """
         check_some(texts, "texts")
-        rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
+        rows = self._scored(texts, prompts)
         found = np.zeros(len(rows.ids), bool)
         for numbers, part in by_width(self._framed(rows)):
             run = functools.partial(
@@ -303,6 +305,13 @@ class Gidd:
             _check_numbers(*(np.where(part.is_broken, np.nan, 0.0) for part in parts))
             found[numbers] = np.concatenate([part.matches for part in parts])[: len(numbers)]
         return found
+
+    @property
+    def _begins(self) -> bool:  # with a token of the frame
+        return self.row_mode != NO_FRAME
+
+    def _scored(self, texts: Sequence[Text], prompts: Sequence[Text] | None) -> Rows:
+        return scored_texts(self.tokenizer, texts, prompts, self.max_seq_len, begin=self._begins)
 
     def _framed(self, rows: Rows, *, ends: bool = True) -> Rows:
         if self.process is None:  # no token sees those after it
@@ -330,7 +339,7 @@ class Gidd:
         self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
     ) -> Samples:
         _check_trace(trace)
-        check_guidance(rows, options)
+        check_guidance(rows, options, begin=self._begins)
         traced = []
 
         whole_rows = self._framed(rows)
@@ -376,15 +385,14 @@ class Gidd:
             self.tokenizer.mask_id,
             # An imported model may lack the last tokens of its tokenizer, or have more rows.
             min(self.tokenizer.vocab_size, self.network.vocab_size),
+            self._begins,
         )
 
 
 def _check_numbers(*arrays: np.ndarray) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
-        raise InputError(
-            "the network's output is not a number: its parameters are damaged, use an older "
-            "checkpoint"
-        )
+        problem = "the network's output is not a number: its parameters are damaged"
+        raise InputError(f"{problem}, use an older checkpoint")
 
 
 def _check_trace(trace: bool) -> None:
