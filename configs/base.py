@@ -45,16 +45,23 @@ def get_config() -> ConfigDict:
     data.path = "embedded"  # embedded | file | folder | glob | comma list of them
     # | folder of shards made by gidd_jax.prepare_data | tfds:NAME/CONFIG
     # | hf:OWNER/NAME/CONFIG of the Hugging Face hub (pip install 'gidd-jax[datasets]')
+    # | arrays of ids (frame none): .npy and .npz of rows, .uint16.bin and .uint32.bin of windows
     # | WEIGHT:PATH,WEIGHT:PATH,... a mixture, as 0.7:wiki/,0.3:books/*.txt; weights are shares of
     # the training rows, numbers in [1e-6, 1e6]; the validation split is that of all parts
     data.tokenizer = "embedded"  # embedded | local folder | name on the Hugging Face hub
+    # | ids:VOCAB, symbols 0 to VOCAB - 1 | chars:FILE, one token a character of FILE, which is
+    # written from the texts where it is missing
     data.validation = "hash:0.05"  # last:COUNT documents | hash:FRACTION of the documents
     # | path:FILES | split:NAME (tfds and hf)
     data.text_key = "text"  # field that holds the text in jsonl, parquet, tfds and hf records
     data.txt_documents = "blank_line"  # what is one document in a .txt: file | line | blank_line
     data.mode = "crop"  # crop (random window of a document, padded) | packed | padded
+    data.frame = "ends"  # ends (texts begin and end with a token, as mode says) | none (dit only:
+    # rows of max_seq_len tokens and nothing else, of arrays or of texts end to end; mode is unread)
     data.givens = 0.0  # share of the training rows in which some tokens are given, as in a prompt:
     # clean, at time 0, without loss; in [0, 1], dit only; 0 is a network with one time a row
+    data.marked = False  # arrays mark given positions (`given` in a .npz); training sets it to what
+    # they do, so that it is known of the model
     data.num_workers = 0  # processes that prepare batches, integer >= 0; 0 uses threads
 
     config.optimizer = optimizer = ConfigDict()

@@ -188,16 +188,18 @@ def nelbo(
     *,
     num_samples_t: int = 1,
     keep_padding_columns: bool = False,
+    given: jax.Array | None = None,
 ) -> Nelbo:
     """Estimate the bound for token ids x [B, L] with `num_samples_t` times per sequence.
 
-    The times of all draws are stratified together. Unbiased for every number of times;
-    num_samples_t + 1 network calls.
+    given as in `nelbo_at`. The times of all draws are stratified together. Unbiased for every
+    number of times; num_samples_t + 1 network calls.
     """
     time_key, draw_key = jax.random.split(key)
     times = sample_times(process, time_key, num_samples_t, x.shape[0])
     keys = row_keys(draw_key, jnp.arange(x.shape[0]))
-    return nelbo_at(process, denoise, keys, times, x, keep_padding_columns=keep_padding_columns)
+    options: _Options = {"keep_padding_columns": keep_padding_columns, "given": given}
+    return nelbo_at(process, denoise, keys, times, x, **options)
 
 
 def nelbo_at(
@@ -283,13 +285,15 @@ def row_bounds(
     mask: jax.Array,
     *,
     keep_padding_columns: bool = False,
+    given: jax.Array | None = None,
 ) -> RowBounds:
     """Estimate the bound, and the original's figure, of rows x [B, L] over mask bool [B, L].
 
-    times [S, B] for the bound, original_times [B] for the original's figure; keys [B]. S + 2
-    network calls.
+    times [S, B] for the bound, original_times [B] for the original's figure; keys [B]; given bool
+    [B, L]: tokens that are known, and not scored. S + 2 network calls.
     """
-    options: _Options = {"keep_padding_columns": keep_padding_columns, "given": None}
+    options: _Options = {"keep_padding_columns": keep_padding_columns, "given": given}
+    mask = mask if given is None else mask & ~given
     draws = sample_integrand(process, denoise, fold_in(keys, 0), times, x, **options)
     reconstruction = sample_reconstruction(process, denoise, fold_in(keys, 1), x, **options)
     original = sample_integrand(

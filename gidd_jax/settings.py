@@ -148,7 +148,10 @@ class ProcessSettings(_Section):
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(_Section):
     path: str = _legal(lambda value: value != "" and bool(split_mixture(value)), "not empty")
-    tokenizer: str = _not_empty()
+    tokenizer: str = _matches(
+        r"(?!ids:|chars:).+|ids:([2-9]|[1-9][0-9]{1,6})|chars:.+",
+        "a folder or name, chars:FILE, or ids:VOCAB with VOCAB from 2 on",
+    )
     validation: str = _matches(
         r"last:[1-9][0-9_]*|hash:0?\.[0-9]*[1-9][0-9]*|(path|split):.+",
         "last:COUNT | hash:FRACTION (such as hash:0.05) | path:FILES | split:NAME",
@@ -156,8 +159,20 @@ class DataSettings(_Section):
     text_key: str = _not_empty()
     txt_documents: str = _one_of("file", "line", "blank_line")
     mode: str = _one_of("crop", "packed", "padded")
+    frame: str = _one_of("ends", "none")
     givens: float = _legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    marked: bool
     num_workers: int = _at_least(0)
+
+    @property
+    def row_mode(self) -> str:
+        """How rows are framed, one of `data.rows.MODES`."""
+        return "none" if self.frame == "none" else self.mode
+
+    @property
+    def has_givens(self) -> bool:
+        """Whether training gives some tokens of some rows, drawn or marked."""
+        return self.givens > 0 or self.marked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +350,13 @@ def _check_together(settings: Settings) -> None:
             f"data.givens = {settings.data.givens}: only diffusion fills in beside given tokens: "
             "set it to 0"
         )
+    if model.name == "llama" and settings.data.frame == "none":
+        raise InputError(
+            "data.frame = none: llama predicts the tokens after one that begins a row: set it to "
+            "ends, or take a diffusion model"
+        )
+    if settings.data.marked and settings.data.frame == "ends":
+        raise InputError("data.marked = True: only rows without a frame do: set data.frame=none")
     own = split_own_process(process.name) is not None
     if process.options and not own:
         raise InputError(

@@ -49,6 +49,8 @@ def settings(path, **changes) -> DataSettings:
         "text_key": "text",
         "txt_documents": "line",
         "mode": "crop",
+        "frame": "ends",
+        "marked": False,
         "num_workers": 0,
         "givens": 0.0,
     }

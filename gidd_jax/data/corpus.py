@@ -6,7 +6,7 @@ import glob
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +16,7 @@ from absl import logging
 from tqdm import tqdm
 
 from gidd_jax.data.files import (
+    ARRAY_SUFFIXES,
     SUFFIXES,
     FileDocuments,
     ParquetDocuments,
@@ -192,11 +193,12 @@ def named_files(path: str) -> dict[str, Path]:
             raise InputError(f"data path {path!r} has an empty part")
         folder, found, skipped = _find_files(Path(part).expanduser())
         if not found:
-            kinds = ", ".join(SUFFIXES)
+            kinds = ", ".join(SUFFIXES + ARRAY_SUFFIXES)
             others = f"; it holds {_few(skipped)}" if skipped else ""
             raise InputError(f"data path {part!r} does not exist or holds no {kinds}{others}")
         if skipped:
-            _warn_once(f"data path {part!r}: skipped {_few(skipped)}, not {', '.join(SUFFIXES)}")
+            kinds = ", ".join(SUFFIXES if found[0].name.endswith(SUFFIXES) else ARRAY_SUFFIXES)
+            _warn_once(f"data path {part!r}: skipped {_few(skipped)}, not {kinds}")
         for file in found:
             names.setdefault(file, file.relative_to(folder).as_posix())
     files: dict[str, Path] = {}
@@ -212,10 +214,11 @@ def _find_files(location: Path) -> tuple[Path, list[Path], list[str]]:
     of others in a folder."""
     if location.is_dir():
         seen = [f for f in sorted(location.rglob("*")) if not (f.name[0] == "." or f.is_dir())]
-        found = [f for f in seen if f.name.endswith(SUFFIXES)]
+        kinds = SUFFIXES if any(f.name.endswith(SUFFIXES) for f in seen) else ARRAY_SUFFIXES
+        found = [f for f in seen if f.name.endswith(kinds)]
         for file in found:
             check_file(file)
-        others = [f.name for f in seen if not f.name.endswith(SUFFIXES)]
+        others = [f.name for f in seen if not f.name.endswith(kinds)]
         return location, found, others
     if location.exists():
         check_file(location)
@@ -260,29 +263,42 @@ def _open_files(files: Sequence[Path], text_key: str, txt_documents: str) -> Doc
 
 
 def _split_by_document(documents: Documents, path: str, validation: str) -> CorpusSplits:
+    def contents() -> Iterator[bytes]:
+        return (text.encode() for text in iterate(documents, "Hashing documents"))
+
+    held_out = held_out_by(validation, path, len(documents), contents)
+    train = Subset(documents, np.flatnonzero(~held_out))
+    return _checked(train, Subset(documents, np.flatnonzero(held_out)), path, validation)
+
+
+def held_out_by(
+    validation: str, path: str, count: int, contents: Callable[[], Iterable[bytes]]
+) -> np.ndarray:
+    """Which of `count` documents or rows the rule 'last:COUNT' or 'hash:FRACTION' holds out, bool.
+
+    contents: the bytes that are hashed. Raises InputError for another rule.
+    """
     rule, _, argument = validation.partition(":")
     make_mask: dict[str, Callable[[], np.ndarray]] = {
-        "last": lambda: _last(len(documents), _count(argument, validation)),
-        "hash": lambda: _hashed(documents, _fraction(argument, validation)),
+        "last": lambda: _last(count, _count(argument, validation)),
+        "hash": lambda: _hashed(count, contents(), _fraction(argument, validation)),
     }
     if rule not in make_mask:
         raise InputError(
             f"validation {validation!r} does not fit data path {path!r}; {_SPLIT_HELP}"
         )
-    held_out = make_mask[rule]()
-    train = Subset(documents, np.flatnonzero(~held_out))
-    return _checked(train, Subset(documents, np.flatnonzero(held_out)), path, validation)
+    return make_mask[rule]()
 
 
 def _last(num_documents: int, count: int) -> np.ndarray:
     return np.arange(num_documents) >= num_documents - count
 
 
-def _hashed(documents: Documents, fraction: float) -> np.ndarray:
-    """Bool [num_documents]; equal texts fall on the same side, whatever their order."""
-    held_out = np.zeros(len(documents), bool)
-    for i, text in enumerate(iterate(documents, "Hashing documents")):
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+def _hashed(count: int, contents: Iterable[bytes], fraction: float) -> np.ndarray:
+    """Bool [count]; equal contents fall on the same side, whatever their order."""
+    held_out = np.zeros(count, bool)
+    for i, content in enumerate(contents):
+        digest = hashlib.blake2b(content, digest_size=8).digest()
         held_out[i] = int.from_bytes(digest, "big") < fraction * 2**64
     return held_out
 
@@ -306,10 +322,15 @@ def _fraction(argument: str, validation: str) -> float:
 def _checked(train: Documents, held_out: Documents, path: str, validation: str) -> CorpusSplits:
     if len(train) + len(held_out) == 0 or train.num_bytes + held_out.num_bytes == 0:
         raise InputError(f"data path {path!r} holds no text")
-    for name, documents in (("training", train), ("validation", held_out)):
-        if len(documents) == 0:
-            raise InputError(
-                f"validation {validation!r} leaves no {name} document of the "
-                f"{len(train) + len(held_out)} in {path!r}: choose another rule; {_SPLIT_HELP}"
-            )
+    check_split(len(train), len(held_out), path, validation, "document")
     return CorpusSplits(train, held_out)
+
+
+def check_split(train: int, held_out: int, path: str, validation: str, kind: str) -> None:
+    """Raise InputError when one of two splits has nothing of the `kind`: documents or rows."""
+    for name, count in (("training", train), ("validation", held_out)):
+        if count == 0:
+            raise InputError(
+                f"validation {validation!r} leaves no {name} {kind} of the "
+                f"{train + held_out} in {path!r}: choose another rule; {_SPLIT_HELP}"
+            )

@@ -15,6 +15,7 @@ import numpy as np
 from gidd_jax.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+ARRAY_SUFFIXES = (".npy", ".npz", ".bin")  # of ids, see `data.arrays`
 TXT_DOCUMENTS = ("file", "line", "blank_line")
 _LEGAL = ", ".join(SUFFIXES)
 # A compressed file has no random access: it is unpacked into memory, up to this many bytes.
@@ -148,6 +149,8 @@ def open_text_file(
         return FileDocuments(file, _SEPARATORS.get(txt_documents), None)
     if file.name.endswith(SUFFIXES):
         return FileDocuments(file, rb"\n", text_key)
+    if file.name.endswith(ARRAY_SUFFIXES):
+        raise InputError(f"{file} is an array of ids: give texts, or arrays alone in data.path")
     unpacker = _UNPACKERS.get(file.suffix.lower())
     fix = f"unpack it first, with {unpacker}" if unpacker else f"legal suffixes: {_LEGAL}"
     raise InputError(f"{file}: unknown kind of file; {fix}")

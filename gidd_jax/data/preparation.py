@@ -15,10 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gidd_jax.data import rows, shards
+from gidd_jax.data import arrays, rows, shards
 from gidd_jax.data.corpus import Documents, open_corpus
 from gidd_jax.data.shards import MANIFEST, PLAN, Manifest, Shard, check_size
-from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gidd_jax.data.sources import tokenizer_for
+from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.mixture import split_mixture
 
@@ -72,9 +73,11 @@ def prepare(
         )
     if shards.is_shard_folder(path):
         raise InputError(f"data path {path!r} is a folder of shards: prepare from the texts")
-    tokenizer = load_tokenizer(tokenizer_name)
+    if arrays.is_of_arrays(path):
+        raise InputError(f"data path {path!r} holds arrays of ids: train on them as they are")
     corpus = open_corpus(path, validation, text_key, txt_documents)
     splits: dict[str, Documents] = {"train": corpus.train, "validation": corpus.validation}
+    tokenizer = tokenizer_for(tokenizer_name, mode, lambda: list(splits.values()))
     plan = {
         "path": path,
         "validation": validation,

@@ -1,23 +1,34 @@
 """From token ids of documents to rows of seq_len tokens: framing, windows, crops and padding.
 
-Three modes. 'crop': a random window of a document, padded where the document is shorter.
-'padded': the beginning of a document, padded. 'packed': windows of all documents end to end.
+Modes of framed rows are three. 'crop': a random window of a document, padded where the document is
+shorter. 'padded': the beginning of a document, padded. 'packed': windows of all documents end to
+end. Rows without a frame ('none') are such windows, too, with nothing around the documents.
 """
 
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
+NO_FRAME = "none"
 MODES = ("crop", "packed", "padded")
 
 
+class Records(Protocol):
+    """A random-access sequence of arrays [num_tokens], such as ids."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
 def check_mode(mode: str, name: str = "data mode") -> None:
-    """Raise InputError that begins with `name` unless `mode` is one of MODES."""
-    if mode not in MODES:
-        raise InputError(f"{name} {mode!r}: legal values: {', '.join(MODES)}")
+    """Raise InputError that begins with `name` unless `mode` is one of MODES, or NO_FRAME."""
+    legal = (*MODES, NO_FRAME)
+    if mode not in legal:
+        raise InputError(f"{name} {mode!r}: legal values: {', '.join(legal)}")
 
 
 def ids_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -28,8 +39,15 @@ def ids_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 def frame(ids: np.ndarray, tokenizer: Tokenizer, mode: str) -> tuple[np.ndarray, int]:
     """Put BOS and EOS around a document; returns it with the number of tokens put in front.
 
-    Where one token is both, as in GPT-2, packed documents are separated by one of it, not two.
+    Where one token is both, as in GPT-2, packed documents are separated by one of it, not two. Mode
+    'none' puts nothing around it. Raises InputError for a tokenizer that has nothing to put there.
     """
+    if mode == NO_FRAME:
+        return ids.astype(ids_dtype(tokenizer.vocab_size)), 0
+    if tokenizer.eos_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name!r} has no token that ends a text: set data.frame=none"
+        )
     front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if mode == "packed" and tokenizer.bos_id == tokenizer.eos_id:
         front = []
@@ -59,11 +77,17 @@ def crop(ids: np.ndarray, seq_len: int, rng: np.random.Generator) -> np.ndarray:
     return ids[start : start + seq_len]
 
 
-def pad(ids: np.ndarray, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
-    """A row {'tokens': int32 [seq_len], 'mask': bool [seq_len]}; mask is False on the padding."""
+def pad(
+    ids: np.ndarray, seq_len: int, pad_id: int, given: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """A row {'tokens': int32 [seq_len], 'mask': bool [seq_len]}; mask is False on the padding.
+
+    given bool [num_tokens]: which tokens are given; the row says so under 'given', bool [seq_len].
+    """
     tokens = np.full(seq_len, pad_id, np.int32)
     tokens[: len(ids)] = ids
-    return {"tokens": tokens, "mask": np.arange(seq_len) < len(ids)}
+    row = {"tokens": tokens, "mask": np.arange(seq_len) < len(ids)}
+    return row if given is None else row | {"given": np.pad(given, (0, seq_len - len(given)))}
 
 
 class TokenisedDocuments:
@@ -105,10 +129,17 @@ class Windows:
 def cut(documents: TokenisedDocuments, mode: str, seq_len: int) -> Windows:
     """The rows that stand for documents, in order and without chance.
 
-    packed: windows over all documents end to end; crop: windows over each document;
-    padded: the beginning of each document.
+    packed, none: windows over all documents end to end; crop: windows over each document;
+    padded: the beginning of each document. Raises InputError where rows without a frame, which have
+    no padding, would be shorter than `seq_len`.
     """
-    bounds = documents.offsets[[0, -1]] if mode == "packed" else documents.offsets
+    is_joined = mode in ("packed", NO_FRAME)
+    if mode == NO_FRAME and len(documents.ids) < seq_len:
+        raise InputError(
+            f"rows without a frame are full: {len(documents.ids)} tokens make none of {seq_len}: "
+            "give longer texts, or lower the length of a row"
+        )
+    bounds = documents.offsets[[0, -1]] if is_joined else documents.offsets
     if mode == "padded":
         starts, limits = bounds[:-1], bounds[1:]
     else:
@@ -128,8 +159,9 @@ def tokenise(texts: list[str], tokenizer: Tokenizer, mode: str) -> TokenisedDocu
     for text, (ids, token_bytes) in zip(texts, tokenizer.encode_with_bytes(texts), strict=True):
         document, num_front = frame(ids, tokenizer, mode)
         framed.append(document)
-        num_bytes.append(np.pad(token_bytes, (num_front, 1)))
-        if len(ids) == 0:
+        num_back = len(document) - num_front - len(ids)
+        num_bytes.append(np.pad(token_bytes, (num_front, num_back)))
+        if len(ids) == 0 and num_back:
             num_bytes[-1][-1] = len(text.encode())
     offsets = np.cumsum([0, *(len(f) for f in framed)])
     return TokenisedDocuments(np.concatenate(framed), offsets, np.concatenate(num_bytes))

@@ -13,11 +13,13 @@ import numpy as np
 import tokenizers
 
 from gidd_jax.data.long_texts import lots
+from gidd_jax.data.symbols import unknown_symbol
 from gidd_jax.data.token_bytes import share_ends, with_bytes
 from gidd_jax.data.tokenizer_files import (
     CONFIG_FILE,
     ROLES,
     SPEC_FILE,
+    UNFRAMED_KEY,
     TokenizerFiles,
     is_of_library,
     one_line,
@@ -37,12 +39,13 @@ _NOT_OF_TEXTS = ("version", "truncation", "padding", "post_processor")
 class Tokenizer:
     """A tokenizer and the ids of its special tokens; `bos_id` is None where there is no BOS.
 
-    Raises InputError where the mask has another role, too.
+    Where no token ends a text (`eos_id` is None) none fills it up: `pad_id` is the mask's, for what
+    is still to be filled in. Raises InputError where the mask has another role, too.
     """
 
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
     bos_id: int | None
-    eos_id: int
+    eos_id: int | None
     pad_id: int
     mask_id: int
     name: str
@@ -70,6 +73,8 @@ class Tokenizer:
     @property
     def _ids_by_role(self) -> dict[str, int]:
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "mask": self.mask_id}
+        if self.eos_id is None:
+            del ids["pad"]
         return {role: token_id for role, token_id in ids.items() if token_id is not None}
 
     @functools.cached_property
@@ -186,13 +191,15 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, readable by transformers and by us."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
+        config: dict[str, Any] = {
             f"{role}_token": self.backend.id_to_token(i) for role, i in self._ids_by_role.items()
         }
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             _FINGERPRINT_KEY: self.fingerprint,
         }
+        if self.eos_id is None:
+            config[UNFRAMED_KEY] = True
         (folder / SPEC_FILE).write_text(self.backend.to_str(pretty=True), "utf-8")
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", "utf-8")
@@ -290,9 +297,8 @@ class Tokenizer:
             except BaseException as error:
                 if not is_of_library(error):
                     raise
-                raise InputError(
-                    f"tokenizer {self.name!r} cannot encode a text: {first_line(error)}"
-                ) from None
+                problem = unknown_symbol(backend, some) or f"a text: {first_line(error)}"
+                raise InputError(f"tokenizer {self.name!r} cannot encode {problem}") from None
             return [(np.array(e.ids, np.int32), e) for e in encodings]
 
         found = run(self.backend, texts)
@@ -319,19 +325,20 @@ class Tokenizer:
         return ids[is_control & (np.array(encoding.special_tokens_mask) == 0)]
 
 
-def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """Load 'embedded', a local folder (tokenizer.json is enough) or a name on the Hugging Face hub.
+def load_tokenizer(name_or_path: str | Path, *, ends: bool = True) -> Tokenizer:
+    """Load 'embedded', a local folder (tokenizer.json is enough), a name on the Hugging Face hub,
+    or symbols, 'ids:VOCAB' and 'chars:FILE'; ends: with tokens that end and fill up a text.
 
     Its ids are those of tokenizer.json. [PAD] and [MASK] are added where they are missing. Raises
     InputError when there is no such tokenizer, it is damaged, has no fast version, no token that
     ends a text, or a mask that is something else, too.
     """
     name = str(name_or_path)
-    files = read_tokenizer_files(name)
+    files = read_tokenizer_files(name, ends=ends)
     with one_line(f"tokenizer {name!r} is damaged or of an unknown kind"):
         backend, ids = _built(files, name)
         bos_id, eos_id = ids.get("bos", ids.get("cls")), ids.get("eos", ids.get("sep"))
-        if eos_id is None:
+        if eos_id is None and not files.is_unframed:
             raise InputError(
                 f"tokenizer {name!r} has neither an EOS nor a SEP token: "
                 f"set eos_token in its {CONFIG_FILE}"
@@ -341,7 +348,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
                 f"tokenizer {name!r}: mask and unk are one token (id {ids['mask']}): "
                 f"give each its own in {CONFIG_FILE}"
             )
-        tokenizer = Tokenizer(backend, bos_id, eos_id, ids["pad"], ids["mask"], name)
+        pad_id = ids.get("pad", ids["mask"])
+        tokenizer = Tokenizer(backend, bos_id, eos_id, pad_id, ids["mask"], name)
         _try(tokenizer)
     return tokenizer
 
@@ -357,7 +365,9 @@ def recorded_fingerprint(config: str | None) -> str | None:
 
 def _built(files: TokenizerFiles, name: str) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     """The backend with all the tokens that the files name, and the id of each role."""
-    roles = {"pad": "[PAD]", "mask": "[MASK]"} | files.roles
+    roles = {"mask": "[MASK]"} | files.roles
+    if not files.is_unframed:
+        roles = {"pad": "[PAD]"} | roles
     for token in files.spec["added_tokens"]:
         if token["content"] in roles.values():
             token["special"] = True
@@ -374,7 +384,7 @@ def _built(files: TokenizerFiles, name: str) -> tuple[tokenizers.Tokenizer, dict
             )
     special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     named = [files.roles.get(role) for role in ROLES]
-    for content in [*filter(None, named), roles["pad"], roles["mask"]]:
+    for content in filter(None, [*named, roles.get("pad"), roles["mask"]]):
         if content not in special:
             backend.add_special_tokens([tokenizers.AddedToken(content, special=True)])
             special.add(content)

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import tokenizers
 from absl import logging
 
+from gidd_jax.data.symbols import is_symbols, symbols_spec
 from gidd_jax.errors import InputError, first_line
 
 EMBEDDED = "embedded"
 SPEC_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+UNFRAMED_KEY = "gidd_jax_unframed"  # in the saved config: the mask is the only token with a role
 # In the order in which transformers gives ids to those that the vocabulary lacks.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _OLDER_ROLES_FILE = "special_tokens_map.json"
@@ -46,18 +48,23 @@ _USUAL_NAMES = {
 
 class TokenizerFiles(NamedTuple):
     """spec: the content of tokenizer.json; roles: token by role, for those of ROLES that are
-    named; further: tokens to be added, by the id that they must get."""
+    named; further: tokens to be added, by the id that they must get; is_unframed: the mask is the
+    only token with a role."""
 
     spec: dict[str, Any]
     roles: dict[str, str]
     further: dict[int, tokenizers.AddedToken]
+    is_unframed: bool = False
 
 
-def read_tokenizer_files(name: str) -> TokenizerFiles:
-    """Return what 'embedded', a folder or a name on the Hugging Face hub says.
+def read_tokenizer_files(name: str, *, ends: bool = True) -> TokenizerFiles:
+    """Return what 'embedded', symbols, a folder or a name on the Hugging Face hub says.
 
-    Raises InputError when there is no such tokenizer, or its files are damaged.
+    ends: symbols (see `data.symbols`) are followed by the tokens of a frame. Raises InputError when
+    there is no such tokenizer, or its files are damaged.
     """
+    if is_symbols(name):
+        return TokenizerFiles(*symbols_spec(name, ends=ends), {}, not ends)
     folder = Path(name).expanduser()
     if name == EMBEDDED:
         folder = Path(str(resources.files("gidd_jax") / "assets/tokenizer"))
@@ -65,7 +72,7 @@ def read_tokenizer_files(name: str) -> TokenizerFiles:
     if not is_local and looks_like_path(name):
         raise InputError(
             f"no tokenizer folder {name!r}: give 'embedded', a folder with tokenizer.json, "
-            "or a name on the Hugging Face hub"
+            "a name on the Hugging Face hub, ids:VOCAB or chars:FILE"
         )
     if not is_local:
         folder = _fetched(name)
@@ -153,7 +160,9 @@ def _read_folder(folder: Path, name: str) -> TokenizerFiles:
             roles["pad"] = str(padding)
         kind = named.get("tokenizer_class") or model.get("model_type")
         special = {token for token, is_special in known.items() if is_special}
-        _add_usual(roles, special, kind in _PLAIN_CLASSES)
+        is_unframed = named.get(UNFRAMED_KEY) is True
+        if not is_unframed:
+            _add_usual(roles, special, kind in _PLAIN_CLASSES)
         declared = named.get("added_tokens_decoder") or {}
         further = {
             int(token_id): tokenizers.AddedToken(
@@ -163,7 +172,7 @@ def _read_folder(folder: Path, name: str) -> TokenizerFiles:
             for token_id, token in sorted(declared.items(), key=lambda item: int(item[0]))
             if token["content"] not in known
         }
-    return TokenizerFiles(spec, roles, further)
+    return TokenizerFiles(spec, roles, further, is_unframed)
 
 
 _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -1,6 +1,7 @@
 """The rows of corpora that models are scored on, as their runs would cut them."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.cli import load_config
-from gidd_jax.data import rows, shards
+from gidd_jax.data import arrays, rows, shards
 from gidd_jax.data.corpus import (
     DATASETS,
     Chain,
@@ -20,7 +21,8 @@ from gidd_jax.data.corpus import (
     open_parts,
 )
 from gidd_jax.data.files import open_text_file
-from gidd_jax.data.pipeline import Records, tokenise_all
+from gidd_jax.data.rows import Records
+from gidd_jax.data.sources import tokenise_all
 from gidd_jax.errors import InputError
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.mixture import split_list, split_mixture
@@ -29,16 +31,24 @@ from gidd_jax.settings import DataSettings, Settings
 
 class CorpusRows(NamedTuple):
     """Rows of at most the context: ids, and for each row [N] the number of the document it begins
-    in, and the UTF-8 bytes that its scored tokens stand for.
+    in, and the UTF-8 bytes that its scored tokens stand for; given: which of its tokens are known,
+    and not scored (None: none).
 
     num_documents is None for shards whose rows are parts of documents or join some: they do not
     say which, and each row has a number of its own.
     """
 
-    ids: Records | list[np.ndarray]
+    ids: Records | Sequence[np.ndarray]
     documents: np.ndarray
     num_bytes: np.ndarray
     num_documents: int | None
+    given: Records | None = None
+
+    def padded(self, number: int, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+        """Row `number` as `rows.pad` returns it, always with 'given', bool [seq_len]."""
+        ids = self.ids[number]
+        given = np.zeros(len(ids), bool) if self.given is None else self.given[number]
+        return rows.pad(ids, seq_len, pad_id, given)
 
     @property
     def notes(self) -> dict[str, str]:
@@ -151,8 +161,8 @@ def open_rows(
     is_own: `split` is 'train' or 'validation' by the run's rule, cut as its validation is;
     otherwise every document of files, or the split of that name of a dataset. Of shards the rows
     of the validation split count, as many as `max_documents`; rows of a mixture follow each other,
-    those of texts first. `max_documents` takes a fixed random sample. Raises InputError when there
-    is no such corpus or split, or no token to score.
+    those of texts first, then those of arrays. `max_documents` takes a fixed random sample. Raises
+    InputError when there is no such corpus or split, or no token to score.
     """
     paths = [part.path for part in split_mixture(settings.path)]
     if not is_own and paths != [settings.path]:
@@ -161,13 +171,16 @@ def open_rows(
             "scored once: leave them out"
         )
     folders = [path for path in paths if shards.is_shard_folder(path)]
-    texts = [path for path in paths if path not in folders]
+    others = [path for path in paths if path not in folders]
+    of_arrays = [path for path in others if arrays.is_of_arrays(path)]
+    texts = [path for path in others if path not in of_arrays]
     find = _own_documents if is_own else _all_documents
     documents = find(settings, texts, split) if texts else None
     if documents is not None and len(documents) == 0:
         raise InputError(f"data path {settings.path!r} holds no text")
+    found = _array_rows(settings, of_arrays, split, model, is_own=is_own)
     held_out = [_shard_records(settings, folder, split, model) for folder in folders]
-    sizes = [0 if documents is None else len(documents), *map(len, held_out)]
+    sizes = [0 if documents is None else len(documents), len(found.ids), *map(len, held_out)]
     sample = _sample_indices(sum(sizes), max_documents)
     chosen = np.split(sample, np.searchsorted(sample, np.cumsum(sizes)[:-1]))
     starts = np.cumsum([0, *sizes])
@@ -176,9 +189,14 @@ def open_rows(
         is_all = len(chosen[0]) == len(documents)
         some = documents if is_all else Subset(documents, chosen[0])
         parts.append(_text_rows(settings, some, split or "all", model))
-    for records, own, start in zip(held_out, chosen[1:], starts[1:-1], strict=True):
+    if len(chosen[1]):
+        ids, given = found.pick(chosen[1] - starts[1])
+        numbers = np.arange(len(ids))
+        parts.append(CorpusRows(ids, numbers, np.zeros(len(ids), np.int64), len(ids), given))
+    for records, own, start in zip(held_out, chosen[2:], starts[2:-1], strict=True):
         if len(own):
-            is_one_each = settings.mode != "packed" and records.num_documents == len(records)
+            is_joined = settings.row_mode in ("packed", rows.NO_FRAME)
+            is_one_each = not is_joined and records.num_documents == len(records)
             parts.append(_shard_rows(records, own - start, is_one_each))
     joined = _joined(parts)
     unscored = 1 if model.process is None else 0  # of an autoregressive row
@@ -191,12 +209,24 @@ def _text_rows(settings: DataSettings, documents: Documents, split: str, model: 
     # An autoregressive model cannot score the first token of a row: nor do its bytes count.
     first = 1 if model.process is None else 0
     tokenised = tokenise_all(documents, model.tokenizer, settings, split)
-    windows = rows.cut(tokenised, settings.mode, model.max_seq_len)
+    windows = rows.cut(tokenised, settings.row_mode, model.max_seq_len)
     scored = rows.Windows(windows.ids, windows.starts + first, windows.ends)
     # A packed row may hold several documents, and a document several rows: rows that begin in one
     # document depend on each other, and are resampled together.
     numbers = np.searchsorted(tokenised.offsets, windows.starts, side="right") - 1
     return CorpusRows(windows, numbers, scored.sums(tokenised.num_bytes), len(documents))
+
+
+def _array_rows(
+    settings: DataSettings, paths: list[str], split: str | None, model: Gidd, *, is_own: bool
+) -> arrays.ArrayRows:
+    whole = settings, model.tokenizer, model.max_seq_len
+    if not paths:
+        return arrays.ArrayRows(Chain([]))
+    if not is_own:
+        return arrays.joined([arrays.open_whole(path, *whole) for path in paths])
+    train, validation = arrays.open_splits(paths, *whole)
+    return train if split == "train" else validation
 
 
 def _shard_records(
@@ -207,7 +237,7 @@ def _shard_records(
             f"--split={split}: of the shards in {folder} only the validation split is cut "
             "into rows; give the texts with --data"
         )
-    return shards.open_shards(folder, model.tokenizer, settings.mode, model.max_seq_len)[1]
+    return shards.open_shards(folder, model.tokenizer, settings.row_mode, model.max_seq_len)[1]
 
 
 def _shard_rows(records: shards.ShardRecords, chosen: np.ndarray, is_one_each: bool) -> CorpusRows:
@@ -222,11 +252,15 @@ def _joined(parts: list[CorpusRows]) -> CorpusRows:
         return parts[0]
     counts = [part.num_documents for part in parts]
     starts = np.cumsum([0, *(int(part.documents.max()) + 1 for part in parts)])
+    given = None
+    if any(part.given is not None for part in parts):
+        given = Chain([arrays.marks_of(part.ids, part.given) for part in parts])
     return CorpusRows(
         Chain([part.ids for part in parts]),
         np.concatenate([p.documents + start for p, start in zip(parts, starts, strict=False)]),
         np.concatenate([part.num_bytes for part in parts]),
         None if None in counts else sum(filter(None, counts)),
+        given,
     )
 
 

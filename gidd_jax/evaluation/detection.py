@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gidd_jax.data.rows import NO_FRAME
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation.corpora import CorpusRows
 from gidd_jax.evaluation.planting import judged_rows, ordinary_ids, planted
@@ -49,14 +50,15 @@ def judge_text(model: Gidd, text: str, options: SuspicionOptions, batch_size: in
     ids = model.tokenizer.encode([text])[0]
     if not len(ids):
         raise InputError("the text is empty: give one with at least one token")
-    size = model.max_seq_len - 1  # the first token of a row is the one that begins a text
+    begin = model.row_mode != NO_FRAME
+    size = model.max_seq_len - begin  # the first token of a row is the one that begins a text
     starts, owner = windows(len(ids), size)
     rows = scored_texts(
-        model.tokenizer, [ids[a : a + size] for a in starts], None, model.max_seq_len
+        model.tokenizer, [ids[a : a + size] for a in starts], None, model.max_seq_len, begin=begin
     )
     position = np.arange(len(ids))
     free = np.zeros_like(rows.free)
-    free[owner, 1 + position - starts[owner]] = True
+    free[owner, begin + position - starts[owner]] = True
     # Every token of a window may be wrong, also those that another window judges.
     found = model.suspicion(rows, batch_size=batch_size, options=options)
     proposals = found.proposals[free]  # windows follow each other: in order of the text

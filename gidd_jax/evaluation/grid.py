@@ -15,7 +15,7 @@ from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.checkpoints.workdir import check_workdir
 from gidd_jax.cli import nearest
 from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
-from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import InputError, RunError
 from gidd_jax.evaluation.reports import NOTES, table, write_report, written
 from gidd_jax.own_process import PAPER_IDS, read_source
@@ -97,7 +97,7 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
 
 def unigram_baseline(settings: Settings) -> float:
     """Return the bits per byte of the unigram model on what the runs are validated on."""
-    tokenizer, train = load_tokenizer(settings.data.tokenizer), settings.train
+    tokenizer, train = run_tokenizer(settings.data), settings.train
     data = (settings.data, tokenizer, settings.model.max_seq_len)
     validation = validation_batches(*data, train.batch_size, max_batches=train.eval_batches)
     return unigram_bits_per_byte(*data, validation)

@@ -24,7 +24,7 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 from gidd_jax.cli import nearest
 from gidd_jax.errors import InputError
 from gidd_jax.inference.gidd import Gidd
-from gidd_jax.inference.prompts import begin_id
+from gidd_jax.inference.prompts import begin_id, end_id
 from gidd_jax.sampling.estimators import check_estimator
 from gidd_jax.sampling.options import EstimatorOptions, SamplerOptions, changed_options
 
@@ -84,6 +84,7 @@ class HarnessModel(TemplateLM):
         self.model = Gidd.from_pretrained(
             str(checkpoint), ema=ema, allow_code=allow_code, process=process
         )
+        end_id(self.model.tokenizer)  # tasks have texts of any length
         if chosen.get("estimator", "bound") == "bound":
             chosen.setdefault("num_samples_t", 32)
         self.estimator = changed_options(EstimatorOptions(), chosen)
@@ -98,7 +99,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.model.tokenizer.eos_id
+        return end_id(self.model.tokenizer)
 
     @property
     def prefix_token_id(self) -> int:

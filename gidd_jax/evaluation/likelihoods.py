@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gidd_jax.data import rows
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import scoring
 from gidd_jax.evaluation.corpora import CorpusRows
@@ -39,13 +38,15 @@ class Estimates(NamedTuple):
 def estimate_rows(
     model: Gidd, corpus: CorpusRows, options: EstimatorOptions, *, batch_size: int, seed: int
 ) -> Estimates:
-    """Estimate log p of every row as it stands, with its padding given."""
+    """Estimate log p of every row as it stands, with its padding and what it marks given."""
     start = time.perf_counter()
     parts = [
-        rows.pad(ids, model.max_seq_len, model.tokenizer.pad_id)
-        for ids in (corpus.ids[i] for i in range(len(corpus.ids)))
+        corpus.padded(number, model.max_seq_len, model.tokenizer.pad_id)
+        for number in range(len(corpus.ids))
     ]
-    ids, mask = (np.stack([part[key] for part in parts]) for key in ("tokens", "mask"))
+    names = ("tokens", "mask", "given")
+    ids, mask, given = (np.stack([part[name] for part in parts]) for name in names)
+    mask &= ~given
     whole = Rows(ids, mask, np.full(len(ids), ids.shape[1], np.int32))
     by_token, _ = scores.log_likelihood_draws(model, whole, options, batch_size, seed)
     draws = by_token.sum(axis=-1, dtype=np.float64)

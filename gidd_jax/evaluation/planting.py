@@ -50,6 +50,10 @@ def judged_rows(corpus: CorpusRows, ordinary: np.ndarray, pad_id: int) -> Rows:
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row
     within = np.arange(ids.shape[1]) < lengths[:, None]
+    if corpus.given is not None:
+        within &= ~np.stack(
+            [corpus.padded(n, ids.shape[1], pad_id)["given"] for n in range(len(ids))]
+        )
     judged = within & np.isin(ids, ordinary)
     if not judged.any():
         raise InputError(

@@ -167,7 +167,7 @@ class TorchScorer:
         num_ids = model.get_input_embeddings().num_embeddings
         # The tokenizer may have been given a pad token that the model lacks.
         pad_id, eos_id = self.tokenizer.pad_id, self.tokenizer.eos_id
-        self.pad_id = pad_id if pad_id < num_ids else eos_id
+        self.pad_id = pad_id if pad_id < num_ids or eos_id is None else eos_id
 
     def score(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         output = self._run(ids, lengths)

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from gidd_jax.data import rows
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation.corpora import CorpusRows
@@ -76,11 +75,10 @@ def score_rows(
     for number in tqdm(own, label, disable=None, unit="batch", leave=False):
         numbers = np.arange(number * size, (number + 1) * size)
         real = np.minimum(numbers, num_rows - 1)  # the last batch is filled up, and cut below
-        batch = [
-            rows.pad(corpus.ids[int(i)], model.max_seq_len, model.tokenizer.pad_id) for i in real
-        ]
-        tokens, mask = (np.stack([row[key] for row in batch]) for key in ("tokens", "mask"))
-        row_arrays = (row_keys(keys[1], jnp.asarray(numbers)), original[real], tokens, mask)
+        pad_id = model.tokenizer.pad_id
+        batch = [corpus.padded(int(i), model.max_seq_len, pad_id) for i in real]
+        stacked = [np.stack([row[key] for row in batch]) for key in ("tokens", "mask", "given")]
+        row_arrays = (row_keys(keys[1], jnp.asarray(numbers)), original[real], *stacked)
         arrays = (jax.device_put(times[:, real], by_draw), *jax.device_put(row_arrays, by_row))
         with activate(mesh):
             part = _score(
@@ -89,6 +87,7 @@ def score_rows(
                 network=model.network,
                 process=model.process,
                 keep_padding_columns=model.keep_padding_columns,
+                has_givens=corpus.given is not None,
             )
         parts.append(jax.tree.map(np.asarray, part))
     parts = gather_batches(parts)
@@ -107,7 +106,9 @@ def _times(
     return np.asarray(times), np.asarray(sample_times(process, original_key, 1, num_rows)[0])
 
 
-@functools.partial(jax.jit, static_argnames=("network", "process", "keep_padding_columns"))
+@functools.partial(
+    jax.jit, static_argnames=("network", "process", "keep_padding_columns", "has_givens")
+)
 def _score(
     params: Any,
     times: jax.Array,
@@ -115,10 +116,12 @@ def _score(
     original_times: jax.Array,
     tokens: jax.Array,
     mask: jax.Array,
+    given: jax.Array,
     *,
     network: Any,
     process: InterpolatingProcess | None,
     keep_padding_columns: bool,
+    has_givens: bool,
 ) -> RowBounds:
     def apply(*inputs: jax.Array) -> jax.Array:
         return network.apply({"params": params}, *inputs)
@@ -134,6 +137,7 @@ def _score(
         tokens,
         mask,
         keep_padding_columns=keep_padding_columns,
+        given=given if has_givens else None,
     )
 
 

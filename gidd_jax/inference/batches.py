@@ -54,3 +54,16 @@ def _split_rows(
             part.lengths if rows.is_ragged else None,
         )
         yield Batch(params, *jax.device_put(arrays, sharding.batch_sharding(mesh)))
+
+
+def check_numbers(*arrays: np.ndarray) -> None:
+    """Raise InputError unless all that the network said is finite."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        problem = "the network's output is not a number: its parameters are damaged"
+        raise InputError(f"{problem}, use an older checkpoint")
+
+
+def check_trace(trace: bool) -> None:
+    """Raise InputError for a trace over several processes."""
+    if trace and jax.process_count() > 1:
+        raise InputError("a trace needs one process: leave out --distributed, or the trace")

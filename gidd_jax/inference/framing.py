@@ -4,13 +4,15 @@ A model that was trained on padded rows has never seen one that simply ends: a t
 context is followed by the token that ends it and by padding that the network sees. A model trained
 on packed rows saw full ones alone: its short rows end where the text ends, and hidden padding
 brings them to one of a few widths, so that prompts of many lengths share compiled programs. What
-was added is not returned.
+was added is not returned. To rows without a frame, which are full, nothing is added.
 """
 
 import numpy as np
 
+from gidd_jax.data.rows import NO_FRAME
 from gidd_jax.data.tokenizer import Tokenizer
-from gidd_jax.inference.prompts import Rows, bucket
+from gidd_jax.errors import InputError
+from gidd_jax.inference.prompts import Rows, bucket, end_id
 from gidd_jax.sampling.options import SamplerOptions
 from gidd_jax.sampling.trace import Changes, Trace, join_changes, make_trace
 
@@ -22,14 +24,22 @@ def framed(rows: Rows, tokenizer: Tokenizer, mode: str, context: int, *, ends: b
     """Return the rows as rows of `mode` are.
 
     ends: a row that is shorter than the context is a whole text, which the end token follows.
+    Raises InputError for rows of another length where training had no frame to fill them up with.
     """
+    if mode == NO_FRAME:
+        for number, length in enumerate(rows.lengths, start=1):
+            if length != context:
+                raise InputError(
+                    f"row {number} has {length} tokens: a model of rows without a frame "
+                    f"(data.frame=none) knows rows of {context} tokens alone"
+                )
     if mode not in PADDED:
         return rows
     wide = widened(rows, tokenizer, context)
     place = np.arange(context)[None]
     ids = np.where(place < rows.lengths[:, None], wide.ids, tokenizer.pad_id)
     if ends:
-        ids = np.where(place == rows.lengths[:, None], tokenizer.eos_id, ids)
+        ids = np.where(place == rows.lengths[:, None], end_id(tokenizer), ids)
     return Rows(ids.astype(np.int32), wide.free, np.full(len(ids), context, np.int32))
 
 

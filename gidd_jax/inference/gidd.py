@@ -19,10 +19,11 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from gidd_jax.data.rows import NO_FRAME
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.inference import programs, scores
-from gidd_jax.inference.batches import by_batches
+from gidd_jax.inference.batches import by_batches, check_numbers, check_trace
 from gidd_jax.inference.framing import framed, scheduled_tokens, trace_of, unframed, widened
 from gidd_jax.inference.programs import Batch, SpecialIds
 from gidd_jax.inference.prompts import (
@@ -142,13 +143,13 @@ class Gidd:
             rows = empty_rows(self.tokenizer, count, length, begin=self.process is None)
         else:
             check_some(prompts, "prompts")
-            rows = continuations(self.tokenizer, prompts, length, new_tokens)
+            rows = continuations(self.tokenizer, prompts, length, new_tokens, begin=self._begins)
         options = changed_options(options or SamplerOptions(), changes)
         return self._draw(rows, batch_size, seed, options, trace)
 
     def infill(
         self,
-        texts: Sequence[Sequence[Piece]],
+        texts: Sequence[Sequence[Piece]] | np.ndarray,
         *,
         batch_size: int = 16,
         seed: int = 0,
@@ -158,13 +159,14 @@ class Gidd:
     ) -> Samples:
         """Fill gaps in texts: each is a list of pieces, texts and numbers of tokens to generate.
 
-        Other arguments as in `generate`. Raises InputError for autoregressive models, and for
-        texts without gaps or longer than the context.
+        texts: also token ids int [N, L], -1 where one is to be generated. Other arguments as in
+        `generate`. Raises InputError for autoregressive models, and for texts without gaps or
+        longer than the context.
         """
         if self.process is None:
             raise InputError("infilling needs a diffusion model: this one is autoregressive")
         check_some(texts, "texts")
-        rows = infillings(self.tokenizer, texts, self.max_seq_len)
+        rows = infillings(self.tokenizer, texts, self.max_seq_len, begin=self._begins)
         options = changed_options(options or SamplerOptions(), changes)
         return self._draw(rows, batch_size, seed, options, trace)
 
@@ -190,9 +192,10 @@ class Gidd:
         check_some(texts, "texts")
         settings = changed_options(options or CorrectionOptions(), changes)
         check_correction(self.process, settings)
-        given = isinstance(texts, Rows)
-        rows = texts if given else whole_texts(self.tokenizer, texts, self.max_seq_len)
-        _check_trace(trace)
+        rows = texts
+        if not isinstance(texts, Rows):
+            rows = whole_texts(self.tokenizer, texts, self.max_seq_len, begin=self._begins)
+        check_trace(trace)
         traced = []
 
         def corrected(batch: Batch) -> Correction:
@@ -207,7 +210,7 @@ class Gidd:
         parts = by_batches(corrected, self.params, whole_rows, batch_size, seed)
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
-        _check_numbers(result.initial_accuracy, result.final_accuracy)
+        check_numbers(result.initial_accuracy, result.final_accuracy)
         ids = unframed(result.ids, rows, self.tokenizer)
         texts_out = self._revised(texts, rows, ids)
         fields = result._asdict() | {"ids": ids, "texts": texts_out, "network_calls": calls}
@@ -240,10 +243,10 @@ class Gidd:
         settings = changed_options(options or SuspicionOptions(), changes)
         check_suspicion(self.process, settings)
         given = isinstance(texts, Rows)
-        rows = texts if given else scored_texts(self.tokenizer, texts, None, self.max_seq_len)
+        rows = texts if given else self._scored(texts, None)
         whole_rows = self._framed(rows, ends=ends)
         found, calls = scores.suspicion(self, whole_rows, settings, batch_size)
-        _check_numbers(found[0])
+        check_numbers(found[0])
         texts_out = self._decode_rows(rows.ids, rows)
         if not given:
             pairs = zip(texts, texts_out, strict=True)
@@ -273,11 +276,11 @@ class Gidd:
         check_some(texts, "texts")
         settings = changed_options(options or EstimatorOptions(), changes)
         check_estimator(self.process, settings)
-        rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
+        rows = self._scored(texts, prompts)
         by_token, calls = scores.log_likelihood_draws(
             self, self._framed(rows), settings, batch_size, seed
         )
-        _check_numbers(by_token)
+        check_numbers(by_token)
         draws = by_token.sum(axis=-1, dtype=np.float64)
         mean = by_token[..., : rows.ids.shape[1]].mean(axis=0)
         return Likelihoods(rows.ids, log_mean_exp(draws), mean, rows.free.sum(axis=-1), calls)
@@ -295,7 +298,7 @@ class Gidd:
         token. Raises InputError like `log_likelihood`, and for diffusion without such a start.
         """
         check_some(texts, "texts")
-        rows = scored_texts(self.tokenizer, texts, prompts, self.max_seq_len)
+        rows = self._scored(texts, prompts)
         found = np.zeros(len(rows.ids), bool)
         for numbers, part in by_width(self._framed(rows)):
             run = functools.partial(
@@ -305,9 +308,16 @@ class Gidd:
                 special=self._special_ids,
             )
             parts = by_batches(run, self.params, part, batch_size, seed=0)
-            _check_numbers(*(np.where(part.is_broken, np.nan, 0.0) for part in parts))
+            check_numbers(*(np.where(part.is_broken, np.nan, 0.0) for part in parts))
             found[numbers] = np.concatenate([part.matches for part in parts])[: len(numbers)]
         return found
+
+    @property
+    def _begins(self) -> bool:  # with a token of the frame
+        return self.row_mode != NO_FRAME
+
+    def _scored(self, texts: Sequence[Text], prompts: Sequence[Text] | None) -> Rows:
+        return scored_texts(self.tokenizer, texts, prompts, self.max_seq_len, begin=self._begins)
 
     def _framed(self, rows: Rows, *, ends: bool = True) -> Rows:
         if self.process is None:  # no token sees those after it
@@ -336,8 +346,8 @@ class Gidd:
     def _draw(
         self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
     ) -> Samples:
-        _check_trace(trace)
-        check_guidance(rows, options)
+        check_trace(trace)
+        check_guidance(rows, options, begin=self._begins)
         traced = []
 
         whole_rows = self._framed(rows)
@@ -367,7 +377,7 @@ class Gidd:
             np.concatenate([getattr(part, name) for part in parts])[: len(rows.ids)]
             for name in ("ids", "log_probs", "drawn_at", "stopped_at")
         )
-        _check_numbers(log_probs)
+        check_numbers(log_probs)
         ids = unframed(ids, rows, self.tokenizer)
         log_probs, drawn_at = (leaf[:, : ids.shape[1]] for leaf in (log_probs, drawn_at))
         texts, noted = self._decode_rows(ids, rows), None
@@ -383,17 +393,5 @@ class Gidd:
             self.tokenizer.mask_id,
             # An imported model may lack the last tokens of its tokenizer, or have more rows.
             min(self.tokenizer.vocab_size, self.network.vocab_size),
+            self._begins,
         )
-
-
-def _check_numbers(*arrays: np.ndarray) -> None:
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise InputError(
-            "the network's output is not a number: its parameters are damaged, use an older "
-            "checkpoint"
-        )
-
-
-def _check_trace(trace: bool) -> None:
-    if trace and jax.process_count() > 1:
-        raise InputError("a trace needs one process: leave out --distributed, or the trace")

@@ -35,12 +35,14 @@ class Batch(NamedTuple):
 
 
 class SpecialIds(NamedTuple):
-    """Ids with a role, and the number of ids that the model and its tokenizer share."""
+    """Ids with a role, and the number of ids that the model and its tokenizer share; is_framed:
+    whether rows have a frame of such tokens."""
 
-    eos: int
+    eos: int | None
     pad: int
     mask: int
     vocab_size: int
+    is_framed: bool = True
 
     @property
     def excluded(self) -> tuple[int, ...]:
@@ -127,8 +129,10 @@ def diffusion(
     """Return the rows with their free tokens drawn by diffusion."""
     features, project = halves(network, process, batch)
     length = batch.ids.shape[1]
-    is_text = ~jnp.isin(batch.ids, jnp.asarray((special.eos, special.pad)))  # not of the frame
-    is_text &= (jnp.arange(length) > 0)[None]
+    is_text = jnp.ones_like(batch.free)
+    if special.is_framed:
+        is_text = ~jnp.isin(batch.ids, jnp.asarray((special.eos, special.pad)))
+        is_text &= (jnp.arange(length) > 0)[None]
     prompt = Prompt(batch.ids, batch.free, within(batch), ~batch.free & is_text)
     return sample_diffusion(
         process, features, options, batch.keys, length, prompt, num_free, trace, project
@@ -144,6 +148,7 @@ def autoregressive(
     options: SamplerOptions,
 ) -> Drawn:
     """Return the rows with their free tokens drawn from left to right."""
+    assert special.eos is not None
     params, keys, ids, free, _ = batch  # padding comes last: no token before it sees it
 
     def decode(token: jax.Array, cache: Any, position: jax.Array) -> Any:

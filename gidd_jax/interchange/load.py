@@ -156,5 +156,5 @@ def _from_checkpoint(
         tokenizer=tokenizer,
         process=objective.process,
         keep_padding_columns=settings.model.keep_padding_columns,
-        row_mode=settings.data.mode,
+        row_mode=settings.data.row_mode,
     )

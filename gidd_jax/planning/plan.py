@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.hardware import find_chip
 from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
 from gidd_jax.parallel import sharding
@@ -133,7 +133,7 @@ def make_plan(settings: Settings, name: str) -> Plan:
     Needs as many devices as `set_devices` makes. Raises InputError for what the run would refuse:
     a mesh that does not fit the devices, a batch that does not split.
     """
-    tokenizer = load_tokenizer(settings.data.tokenizer)
+    tokenizer = run_tokenizer(settings.data)
     return plan_for(settings, name, tokenizer.vocab_size, tokenizer.mask_id)
 
 

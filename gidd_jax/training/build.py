@@ -64,7 +64,7 @@ def build_objective(
 ) -> Objective:
     """Return what the network is trained on; `own` as in `build_process`."""
     return Objective(
-        model=build_model(settings.model, vocab_size, settings.data.givens > 0),
+        model=build_model(settings.model, vocab_size, settings.data.has_givens),
         process=build_process(settings.process, vocab_size, mask_id, own),
         weighting=settings.train.weighting,
         min_weight=settings.train.min_weight,

@@ -9,13 +9,18 @@ import jax
 import jax.numpy as jnp
 
 
-def draw_givens(key: jax.Array, mask: jax.Array, share: float) -> jax.Array:
+def draw_givens(
+    key: jax.Array, mask: jax.Array, share: float, marked: jax.Array | None = None
+) -> jax.Array:
     """Return which positions are given, bool [B, L]: some in a `share` of the rows.
 
     mask bool [B, L]: the real tokens. Of the rows with givens a third each gives a beginning, all
     but a span, and scattered tokens; how many is uniform, and at least one token stays free. The
-    latter two give all padding as well.
+    latter two give all padding as well. marked bool [B, L]: tokens that are given in any case; the
+    draws are among the others.
     """
+    if marked is not None:
+        return marked | draw_givens(key, mask & ~marked, share)
     keys = jax.random.split(key, 5)
     rows, length = mask.shape
     place = jnp.arange(length)[None]

@@ -19,8 +19,9 @@ from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
 from gidd_jax.checkpoints.same_tokenizer import check_same_tokenizer
 from gidd_jax.checkpoints.storage import is_remote, run_folder
 from gidd_jax.checkpoints.workdir import agree, lock_workdir, open_workdir
+from gidd_jax.data.arrays import with_marks
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
-from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.likelihood import perplexity
 from gidd_jax.parallel import sharding
@@ -62,6 +63,7 @@ def train(
     InputError for bad input before anything is written, DivergenceError when a loss or a gradient
     is not finite.
     """
+    settings = with_marks(settings)
     own = agree(workdir, settings, allow_config_change=allow_config_change, allow_code=allow_code)
     if profile and is_remote(workdir):
         raise InputError(f"--profile needs a local --workdir: {workdir}")
@@ -69,7 +71,7 @@ def train(
         check_wandb()
     num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
     seq_len = settings.model.max_seq_len
-    tokenizer = load_tokenizer(settings.data.tokenizer)
+    tokenizer = run_tokenizer(settings.data)
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     optimizer = make_optimizer(settings.optimizer, num_steps)
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)

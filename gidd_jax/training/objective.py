@@ -16,7 +16,8 @@ from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
 from gidd_jax.training.givens import draw_givens
 
 Params = Any
-Batch = Mapping[str, jax.Array]  # tokens int32 [B, L], mask bool [B, L] (False on padding)
+# tokens int32 [B, L], mask bool [B, L] (False on padding); given bool [B, L], where rows mark some
+Batch = Mapping[str, jax.Array]
 
 
 class Noised(NamedTuple):
@@ -52,20 +53,28 @@ class Objective:
         """Return the network's logits."""
         return self.model.apply({"params": params}, *inputs)  # pyright: ignore[reportReturnType]
 
-    def noise(self, key: jax.Array, x: jax.Array, mask: jax.Array | None = None) -> Noised:
+    def noise(
+        self,
+        key: jax.Array,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        marked: jax.Array | None = None,
+    ) -> Noised:
         """Draw a time per sequence and noisy tokens for the whole (global) batch.
 
-        mask bool [B, L]: the real tokens, of which training gives some if it is told to; None:
-        nothing is given.
+        mask bool [B, L]: the real tokens, of which training gives some if it is told to; None: none
+        is drawn. marked bool [B, L]: tokens that are given in any case; None: none.
         """
         if self.process is None:
             return Noised(z_t=x, t=jnp.zeros(x.shape[0], jnp.float32))
         t_key, z_key = jax.random.split(key)
         t = self.process.sample_t(t_key, x.shape[0], self.stratified)
         z_t = self.process.sample(z_key, x, t)
-        if mask is None or self.givens == 0:
+        given = marked
+        if mask is not None and self.givens > 0:
+            given = draw_givens(jax.random.fold_in(key, 1), mask, self.givens, marked)
+        if given is None:
             return Noised(z_t, t)
-        given = draw_givens(jax.random.fold_in(key, 1), mask, self.givens)
         return Noised(jnp.where(given, x, z_t), t, given)
 
     def losses(self, params: Params, x: jax.Array, noised: Noised) -> GiddLoss:

@@ -105,7 +105,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Make one update; its random numbers depend on the run's key and the step alone."""
     key = jax.random.fold_in(run_key, state.step)
-    noised = objective.noise(key, batch["tokens"], batch["mask"])
+    noised = objective.noise(key, batch["tokens"], batch["mask"], batch.get("given"))
     return update(objective, optimizer, ema_decay, micro_batches, state, batch, noised)
 
 
@@ -134,8 +134,11 @@ def update(
 def evaluation_step(
     objective: Objective, params: Params, batch: Batch, key: jax.Array
 ) -> dict[str, jax.Array]:
-    """Return sums over the real tokens of a batch: bound and its terms in nats, training loss."""
-    x, mask = batch["tokens"], batch["mask"]
+    """Return sums over the real tokens of a batch: bound and its terms in nats, training loss.
+
+    What the rows mark as given is known, and does not count.
+    """
+    x, mask, marked = batch["tokens"], batch["mask"], batch.get("given")
     loss_key, bound_key = jax.random.split(key)
     if objective.process is None:
         bound = autoregressive_nelbo(lambda ids: objective.apply(params, ids), x)
@@ -148,9 +151,10 @@ def evaluation_step(
             bound_key,
             x,
             keep_padding_columns=objective.keep_padding_columns,
+            given=marked,
         )
-        real = mask
-        loss = objective.losses(params, x, objective.noise(loss_key, x)).loss
+        real = objective.metric_mask(mask, marked)
+        loss = objective.losses(params, x, objective.noise(loss_key, x, marked=marked)).loss
     sums = {
         "loss": loss,
         "nelbo": bound.total,

@@ -45,6 +45,8 @@ def batches(tokenizer, path, index=0, count=1, validation="last:2") -> TrainBatc
         mode="padded",
         num_workers=0,
         givens=0.0,
+        frame="ends",
+        marked=False,
     )
     return TrainBatches(settings, tokenizer, SEQ_LEN, 4, 1, index, count)
 

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from tiny_corpus import TEXTS, first_batches, settings, write_jsonl
 
-from gidd_jax.data import pipeline, rows
+from gidd_jax.data import rows, sources
 from gidd_jax.data.build_assets import split_chapters
 from gidd_jax.data.corpus import list_files
 from gidd_jax.data.pipeline import TrainBatches, unigram_bits_per_byte, validation_batches
@@ -40,7 +40,7 @@ def assert_same(left, right):
 def source(request, monkeypatch):
     """Both ways of reading: tokenised at the start, and text too large for that."""
     if request.param == "on_the_fly":
-        monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 1000)
+        monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 1000)
     return request.param
 
 
@@ -129,7 +129,7 @@ def test_resumes_in_the_middle_of_an_epoch_on_other_processes(tmp_path, tokenize
 def test_resumes_on_the_fly_and_with_workers(tmp_path, tokenizer, monkeypatch):
     config = settings(write_jsonl(tmp_path / "a.jsonl"))
     expected = first_batches(TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1), 9)
-    monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 1000)
     train = TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1)
     train.set_state({"global_next_index": 12})
     assert_same(first_batches(train, 6), expected[3:])
@@ -158,7 +158,7 @@ def test_share_of_padding(tmp_path, tokenizer, monkeypatch):
     assert set(order) <= set(kept)
     assert share == pytest.approx(1 - np.mean(order) / SEQ_LEN)
     assert 0 < share < 1
-    monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 1000)  # tokenised when it is read
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 1000)  # tokenised when it is read
     assert TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1).padding_share() == share
 
 
@@ -178,7 +178,7 @@ def test_bad_batches(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(InputError, match="not of the form"):
         TrainBatches(settings(path), tokenizer, SEQ_LEN, 8, 0).set_state({"next_index": 3})
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
-    monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 1000)
     with pytest.raises(InputError, match="prepare_data"):
         TrainBatches(settings(path, mode="packed"), tokenizer, SEQ_LEN, 8, 0)
     with pytest.raises(InputError, match="prepare_data"):
@@ -187,7 +187,7 @@ def test_bad_batches(tmp_path, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("line", ["{broken", '{"text": null}'])
 def test_a_bad_document_of_a_large_corpus_is_named_at_once(tmp_path, tokenizer, monkeypatch, line):
-    monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 100)
     file = tmp_path / "a.jsonl"
     write_jsonl(file)
     file.write_text(file.read_text() + f"{line}\n" + '{"text": "end"}\n')

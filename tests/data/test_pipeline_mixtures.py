@@ -7,7 +7,7 @@ import grain
 import numpy as np
 import pytest
 
-from gidd_jax.data import pipeline, rows
+from gidd_jax.data import rows, sources
 from gidd_jax.data.corpus import open_corpus
 from gidd_jax.data.pipeline import TrainBatches, unigram_bits_per_byte, validation_batches
 from gidd_jax.data.preparation import prepare
@@ -61,6 +61,8 @@ def settings(path: str, **changes) -> DataSettings:
         "mode": "padded",
         "num_workers": 0,
         "givens": 0.0,
+        "frame": "ends",
+        "marked": False,
     }
     return DataSettings(**{**values, **changes})
 
@@ -186,7 +188,7 @@ def test_resumes_on_another_number_of_processes(folder, tokenizer, second):
 def test_resumes_from_any_position(folder, tokenizer, monkeypatch):
     config = settings(mixture(folder, "shards"))
     expected = take(TrainBatches(config, tokenizer, SEQ_LEN, 4, seed=1), 16)
-    monkeypatch.setattr(pipeline, "MAX_TEXT_BYTES", 10)  # and where texts are tokenised when read
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 10)  # and where texts are tokenised when read
     train = TrainBatches(config, tokenizer, SEQ_LEN, 2, 1, 1, 2)
     for position in range(0, 56, 5):
         train.set_state({"global_next_index": position})

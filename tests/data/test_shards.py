@@ -27,6 +27,8 @@ def settings(path, mode="padded") -> DataSettings:
         mode=mode,
         num_workers=0,
         givens=0.0,
+        frame="ends",
+        marked=False,
     )
 
 

@@ -11,12 +11,17 @@ from tiny_checkpoint import tiny_model, write_checkpoint
 from tiny_run import tiny_settings
 
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation.corpora import open_corpora
+from gidd_jax.evaluation.likelihoods import score_corpus
 from gidd_jax.inference.gidd import Gidd
+from gidd_jax.likelihood import nelbo
 from gidd_jax.models.dit import DiT
 from gidd_jax.process import HybridProcess
+from gidd_jax.sampling.options import EstimatorOptions
 from gidd_jax.training.givens import draw_givens
+from gidd_jax.training.loop import train
 from gidd_jax.training.objective import Objective
-from gidd_jax.training.step import loss_and_grads
+from gidd_jax.training.step import evaluation_step, loss_and_grads
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -95,6 +100,100 @@ def test_given_tokens_stay_clean_at_time_0_and_have_no_loss():
     halves, again = jax.jit(lambda p: loss_and_grads(what, p, batch, noised, 2))(params)
     np.testing.assert_allclose(again["loss"], metrics["loss"], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, halves)
+
+
+def test_marked_tokens_are_given_in_every_row_and_draws_are_among_the_others():
+    batch = toy_batch()
+    marked = np.random.default_rng(1).random((8, 12)) < 0.4
+    marked[:, 4] = False
+    what = dit_objective(0.0)
+    noised = what.noise(jax.random.key(3), batch["tokens"], batch["mask"], jnp.asarray(marked))
+    np.testing.assert_array_equal(noised.given, marked)
+    np.testing.assert_array_equal(noised.z_t[marked], batch["tokens"][marked])
+    np.testing.assert_array_equal(noised.times[marked], 0)
+    # The rest is what it is without marks.
+    plain = what.noise(jax.random.key(3), batch["tokens"], batch["mask"])
+    np.testing.assert_array_equal(noised.z_t[~marked], plain.z_t[~marked])
+    both = dit_objective(1.0).noise(
+        jax.random.key(3), batch["tokens"], batch["mask"], jnp.asarray(marked)
+    )
+    given = np.asarray(both.given)
+    assert given[marked].all()
+    assert (given & ~marked & np.asarray(batch["mask"])).any()
+    assert not given[np.asarray(batch["mask"])].all()
+
+
+def test_marked_tokens_have_no_loss_in_training_and_no_bound_in_validation():
+    """The same sums by hand, over what is neither padding nor marked."""
+    what, batch = dit_objective(0.0), toy_batch()
+    marked = np.random.default_rng(1).random((8, 12)) < 0.4
+    marked[:, 4] = False
+    batch["given"] = jnp.asarray(marked)
+    counted = np.asarray(batch["mask"]) & ~marked
+    x = batch["tokens"]
+    params = nn.unbox(what.model.init(jax.random.key(0), x, jnp.zeros(8)))["params"]
+    params = jax.tree.map(lambda a: a + 0.1, params)
+    noised = what.noise(jax.random.key(3), x, batch["mask"], batch["given"])
+    _, metrics = loss_and_grads(what, params, batch, noised, 1)
+    by_token = np.asarray(what.losses(params, x, noised).loss)
+    np.testing.assert_allclose(metrics["loss"], by_token[counted].mean(), rtol=1e-4)
+
+    sums = evaluation_step(what, params, batch, jax.random.key(5))
+    loss_key, bound_key = jax.random.split(jax.random.key(5))
+    bound = nelbo(
+        what.process,
+        lambda z, t: what.apply(params, z, t),
+        bound_key,
+        x,
+        given=batch["given"],
+    )
+    np.testing.assert_array_equal(np.asarray(bound.total)[marked], 0)
+    again = what.losses(params, x, what.noise(loss_key, x, marked=batch["given"])).loss
+    assert int(sums["tokens"]) == counted.sum()
+    np.testing.assert_allclose(sums["nelbo"], np.asarray(bound.total)[counted].sum(), rtol=1e-4)
+    np.testing.assert_allclose(sums["loss"], np.asarray(again)[counted].sum(), rtol=1e-4)
+
+
+def test_a_run_on_marked_arrays_goes_on_and_fills_in(tmp_path):
+    """Rows whose second half repeats the first, which is given: a few steps learn to copy."""
+    ids = np.random.default_rng(0).integers(0, 3, (64, 4))
+    given = np.broadcast_to(np.arange(8) < 4, (64, 8))
+    np.savez(tmp_path / "rows.npz", ids=np.concatenate([ids, ids], axis=1), given=given)
+    changes = {
+        "data.path": str(tmp_path / "rows.npz"),
+        "data.tokenizer": "ids:3",
+        "data.frame": "none",
+        "data.validation": "last:16",
+        "model.max_seq_len": 8,
+        "train.num_steps": 60,
+        "train.batch_size": 16,
+        "checkpoint.every": 40,
+        "optimizer.learning_rate": 1e-2,
+    }
+    half = tiny_settings(tmp_path, **{**changes, "train.num_steps": 40})
+    train(half, tmp_path / "run")
+    figures = train(tiny_settings(tmp_path, **changes), tmp_path / "run")
+    assert figures["nelbo"] < np.log(3)
+    model = Gidd.from_pretrained(tmp_path / "run")
+    assert (model.row_mode, model.network.position_times) == ("none", True)
+    puzzles = np.concatenate([ids[:8], np.full((8, 4), -1)], axis=1)
+    filled = model.infill(puzzles, num_steps=8).ids
+    np.testing.assert_array_equal(filled[:, :4], ids[:8])
+    (name, split, corpus), *_ = open_corpora(
+        model, str(tmp_path / "run"), None, None, max_documents=None, text_key=None,
+        txt_documents=None,
+    )  # fmt: skip
+    assert (name, split) == (str(tmp_path / "rows.npz"), "validation")
+    options = EstimatorOptions(num_samples_t=2)
+    common = {"batch_size": 8, "seed": 0, "num_resamples": 10, "label": ""}
+    scored, nats, tokens = score_corpus(model, corpus, options, **common)
+    assert scored["tokens"] == tokens.sum() == 16 * 4
+    chain = EstimatorOptions(estimator="chain", num_orders=1)
+    assert score_corpus(model, corpus, chain, **common)[0]["tokens"] == 16 * 4
+    # The bound of the given half beside the free one would be there, too.
+    whole = corpus._replace(given=None)
+    assert score_corpus(model, whole, options, **common)[0]["tokens"] == 16 * 8
+    assert np.isfinite(nats).all()
 
 
 def test_without_givens_training_draws_what_it_drew_before():
