@@ -11,7 +11,7 @@ Examples:
   puzzles  by number of givens: share that is solved, mean number of cells wrong
   mending  of wrong cells of a first answer: touch P(changed | wrong), recover P(right after | wrong
            before), damage P(changed | right before). `while drawing`: from the first symbol that a
-           cell got to the last, by the sampler itself; `self_correct`: of the sampler's answer
+           cell got (maybe noise) to the last, by the sampler; `self_correct`: of its final answer
 --out writes the figures as JSON, which compare.py puts side by side. --replay writes a page that
 plays the hardest puzzles as the first of --methods fills them in.
 """
@@ -32,7 +32,7 @@ GIVENS = flags.DEFINE_list("givens", None, "Only puzzles with these numbers of g
 NUM_PUZZLES = flags.DEFINE_integer("num_puzzles", None, "Most puzzles of each.", lower_bound=1)
 NUM_GRIDS = flags.DEFINE_integer("num_grids", 256, "Grids without givens; 0: none.", lower_bound=0)
 NUM_STEPS = flags.DEFINE_integer(
-    "num_steps", None, "Most network calls. Default: the number of cells.", lower_bound=1
+    "num_steps", None, "Most network calls. Default: two a cell.", lower_bound=1
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Rows drawn together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of samples and bootstrap.", lower_bound=0)
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     form = layout_of(found.ids.shape[1])
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
     solving.check_model(model, CHECKPOINT.value, form)
-    methods = solving.methods_of(model, METHODS.value, NUM_STEPS.value or form.cells)
+    methods = solving.methods_of(model, METHODS.value, NUM_STEPS.value or 2 * form.cells)
     report = {
         "checkpoint": CHECKPOINT.value,
         "process": repr(model.process),

@@ -1,7 +1,8 @@
 """What a model makes of grids and puzzles, before and after self-correction.
 
-An answer is `first` when a cell gets a symbol for the first time, and final when the sampler is
-done: samplers that return to cells mend their own first answer. `correct` mends the final one.
+Samplers that return to cells mend their own first answer: the first symbol that each cell got. Some
+of these are noise that the sampler put there itself, which a trace cannot tell from its answers:
+what it replaces of that counts as mended, too. Self-correction mends the sampler's final answer.
 """
 
 import math
@@ -24,7 +25,7 @@ from gidd_jax.sampling.options import (
     SamplerOptions,
     changed_options,
 )
-from gidd_jax.sampling.schedule import check_options
+from gidd_jax.sampling.schedule import check_options, prior_mask
 from gidd_jax.sampling.trace import Trace
 
 DEFAULT = "ancestral,remdm_cap,adaptive,mode_seeking,entropy_bound:epsilon=0:edit_above=0.5"
@@ -59,13 +60,15 @@ def share_of(name: str, hits: np.ndarray) -> dict[str, Any]:
 
 
 def first_answers(trace: Trace) -> np.ndarray:
-    """Return the first symbol that each cell got, int [N, L], in calls or as noise of the start."""
+    """Return the first symbol that each cell got from a start of masks, int [N, L]."""
     changes = trace.changes
+    drawn = np.flatnonzero(changes.token != trace.mask_id)
+    cells = (
+        changes.sample[drawn].astype(np.int64) * changes.start.shape[1] + changes.position[drawn]
+    )
+    cells, earliest = np.unique(cells, return_index=True)  # changes are sorted by call
     first = changes.start.copy()
-    drawn = changes.token != trace.mask_id
-    places = (changes.sample[drawn], changes.position[drawn])
-    # In reverse, so that the earliest call is what stays.
-    first[places[0][::-1], places[1][::-1]] = changes.token[drawn][::-1]
+    first.ravel()[cells] = changes.token[drawn[earliest]]
     return first
 
 
@@ -161,19 +164,15 @@ def puzzle_figures(
         )
     parts = [some for _, some in by_givens(puzzles)]
     truth, given = (np.concatenate(leaves) for leaves in zip(*parts, strict=True))
-    answers = [np.concatenate(part) for part in (before, after, fixed)]
-    mending = [
-        {
-            "method": name,
-            "mended": how,
-            **repaired(one, other, truth, ~given, seed=seed).figures(),
-        }
-        for how, one, other in (
-            (WHILE_DRAWING, answers[0], answers[1]),
-            (SELF_CORRECT, answers[1], answers[2]),
-        )
+    first, final, mended = (np.concatenate(part) for part in (before, after, fixed))
+    ways = {SELF_CORRECT: (final, mended)}
+    assert model.process is not None
+    if prior_mask(model.process) > 0.5:  # else there is noise everywhere before the first answer
+        ways = {WHILE_DRAWING: (first, final), **ways}
+    return rows, [
+        {"method": name, "mended": how} | repaired(*answers, truth, ~given, seed=seed).figures()
+        for how, answers in ways.items()
     ]
-    return rows, mending
 
 
 def _solved(prefix: str, answers: np.ndarray, puzzles: Puzzles) -> dict[str, Any]:
