@@ -1,6 +1,7 @@
 """What is measured of answers, against models whose answers are planted; tables and commands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -258,3 +259,41 @@ def test_shares_are_written_with_intervals():
     assert tables.share({"a": 0.5, "a_interval": (0.4, 0.625)}, "a") == "50.0 % (40.0 to 62.5)"
     assert tables.share({"a": None, "a_interval": None}, "a") == "-"
     assert tables.share({"a": 0.5, "a_interval": None}, "a") == "50.0 %"
+
+
+@pytest.mark.slow
+def test_from_grids_to_tables(tmp_path: Path):
+    """Data, a short run, tables and a replay, as the commands of README.md."""
+    here, env = Path(solve.__file__).parent, {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def run(*command: str) -> str:
+        result = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, env=env
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run(f"{here / 'make_data.py'}", "--size=4", "--train=500", "--test=4", "--out=data")
+    data = [f"--config.data.path={tmp_path / 'data' / 'train.npz'}"]
+    data += ["--config.data.validation=last:64", "--config.train.num_steps=60"]
+    run("-m", "gidd_jax.train", "--config=sudoku:4", "--workdir=run", *data)
+    (tmp_path / "mine.txt").write_text("1.3.341221434321\n")
+    methods = "--methods=adaptive,entropy_bound:epsilon=0:edit_above=0.5"
+    flags = ["--checkpoint=run", methods, "--num_grids=8", "--batch_size=8"]
+    solver = str(here / "solve.py")
+    said = run(
+        solver, *flags, "--puzzles=data/test.npz", "--out=a.json", "--replay=a.html", "--givens=8,6"
+    )
+    assert "wrote a.json" in said
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [one["givens"] for one in report["solved"]] == [8, 6, 8, 6]
+    for one in report["grids"] + report["solved"]:
+        assert 1 <= one["calls"] <= 33
+    for one in report["solved"]:
+        assert 0 <= one["cells_wrong"] <= 16 - one["givens"]
+        assert one["corrected_cells_wrong"] <= 16 - one["givens"]  # givens stay
+    ways = [(one["method"], one["mended"]) for one in report["mending"]]
+    assert len(ways) == len(set(ways)) == 4
+    assert '"columns":4,"box":[2,2]' in (tmp_path / "a.html").read_text()
+    assert "mending" in run(str(here / "compare.py"), "--reports=a.json,a.json")
+    assert "puzzles" in run(solver, *flags[:1], "--methods=ancestral", "--puzzles=mine.txt")
