@@ -65,11 +65,11 @@ def main(argv: list[str]) -> None:
     found = solving.chosen(found, givens, NUM_PUZZLES.value)
     form = layout_of(found.ids.shape[1])
     model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
-    solving.check_model(model, CHECKPOINT.value, form)
+    process = solving.check_model(model, CHECKPOINT.value, form)
     methods = solving.methods_of(model, METHODS.value, NUM_STEPS.value or 2 * form.cells)
     report = {
         "checkpoint": CHECKPOINT.value,
-        "process": repr(model.process),
+        "process": solving.process_name(process),
         "puzzles": PUZZLES.value,
         "size": form.size,
         "seed": SEED.value,

@@ -5,6 +5,7 @@ of these are noise that the sampler put there itself, which a trace cannot tell 
 what it replaces of that counts as mended, too. Self-correction mends the sampler's final answer.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from gidd_jax.evaluation.sampler_laws import parse_methods
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.inference.prompts import Rows
 from gidd_jax.inference.samples import Samples
+from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.options import (
     READ_BY,
     CorrectionOptions,
@@ -33,8 +35,11 @@ _AXES = {"num_steps": "given by --num_steps"}
 WHILE_DRAWING, SELF_CORRECT = "while drawing", "self_correct"
 
 
-def check_model(model: Gidd, name: str, form: grids.Layout) -> None:
-    """Raise InputError unless the model (of --checkpoint=name) fills in grids of this layout."""
+def check_model(model: Gidd, name: str, form: grids.Layout) -> InterpolatingProcess:
+    """Return the process of a model (of --checkpoint=name) that fills in grids of this layout.
+
+    Raises InputError for other models.
+    """
     if model.process is None:
         raise InputError(f"--checkpoint={name} is autoregressive: only diffusion fills in puzzles")
     symbols = model.tokenizer.mask_id
@@ -43,6 +48,21 @@ def check_model(model: Gidd, name: str, form: grids.Layout) -> None:
             f"--checkpoint={name} has rows of {model.max_seq_len} tokens and {symbols} symbols, "
             f"the puzzles {form.cells} and {form.size}: train with --config=sudoku:{form.size}"
         )
+    return model.process
+
+
+def process_name(process: InterpolatingProcess) -> str:
+    """Return the name of a process with the fields that are not the default."""
+    if not dataclasses.is_dataclass(process):
+        return repr(process)
+    changed = [
+        f"{field.name}={getattr(process, field.name):g}"
+        for field in dataclasses.fields(process)
+        if field.name not in ("vocab_size", "mask_id")
+        and getattr(process, field.name) != field.default
+        and isinstance(getattr(process, field.name), float)
+    ]
+    return " ".join([type(process).__name__.removesuffix("Process"), *changed])
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

@@ -167,6 +167,19 @@ def test_methods_are_those_that_the_process_has(some):
         solving.methods_of(masked, "adaptive:num_steps=3", 32)
 
 
+def test_the_five_processes_of_the_study_have_names():
+    hybrid = [HybridProcess(MASK + 1, MASK, share) for share in (0.0, 0.1, 0.2)]
+    others = LogSnrProcess(MASK + 1, MASK, shift=1000.0), MaskedProcess(MASK + 1, MASK)
+    names = [solving.process_name(process) for process in (*hybrid, *others)]
+    assert names == [
+        "Hybrid p_uniform=0",
+        "Hybrid p_uniform=0.1",
+        "Hybrid p_uniform=0.2",
+        "LogSnr shift=1000",
+        "Masked",
+    ]
+
+
 def test_puzzles_are_chosen_by_givens(some):
     found = solving.chosen(some, [6], 4)
     assert found.given.sum(axis=1).tolist() == [6] * 4
