@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart demo study test test-slow torture lint format types docs constraints clean
+.PHONY: quickstart demo study sudoku sudoku-study test test-slow torture lint format types docs constraints clean
 
 quickstart: $(VENV)/.core  ## train, evaluate and sample a small model on the embedded corpus
 	$(BIN)/python -m gidd_jax.quickstart --workdir=outputs/quickstart
@@ -44,6 +44,36 @@ demo: $(RUN)/summary.json  ## sample, correct, evaluate, exchange and check the 
 # 9 runs of 600 steps, 3 to 4 minutes each on 2 cores. The same command goes on after a stop.
 study: $(VENV)/.core  ## the paper's ablation at a small size: uniform noise, weighting, seed
 	$(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/ablation.py --workdir=outputs/study
+
+# Two runs of a quarter of an hour each on 2 cores, and their tables. It goes on after a stop.
+SUDOKU := outputs/sudoku/6
+sudoku: $(SUDOKU)/test.npz  ## grids of 6 x 6 with and without uniform noise, self-corrected
+	for p in 0.0 0.2; do \
+	  $(BIN)/python -m gidd_jax.train --config=configs/sudoku.py:6 \
+	    --workdir=$(SUDOKU)/p_uniform=$$p --config.process.p_uniform=$$p || exit; \
+	  $(BIN)/python examples/sudoku/solve.py --checkpoint=$(SUDOKU)/p_uniform=$$p \
+	    --puzzles=$(SUDOKU)/test.npz --methods=adaptive,ancestral --num_puzzles=64 \
+	    --out=$(SUDOKU)/p_uniform=$$p.json --replay=$(SUDOKU)/p_uniform=$$p.html || exit; \
+	done
+	$(BIN)/python examples/sudoku/compare.py --out=$(SUDOKU)/table.txt \
+	  --reports=$(SUDOKU)/p_uniform=0.0.json,$(SUDOKU)/p_uniform=0.2.json
+
+# 15 runs of a quarter of an hour each on 2 cores, and their table. What is done stays.
+STUDY := outputs/sudoku/study
+sudoku-study: $(SUDOKU)/test.npz  ## five processes on 6 x 6, three seeds each, in one table
+	for part in hybrid uniform mdlm; do \
+	  $(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/sudoku.py:$$part \
+	    --workdir=$(STUDY)/$$part || exit; \
+	  for run in $(STUDY)/$$part/runs/*; do \
+	    test -f $$run/solved.json || $(BIN)/python examples/sudoku/solve.py --checkpoint=$$run \
+	      --puzzles=$(SUDOKU)/test.npz --out=$$run/solved.json || exit; \
+	  done; \
+	done
+	$(BIN)/python examples/sudoku/compare.py --out=$(STUDY)/table.txt \
+	  --reports='$(STUDY)/*/runs/*/solved.json'
+
+$(SUDOKU)/test.npz: $(VENV)/.core
+	$(BIN)/python examples/sudoku/make_data.py --size=6 --out=$(SUDOKU)
 
 $(RUN)/summary.json: $(VENV)/.core
 	$(BIN)/python -m gidd_jax.quickstart --workdir=$(RUN)

@@ -1,4 +1,4 @@
-"""Small Sudokus as texts: grids, a tokenizer, a run on them, and how many puzzles a model solves.
+"""Small Sudokus as texts: a tokenizer, a run on them, and how many puzzles a model solves.
 
 `python tests/sudoku.py WORKDIR` trains the model of `docs/sampling.md` (a quarter of an hour on two
 cores; it goes on where it was stopped) and prints its table.
@@ -17,50 +17,12 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-SIZE, BOX_ROWS, BOX_COLUMNS = 6, 2, 3
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "sudoku"))
+from grids import is_valid, random_grids
+
+SIZE = 6
 CELLS = SIZE * SIZE
 PUZZLES, CALLS = 128, 36
-
-
-def grids(count: int, seed: int) -> np.ndarray:
-    """Return valid grids of digits 0 to 5, int [count, 36]: random fillings by backtracking."""
-    rng = np.random.default_rng(seed)
-    return np.array([_grid(rng) for _ in range(count)])
-
-
-def _grid(rng: np.random.Generator) -> list[int]:
-    grid = [-1] * CELLS
-    rows, columns, boxes = ([set() for _ in range(SIZE)] for _ in range(3))
-
-    def fill(cell: int) -> bool:
-        if cell == CELLS:
-            return True
-        row, column = divmod(cell, SIZE)
-        box = row // BOX_ROWS * (SIZE // BOX_COLUMNS) + column // BOX_COLUMNS
-        units = rows[row], columns[column], boxes[box]
-        for digit in rng.permutation(SIZE).tolist():
-            if any(digit in unit for unit in units):
-                continue
-            grid[cell] = digit
-            for unit in units:
-                unit.add(digit)
-            if fill(cell + 1):
-                return True
-            for unit in units:
-                unit.remove(digit)
-        return False
-
-    fill(0)
-    return grid
-
-
-def is_valid(grid: np.ndarray) -> np.ndarray:
-    """Tell which grids [N, 36] have every digit once in each row, column and box, bool [N]."""
-    cube = grid.reshape(-1, SIZE, SIZE)
-    boxes = cube.reshape(-1, SIZE // BOX_ROWS, BOX_ROWS, SIZE // BOX_COLUMNS, BOX_COLUMNS)
-    boxes = boxes.transpose(0, 1, 3, 2, 4).reshape(-1, SIZE, SIZE)
-    units = np.concatenate([cube, cube.transpose(0, 2, 1), boxes], axis=1)
-    return (np.sort(units, axis=-1) == np.arange(SIZE)).all(axis=(1, 2))
 
 
 def texts(found: np.ndarray) -> list[str]:
@@ -70,7 +32,7 @@ def texts(found: np.ndarray) -> list[str]:
 def write_inputs(folder: Path, count: int) -> None:
     """Write a corpus of grids, one a line, and a tokenizer of digits."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "grids.txt").write_text("\n".join(texts(grids(count, seed=0))) + "\n")
+    (folder / "grids.txt").write_text("\n".join(texts(random_grids(SIZE, count, seed=0))) + "\n")
     vocab = {"[BOS]": 0, "[EOS]": 1, "[UNK]": 2} | {str(d + 1): d + 3 for d in range(SIZE)}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
@@ -117,7 +79,7 @@ def train(workdir: Path, **changes: object) -> Path:
 
 def solved(model, num_given: int, **options: object) -> float:
     """Return the share of held-out puzzles with so many given cells that infilling solves."""
-    wanted = grids(PUZZLES, seed=1)
+    wanted = random_grids(SIZE, PUZZLES, seed=1)
     rng = np.random.default_rng(2)
     puzzles = []
     for text in texts(wanted):

@@ -5,8 +5,11 @@ import ast
 import pytest
 
 from gidd_jax.cli import config_folder, load_config
+from gidd_jax.errors import InputError
+from gidd_jax.evaluation.grid import Run, plan_runs
 from gidd_jax.models import dit
 from gidd_jax.settings import Settings
+from gidd_jax.training.build import build_process
 
 NAMES = sorted(path.stem for path in config_folder().glob("*.py"))
 SIZED = ["gidd", "mdlm", "ar"]
@@ -17,13 +20,16 @@ def settings_of(name: str) -> Settings:
 
 
 def test_the_configs_of_the_documentation_are_there():
-    assert set(NAMES) >= {"ar", "base", "gidd", "mdlm", "quickstart"}
+    assert set(NAMES) >= {"ar", "base", "gidd", "mdlm", "quickstart", "sudoku"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_legal_and_runs_without_a_download(name):
-    settings = settings_of(name)
-    assert settings.data.path == settings.data.tokenizer == "embedded"
+    data = settings_of(name).data
+    if name == "sudoku":  # its script makes the data
+        assert (data.path, data.tokenizer) == ("outputs/sudoku/6/train.npz", "ids:6")
+    else:
+        assert data.path == data.tokenizer == "embedded"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "base"])
@@ -54,6 +60,31 @@ def test_values_of_the_paper(name):
     assert (optimizer.schedule, optimizer.final_lr_ratio, optimizer.ema_decay) == ("cosine", 0.1, 0)
     assert (train.batch_size, train.num_steps) == (512, 500_000)
     assert (settings.process.gamma, settings.process.t_eps) == (1.0, 1e-4)
+
+
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_rows_of_sudoku_are_whole_grids(size):
+    settings = settings_of(f"sudoku:{size}")
+    assert settings.model.max_seq_len == size**2
+    assert (settings.data.tokenizer, settings.data.frame) == (f"ids:{size}", "none")
+    assert settings.data.path == f"outputs/sudoku/{size}/train.npz"
+    with pytest.raises(InputError, match="use one of 4, 6, 9"):
+        load_config("sudoku:5")
+
+
+def test_the_study_of_sudoku_is_five_processes_with_three_seeds_trained_alike():
+    runs = [run for part in ("hybrid", "uniform", "mdlm") for run in plan_study(part)]
+    made = [build_process(run.settings.process, 7, 6) for run in runs]
+    assert len(runs) == 15
+    assert len({repr(process) for process in made}) == 5
+    trained = {(run.settings.model, run.settings.optimizer) for run in runs}
+    assert len(trained) == 1
+    assert {(r.settings.train.num_steps, r.settings.train.batch_size) for r in runs} == {(2000, 64)}
+    assert sorted(run.settings.seed for run in runs) == sorted([0, 1, 2] * 5)
+
+
+def plan_study(part: str) -> list[Run]:
+    return plan_runs(load_config(f"sweeps/sudoku:{part}"))
 
 
 def test_objectives():

@@ -26,7 +26,11 @@ FLOORS = (
     {"views"},
 )
 TESTS = Path(__file__).parent
-BESIDE = sorted((*TESTS.rglob("*.py"), *(PACKAGE.parent / "benchmarks").rglob("*.py")))
+BESIDE = sorted(
+    file
+    for folder in (TESTS, PACKAGE.parent / "benchmarks", PACKAGE.parent / "examples")
+    for file in folder.rglob("*.py")
+)
 # Tests that go through several modules of their room, by what they ask.
 OF_WHOLE_ROOMS = {
     "checkpoints/before_rooms",

@@ -20,17 +20,6 @@ from gidd_jax.sampling.schedule import time_grid
 LEAST = {"ancestral": (0.55, 0.12), "mode_seeking": (0.9, 0.65)}
 
 
-def test_grids_are_valid_and_errors_are_found():
-    grids = sudoku.grids(20, seed=5)
-    assert sudoku.is_valid(grids).all()
-    assert len(np.unique(grids, axis=0)) == 20
-    wrong = grids.copy()
-    wrong[np.arange(20), np.arange(20)] = (wrong[np.arange(20), np.arange(20)] + 1) % sudoku.SIZE
-    assert not sudoku.is_valid(wrong).any()
-    swapped = grids[:, [1, 0, *range(2, sudoku.CELLS)]]  # rows stay right, columns do not
-    assert not sudoku.is_valid(swapped).any()
-
-
 @pytest.mark.parametrize("method", sudoku.METHODS)
 def test_before_is_told_the_time_of_the_schedule(method):
     """And only where it is: others would be told a time that was never told."""

@@ -1,6 +1,5 @@
-"""Replays: the page as data, as HTML and in a real browser where there is one; the terminal."""
+"""Replays: the page as data, as HTML and in a real browser where there is one; the command."""
 
-import io
 import json
 import re
 import shutil
@@ -11,73 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
+from small_traces import (
+    B9C,
+    B80,
+    BOLD,
+    DOT,
+    E2,
+    END,
+    EVIL,
+    EVIL_ID,
+    MASKED,
+    THE,
+    TOKENS,
+    small_trace,
+)
 
 from benchmarks import replay as benchmark
 from gidd_jax.errors import InputError
-from gidd_jax.sampling.trace import Trace, changes_between, play, save_trace, shown
-from gidd_jax.views.replay_page import page_data, replay_page, write_replay
-from gidd_jax.views.watch import MASK, check_terminal, watch, written
+from gidd_jax.sampling.trace import Trace, play, save_trace, shown
+from gidd_jax.views.replay_page import Grid, page_data, parse_grid, replay_page, write_replay
 
-EVIL = "</script><script>hit=1</script><img src=x onerror=hit=1><!--"
-TOKENS = [
-    "<end>",
-    "[MASK]",
-    " the",
-    EVIL,
-    "\udce2",
-    "\udc80",
-    "\udc9c",
-    "<b>&amp;",
-    " a\x1b[2J",
-    ".",
-]
-END, MASKED, THE, EVIL_ID, E2, B80, B9C, BOLD, ESCAPE, DOT = range(len(TOKENS))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-def make_trace(start: list, frames: list, log_probs: np.ndarray | None = None) -> Trace:
-    """A trace of the tokens above; the second token of each sample is given."""
-    ids, start_ids = np.array(frames, np.int32), np.array(start, np.int32)
-    if log_probs is None:
-        log_probs = np.full(ids.shape, np.log(0.25), np.float32)
-    changes = changes_between(start_ids, ids, log_probs)
-    given = np.zeros(start_ids.shape, bool)
-    given[:, 1] = True
-    lengths = np.full(len(start), start_ids.shape[1], np.int32)
-    ids_of_tokens = np.arange(len(TOKENS), dtype=np.int32)
-    texts = [f"{EVIL} text {n}" for n in range(len(start))]
-    return Trace(
-        changes, given, lengths, texts, ids_of_tokens, TOKENS, MASKED, np.int32([END]), "f"
-    )
 
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    """Two samples of seven tokens in four calls: filled, corrected, noise replaced, remasked."""
-    start = [
-        [END, THE, MASKED, MASKED, MASKED, MASKED, DOT],
-        [END, DOT, DOT, THE, MASKED, BOLD, MASKED],
-    ]
-    frames = [
-        [
-            [END, THE, EVIL_ID, MASKED, MASKED, MASKED, DOT],
-            [END, DOT, THE, THE, MASKED, BOLD, MASKED],
-        ],
-        [
-            [END, THE, BOLD, E2, MASKED, B9C, DOT],
-            [END, DOT, EVIL_ID, THE, DOT, BOLD, MASKED],
-        ],
-        [
-            [END, THE, BOLD, E2, B80, B9C, THE],
-            [END, DOT, EVIL_ID, THE, MASKED, BOLD, ESCAPE],
-        ],
-        [
-            [END, THE, EVIL_ID, E2, B80, B9C, THE],
-            [END, DOT, EVIL_ID, THE, E2, BOLD, ESCAPE],
-        ],
-    ]
-    return make_trace(start, frames)
+    return small_trace()
 
 
 # The page.
@@ -152,6 +110,22 @@ def test_ids_become_indices_and_padding_is_left_out(trace):
     assert page_data(wide) == page_data(trace)
     short = page_data(trace._replace(lengths=np.int32([7, 6])))["samples"][1]["start"]
     assert short == [END, DOT, DOT, THE, MASKED, BOLD]
+
+
+def test_tokens_stand_in_a_grid_where_asked_for(trace):
+    assert {"columns", "box"} & page_data(trace).keys() == set()
+    data = page_data(trace, Grid(4, (2, 2)))
+    assert (data["columns"], data["box"]) == (4, (2, 2))
+    assert json.loads(Page(replay_page(trace, "t", Grid(4))).trace)["box"] is None
+    assert data | page_data(trace) == data
+
+
+def test_grids_are_parsed():
+    assert parse_grid(9, "3x3") == Grid(9, (3, 3))
+    assert parse_grid(6, None) == Grid(6)
+    for box in ("3", "0x3", "3x7", "3x3x3", "x"):
+        with pytest.raises(InputError, match=f"--box={box}: must be ROWSxCOLUMNS"):
+            parse_grid(6, box)
 
 
 def test_large_traces_make_small_files(tmp_path):
@@ -316,6 +290,39 @@ def test_the_browser_strikes_through_what_was_replaced(report):
     assert report["kept"] == [["<b>&amp;", "."], [" the"]]
 
 
+def test_the_browser_breaks_rows_and_keeps_strikes_beside_their_tokens(browser, trace, tmp_path):
+    """Rows of four, the second with three tokens; lines after two rows and columns."""
+    report = """<script>
+    document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "End", bubbles: true}));
+    document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "k", bubbles: true}));
+    const first = document.querySelector(".text"), node = document.createElement("pre");
+    node.id = "report";
+    node.textContent = JSON.stringify([getComputedStyle(first).display,
+      [...first.children].map(slot => [slot.className, slot.querySelector("s")?.textContent ?? "",
+        slot.offsetTop === first.children[0].offsetTop])]).replace(/[<>&]/g, "?");
+    document.body.append(node);
+    </script>"""
+    page = tmp_path / "grid.html"
+    text = replay_page(trace, "title", Grid(4, (1, 2))).replace("</body>", report + "</body>")
+    page.write_text(text, "utf-8")
+    result = browse(browser, page, tmp_path / "profile")
+    found = re.search(r'<pre id="report">(.*?)</pre>', result.stdout, re.DOTALL)
+    assert found, result.stdout[-2000:] + result.stderr[-2000:]
+    display, slots = json.loads(found[1])
+    assert display == "grid"
+    assert [is_first_row for *_, is_first_row in slots] == [True] * 4 + [False] * 3
+    assert [strike for _, strike, _ in slots] == ["", "", "?b??amp;", "", "", "", "."]
+    assert [names for names, *_ in slots] == [
+        "slot top left rule-below",
+        "slot top rule-below rule-right",
+        "slot top rule-below",
+        "slot top rule-below",
+        "slot left",
+        "slot rule-right",
+        "slot",
+    ]
+
+
 def test_the_browser_plays_and_pauses(report):
     assert report["playing"] == "Pause"
     assert report["paused"] == ["call 1 / 4", "call 1 / 4", "Play"]
@@ -350,63 +357,6 @@ def test_the_benchmark_plays_every_frame_of_a_large_trace(browser):
     assert len(report["frames"]) > 100
 
 
-def test_the_terminal_plays_every_call_within_ten_seconds(trace):
-    slept, output = [], io.StringIO()
-    console = Console(file=output, force_terminal=True, width=120, height=30)
-    watch(trace, console, sleep=slept.append)
-    assert slept == [2.0] * 5
-    for call in range(5):
-        assert f"call {call} / 4" in output.getvalue()
-    assert "sample 1" in output.getvalue()
-    assert "\x1b[2J" not in output.getvalue()  # what a token says
-
-
-def test_a_narrow_terminal_shows_one_sample_and_skips_calls_of_long_traces():
-    trace, slept, output = benchmark.large_trace(), [], io.StringIO()
-    watch(trace, Console(file=output, force_terminal=True, width=80, height=4), slept.append)
-    assert len(slept) == 129  # every other call, and the last
-    assert sum(slept) == pytest.approx(10)
-    assert "call 256 / 256" in output.getvalue()
-    assert "sample 1" not in output.getvalue()
-
-
-def test_the_terminal_is_left_by_an_interrupt(trace):
-    def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    watch(trace, Console(file=io.StringIO(), force_terminal=True, width=80), interrupt)
-
-
-def test_texts_in_the_terminal(trace):
-    played = play(trace.changes, 0)
-    assert written(trace, 0, played, 0).plain == f"<end> the{4 * MASK}."
-    assert written(trace, 0, played, 3).plain == "<end> the<b>&amp;“. the"
-    text = written(trace, 0, played, 4)
-    assert text.plain == f"<end> the<b>&amp;{EVIL}“ the"
-    marks = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
-    assert marks["<b>&amp;"] == "red strike"
-    assert marks[EVIL] == "not bold green"
-    assert marks[" the"] == "not bold"  # of a call before
-    other = written(trace, 1, play(trace.changes, 1), 4)
-    assert other.plain.endswith(" the�<b>&amp; a\\x1b[2J")
-    assert [str(span.style) for span in other.spans][1:4] == ["cyan", "not bold", "italic yellow"]
-
-
-def test_confidence_in_the_terminal():
-    probs = np.array([[[0, 0, 0.05, 0.3, 0.9]]])
-    with np.errstate(divide="ignore"):
-        log_probs = np.log(probs).astype(np.float32)
-    frames = [[[END, THE, DOT, DOT, DOT]]] * 40  # so that the first call is long ago
-    trace = make_trace([[END, THE, MASKED, MASKED, MASKED]], frames, np.tile(log_probs, (40, 1, 1)))
-    styles = [str(span.style) for span in written(trace, 0, play(trace.changes, 0), 40).spans]
-    assert styles == ["italic yellow", "cyan", "dim", "not bold", "bold"]
-
-
-def test_only_a_terminal_can_be_watched():
-    with pytest.raises(InputError, match="--watch needs a terminal"):
-        check_terminal(Console(file=io.StringIO()))
-
-
 # The command.
 
 
@@ -425,10 +375,17 @@ def test_the_command_writes_the_page_of_a_trace(trace, tmp_path):
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "replay.html").read_text("utf-8")
     assert page == replay_page(trace, str(tmp_path / "trace.npz"))
+    result = replay(f"--out={tmp_path / 'grid.html'}", "--columns=4", "--box=2x2")
+    assert result.returncode == 0, result.stderr
+    data = json.loads(Page((tmp_path / "grid.html").read_text("utf-8")).trace)
+    assert (data["columns"], data["box"]) == (4, [2, 2])
     for flags, message in (
         ([], "say what to do with the trace: --out=replay.html, --watch or both"),
         (["--out=page.htm"], "--out must end in .html"),
         (["--watch"], "--watch needs a terminal"),
+        (["--watch", "--columns=3"], "--columns and --box are for the page"),
+        (["--out=page.html", "--box=3x3"], "--box needs --columns"),
+        (["--out=page.html", "--columns=0"], "--columns=0"),
     ):
         result = replay(*flags)
         assert result.returncode == 2
