@@ -98,7 +98,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-        raise InputError(f"{name} = {value!r}: must be {words[kind]}")
+        raise InputError(f"{name} = {value!r}: must be {words.get(kind, 'a tuple')}")
     return value
 
 
@@ -173,6 +173,23 @@ class DataSettings(_Section):
     def has_givens(self) -> bool:
         """Whether training gives some tokens of some rows, drawn or marked."""
         return self.givens > 0 or self.marked
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings(_Section):
+    """Of a sweep on rows of a known law: the law, and how the runs are judged by it."""
+
+    num_states: int = _at_least(0)
+    num_tokens: int = _at_least(2)
+    sharpness: float = _at_least(0)
+    seed: int = _at_least(0)
+    num_rows: int = _at_least(2)
+    num_samples: int = _at_least(2)
+    temperature: float = _at_least(0)
+    calls: tuple = _legal(
+        lambda value: value and all(type(n) is int and n > 0 for n in value),
+        "a tuple of numbers of network calls",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,13 +282,13 @@ class Settings:
         values = config.to_dict() if isinstance(config, ConfigDict) else config
         if set(values) == {"base", "grid"}:
             raise InputError("this is the config of a sweep: train it with gidd_jax.sweep")
-        _check_keys("", values, {item.name for item in dataclasses.fields(cls)})
+        check_keys("", values, {item.name for item in dataclasses.fields(cls)})
         made = {}
         for kind in _SECTIONS:
             name = kind.section_name()
             if not isinstance(values[name], Mapping):
                 raise InputError(f"{name} = {values[name]!r}: must be a section of keys")
-            _check_keys(f"{name}.", values[name], {item.name for item in dataclasses.fields(kind)})
+            check_keys(f"{name}.", values[name], {item.name for item in dataclasses.fields(kind)})
             made[name] = kind(**values[name])
         return cls(seed=values["seed"], **made)
 
@@ -323,7 +340,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_keys(prefix: str, values: Mapping[str, Any], legal: set[str]) -> None:
+def check_keys(prefix: str, values: Mapping[str, Any], legal: set[str]) -> None:
     for key in values:
         if key not in legal:
             raise InputError(f"unknown config key {prefix}{key}: {nearest(key, legal)}")

@@ -9,6 +9,8 @@ The config has two sections: `base`, a config of gidd_jax.train, and `grid`, whi
 and gives each a tuple of values. Every combination is a run of its own, in a workdir as
 gidd_jax.train makes it: WORKDIR/runs/KEY=VALUE+... The same command continues after a stop; what is
 finished is not repeated.
+A third section, `source`, trains the runs on rows of a law that is known, a Markov chain or a
+hidden Markov model, and judges them against it (configs/sweeps/chain.py).
 Programs are compiled once for all runs that they fit, such as those that differ in the seed: JAX
 keeps them on disk. Runs go in turn: several seeds as one program were no faster on CPU
 (docs/scaling.md has the figures).
@@ -16,7 +18,10 @@ keeps them on disk. Runs go in turn: several seeds as one program were no faster
 Prints the bound on the validation text, mean and standard deviation over seeds. Files of WORKDIR:
   sweep.csv   a line for each finished run: its values of the grid, step, seconds (of its last
       start) and the figures of its last validation: nats per token, perplexity, bits per byte
-  sweep.png, sweep.svg   bits per byte over the first key of the grid, beside the unigram model
+  sweep.png, sweep.svg   bits per byte over the first key of the grid, beside the unigram model;
+      with a source, the excess of the bound over its entropy in nats a token
+  samples.png, samples.svg   with a source: how probable under the truth generated rows are, and
+      how far their neighbouring tokens are from it, by network calls, before and after correction
 """
 
 from pathlib import Path
@@ -32,24 +37,36 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.evaluation import grid
+    from gidd_jax.evaluation import grid, sources
     from gidd_jax.evaluation.reports import write_csv
-    from gidd_jax.views import pictures
+    from gidd_jax.views import pictures, sampler_pictures
 
-    runs, workdir = grid.plan_runs(CONFIG.value), Path(WORKDIR.value or "")
-    rows = []
+    workdir = Path(WORKDIR.value or "")
+    source = sources.open_source(CONFIG.value, workdir)
+    runs, rows = grid.plan_runs(CONFIG.value), []
+    judge = None if source is None else source.start()
     for number, one in enumerate(runs, 1):
         logging.info("Run %d of %d: %s", number, len(runs), one.name)
-        result = grid.finish(one, workdir / "runs" / one.name)
+        result = grid.finish(one, workdir / "runs" / one.name, judge)
         if result is None:
             return  # stopped by a signal; the same command continues
         rows.append({**one.values, **result})
         write_csv(workdir / "sweep.csv", rows)
-    keys, unigram = list(runs[0].values), grid.unigram_baseline(runs[0].settings)
-    figure = pictures.sweep_picture(rows, keys, grid.JUDGED_BY, unigram)
-    pictures.save_figures({"sweep": figure}, workdir)
-    print(f"{grid.summary(rows, keys)}\nunigram model: {unigram:.4f} bits per byte")
-    print(f"written to {workdir}: sweep.csv, sweep.png, sweep.svg")
+    keys, drawn = list(runs[0].values), {}
+    if source is None:
+        unigram = grid.unigram_baseline(runs[0].settings)
+        drawn["sweep"] = pictures.sweep_picture(
+            rows, keys, grid.JUDGED_BY, {"unigram model": unigram}
+        )
+        print(f"{grid.summary(rows, keys)}\nunigram model: {unigram:.4f} bits per byte")
+    else:
+        drawn["sweep"] = pictures.sweep_picture(rows, keys, grid.TRUTH, {"the truth": 0.0})
+        drawn["samples"] = sampler_pictures.samples_picture(rows, keys, source.settings.calls)
+        print(grid.summary(rows, keys, grid.TRUTH))
+        print(f"entropy of the source: {rows[0]['entropy']:.4f} nats a token")
+    pictures.save_figures(drawn, workdir)
+    files = ", ".join(f"{name}.png, {name}.svg" for name in drawn)
+    print(f"written to {workdir}: sweep.csv, {files}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -18,13 +18,16 @@ from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import InputError, RunError
 from gidd_jax.evaluation.reports import NOTES, table, write_report, written
+from gidd_jax.inference.gidd import Gidd
 from gidd_jax.own_process import PAPER_IDS, read_source
-from gidd_jax.settings import Settings, flatten
+from gidd_jax.settings import Settings, flatten, split_own_process
 from gidd_jax.training import loop
 from gidd_jax.training.build import build_process
 
 RESULT_FILE = "result.json"  # in the folder of a finished run
 JUDGED_BY = "bits_per_byte"
+TRUTH = "excess"  # what runs are judged by that are trained on a source
+Judge = Callable[[Gidd, Settings], Mapping[str, Any]]
 
 
 class Run(NamedTuple):
@@ -40,9 +43,10 @@ def plan_runs(config: Any) -> list[Run]:
 
     Raises InputError before anything is trained when one of them is not legal.
     """
-    if set(config) != {"base", "grid"}:
+    if set(config) - {"source"} != {"base", "grid"}:
         raise InputError(
-            "the config of a sweep has the sections base and grid: see configs/sweeps/ablation.py"
+            "the config of a sweep has the sections base and grid, and source where rows of a "
+            "known law are trained on: see configs/sweeps/"
         )
     legal = flatten(config.base.to_dict())
     grid = dict(sorted(flatten(config.grid.to_dict()).items(), key=lambda item: item[0] == "seed"))
@@ -70,10 +74,10 @@ def plan_runs(config: Any) -> list[Run]:
     return runs
 
 
-def finish(one: Run, folder: Path) -> dict[str, Any] | None:
+def finish(one: Run, folder: Path, judge: Judge | None = None) -> dict[str, Any] | None:
     """Train a run to its end, or continue it, and return its step, seconds and figures.
 
-    What is finished is only read. None: a signal stopped the run before its end. Raises InputError
+    judge: gives more figures of the trained model. What is finished is only read. None: a signal stopped the run before its end. Raises InputError
     when the folder belongs to a run with other settings, RunError when training failed.
     """
     check_workdir(folder, one.settings, read_source(one.settings.process.name))
@@ -91,6 +95,10 @@ def finish(one: Run, folder: Path) -> dict[str, Any] | None:
     if find_checkpoint(folder).step < num_steps:
         return None
     result = {"step": num_steps, "seconds": round(time.monotonic() - start, 1), **figures}
+    if judge is not None:
+        own = one.settings.process.name
+        consent = own if split_own_process(own) else None
+        result |= judge(Gidd.from_pretrained(folder, process=consent), one.settings)
     write_report(path, result)
     return result
 
@@ -103,15 +111,18 @@ def unigram_baseline(settings: Settings) -> float:
     return unigram_bits_per_byte(*data, validation)
 
 
-def summary(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+def summary(
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], judged_by: str = JUDGED_BY
+) -> str:
     """Return a line for each combination but for the seed: runs, mean, deviation, perplexity."""
     shown = [key for key in keys if key != "seed"]
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(str(row[key]) for key in shown), []).append(row)
-    lines = [[*shown, "runs", "bits/byte", "+-", "perplexity"]]
+    title = "bits/byte" if judged_by == JUDGED_BY else judged_by
+    lines = [[*shown, "runs", title, "+-", "perplexity"]]
     for values, members in groups.items():
-        bits = np.array([row[JUDGED_BY] for row in members])
+        bits = np.array([row[judged_by] for row in members])
         deviation = written(bits.std(ddof=1), 4) if len(bits) > 1 else "-"
         perplexity = np.mean([row["perplexity"] for row in members])
         lines.append(

@@ -105,6 +105,11 @@ def leave_one_out(
 
 def draw_rows(chain: Chain, process: InterpolatingProcess, count: int, length: int, seed: int):
     """Return rows of the chain as ids int32 [count, length]."""
+    return chain_ids(process)[draw_places(chain, count, length, seed)]
+
+
+def draw_places(chain: Chain, count: int, length: int, seed: int) -> np.ndarray:
+    """Return rows of the chain as the numbers of its tokens, [count, length]."""
     rng = np.random.default_rng(seed)
     start, moves = np.cumsum(chain.start), np.cumsum(chain.moves, axis=-1)
     places = np.empty((count, length), np.int64)
@@ -114,7 +119,7 @@ def draw_rows(chain: Chain, process: InterpolatingProcess, count: int, length: i
     for i in range(1, length):
         below = u[i][:, None] >= moves[places[:, i - 1]]
         places[:, i] = np.minimum(below.sum(axis=-1), last)
-    return chain_ids(process)[places]
+    return places
 
 
 def places_of(process: InterpolatingProcess, ids: np.ndarray) -> np.ndarray:

@@ -268,11 +268,14 @@ def calibration_picture(figures: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def sweep_picture(
-    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], figure_name: str, baseline: float
+    rows: Sequence[Mapping[str, Any]],
+    keys: Sequence[str],
+    figure_name: str,
+    baseline: Mapping[str, float],
 ) -> Figure:
     """Draw a figure of the runs of a sweep over its first key, a colour for each of the others.
 
-    Dots are runs, lines join the means over seeds; `baseline` is that of the unigram model.
+    Dots are runs, lines join the means over seeds; `baseline`: values to compare with, by name.
     """
     first, *others = [key for key in keys if key != "seed"] or ["seed"]
     places = {value: i for i, value in enumerate(dict.fromkeys(row[first] for row in rows))}
@@ -290,7 +293,8 @@ def sweep_picture(
             axis.scatter(at, values, color=look["color"], marker=marker, s=18, alpha=0.6)
             means = {x: np.mean([v for a, v in zip(at, values, strict=True) if a == x]) for x in at}
             axis.plot(list(means), list(means.values()), label=label, **look)
-        axis.axhline(baseline, color="grey", linewidth=1, label="unigram model")
+        for name, value in baseline.items():
+            axis.axhline(value, color="grey", linewidth=1, label=name)
         axis.set_xticks(list(places.values()), [str(value) for value in places])
         axis.set(xlabel=first, ylabel=figure_name.replace("_", " "), title="Validation bound")
         axis.legend()

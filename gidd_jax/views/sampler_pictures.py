@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
@@ -67,6 +68,47 @@ def frontier_picture(results: Sequence[Mapping[str, Any]]) -> Figure:
         by_calls.set_xscale("log")
         by_entropy.set_yscale("log")
         figure.legend(loc="outside right upper")
+    return figure
+
+
+def samples_picture(
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], calls: Sequence[int]
+) -> Figure:
+    """Draw what generated rows of a sweep are worth under the truth, over network calls.
+
+    A colour for each value of the first key, a line of panels for each combination of the others,
+    means over seeds; dashed is after self-correction.
+    """
+    first, *others = [key for key in keys if key != "seed"] or ["seed"]
+    groups = dict.fromkeys(tuple(row[key] for key in others) for row in rows)
+    values = list(dict.fromkeys(row[first] for row in rows))
+    shown = (
+        ("surprise", "-log p less the entropy, nats a token"),
+        ("bigrams", "total variation of neighbours"),
+    )
+    with style():
+        figure = Figure(figsize=(11, 3.4 * len(groups)), layout="constrained")
+        axes = figure.subplots(len(groups), 2, sharex=True, sharey="col", squeeze=False)
+        for group, pair in zip(groups, axes, strict=True):
+            here = [row for row in rows if tuple(row[key] for key in others) == group]
+            for axis, (name, label) in zip(pair, shown, strict=True):
+                for value, (look, marker) in zip(values, _marked(), strict=False):
+                    own = [row for row in here if row[first] == value]
+                    for prefix, dashes in (("", "-"), ("corrected_", "--")):
+                        means = [
+                            np.mean([row[f"{prefix}{name}_{n}"] for row in own]) for n in calls
+                        ]
+                        drawn = {"color": look["color"], "marker": marker, "markersize": 4}
+                        title = None if prefix else f"{first} = {value}"
+                        axis.plot(calls, means, linestyle=dashes, label=title, **drawn)
+                axis.set_xscale("log")
+                axis.set_xticks(calls, [str(n) for n in calls])
+                axis.xaxis.set_minor_locator(ticker.NullLocator())
+                words = ", ".join(f"{k} = {v}" for k, v in zip(others, group, strict=True))
+                axis.set(xlabel="network calls", ylabel=label, title=words)
+            pair[0].axhline(0, color="grey", linewidth=1)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", title="dashed: corrected")
     return figure
 
 

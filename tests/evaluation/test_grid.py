@@ -227,7 +227,9 @@ ROWS = [
 
 
 def test_the_figure_joins_means_over_seeds():
-    (axis,) = pictures.sweep_picture(ROWS, ["p", "w", "seed"], "bits_per_byte", 7.0).axes
+    (axis,) = pictures.sweep_picture(
+        ROWS, ["p", "w", "seed"], "bits_per_byte", {"unigram model": 7.0}
+    ).axes
     lines = {line.get_label(): line.get_xydata() for line in axis.lines}
     np.testing.assert_array_equal(lines["w = a"], [[0, 0.5], [1, 1.0]])
     np.testing.assert_array_equal(lines["w = b"], [[0, 1.5], [1, 2.0]])
