@@ -37,12 +37,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=
 
 def main(argv: list[str]) -> None:
     del argv
-    from gidd_jax.evaluation import grid, sources
+    from gidd_jax.evaluation import grid, truth
     from gidd_jax.evaluation.reports import write_csv
     from gidd_jax.views import pictures, sampler_pictures
 
     workdir = Path(WORKDIR.value or "")
-    source = sources.open_source(CONFIG.value, workdir)
+    source = truth.open_source(CONFIG.value, workdir)
     runs, rows = grid.plan_runs(CONFIG.value), []
     judge = None if source is None else source.start()
     for number, one in enumerate(runs, 1):

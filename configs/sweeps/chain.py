@@ -5,7 +5,7 @@
 
 Rows of 32 tokens of a Markov chain over 16 tokens, or of a hidden Markov model with 8 states: their
 entropy is known, so the excess of a bound over it is exact, and generated rows have an exact
-likelihood under the truth (gidd_jax/evaluation/sources.py). 45 runs of a network of 2 layers of 64.
+likelihood under the truth (gidd_jax/evaluation/truth.py). 45 runs of a network of 2 layers of 64.
 
 Hardware: 2 CPU cores, some 45 minutes. docs/study.md has the results.
 """

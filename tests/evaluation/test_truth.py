@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation import oracle, sources
-from gidd_jax.evaluation.sources import Source
+from gidd_jax.evaluation import oracle, truth
+from gidd_jax.evaluation.truth import Source
 from gidd_jax.settings import SourceSettings
 
 VALUES = {"num_tokens": 3, "sharpness": 1.5, "seed": 5, "num_rows": 50, "num_samples": 4}
@@ -35,34 +35,34 @@ def by_paths(source: Source, row: np.ndarray) -> float:
 
 
 def test_likelihoods_are_sums_over_paths():
-    source = sources.draw_source(HIDDEN)
+    source = truth.draw_source(HIDDEN)
     rows = every_row(4)
-    found = np.exp(sources.log_prob(source, rows))
+    found = np.exp(truth.log_prob(source, rows))
     np.testing.assert_allclose(found, [by_paths(source, row) for row in rows], rtol=1e-12)
     assert found.sum() == pytest.approx(1, abs=1e-12)
 
 
 def test_a_chain_is_a_source_without_hidden_states():
-    source, rows = sources.draw_source(CHAIN), every_row(5)
+    source, rows = truth.draw_source(CHAIN), every_row(5)
     np.testing.assert_allclose(
-        sources.log_prob(source, rows), oracle.log_prob(source.chain, rows), rtol=1e-12
+        truth.log_prob(source, rows), oracle.log_prob(source.chain, rows), rtol=1e-12
     )
     np.testing.assert_allclose(
-        sources.bigram_law(source, 5), oracle.bigram_law(source.chain, 5), rtol=1e-12
+        truth.bigram_law(source, 5), oracle.bigram_law(source.chain, 5), rtol=1e-12
     )
 
 
 def test_masks_have_no_probability():
     rows = np.array([[0, 1, 3], [0, -1, 2], [0, 1, 2]])
-    found = sources.log_prob(sources.draw_source(HIDDEN), rows)
+    found = truth.log_prob(truth.draw_source(HIDDEN), rows)
     assert np.isneginf(found).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("settings", [HIDDEN, CHAIN], ids=["hidden", "chain"])
 def test_rows_have_the_law_of_the_source(settings):
-    source = sources.draw_source(settings)
-    drawn, rows = sources.draw_rows(source, 40_000, 4, seed=1), every_row(4)
-    law = np.exp(sources.log_prob(source, rows))
+    source = truth.draw_source(settings)
+    drawn, rows = truth.draw_rows(source, 40_000, 4, seed=1), every_row(4)
+    law = np.exp(truth.log_prob(source, rows))
     counts = np.bincount(drawn @ (3 ** np.arange(4)[::-1]), minlength=len(rows)) / len(drawn)
     # Twice what as many exact draws differ by on average.
     assert oracle.total_variation(counts, law) < 2 * oracle.noise_floor(law, len(drawn))
@@ -70,19 +70,19 @@ def test_rows_have_the_law_of_the_source(settings):
     for row, p in zip(rows, law, strict=True):
         for a, b in itertools.pairwise(row):
             pairs[a, b] += p / 3
-    np.testing.assert_allclose(sources.bigram_law(source, 4), pairs, atol=1e-12)
-    assert sources.bigrams(source, drawn) < 0.01
-    assert sources.bigrams(source, np.full((10, 4), 3)) == pytest.approx(1.0)  # masks alone
+    np.testing.assert_allclose(truth.bigram_law(source, 4), pairs, atol=1e-12)
+    assert truth.bigrams(source, drawn) < 0.01
+    assert truth.bigrams(source, np.full((10, 4), 3)) == pytest.approx(1.0)  # masks alone
 
 
 def test_the_file_of_another_source_is_refused(tmp_path):
     path = tmp_path / "source.npy"
-    sources.write_data(CHAIN, 6, path)
+    truth.write_data(CHAIN, 6, path)
     rows = np.load(path)
     assert (rows.shape, rows.dtype) == ((50, 6), np.int32)
-    sources.write_data(CHAIN, 6, path)  # the same once more
+    truth.write_data(CHAIN, 6, path)  # the same once more
     with pytest.raises(InputError, match="holds rows of another source: use another --workdir"):
-        sources.write_data(HIDDEN, 6, path)
+        truth.write_data(HIDDEN, 6, path)
 
 
 @pytest.mark.parametrize(
@@ -98,5 +98,5 @@ def test_illegal_values_are_named(tmp_path, key, value, message):
     shipped = load_config(str(config_folder() / "sweeps" / "chain.py") + ":hidden")
     config = ConfigDict({**shipped, "source": {**shipped.source.to_dict(), key: value}})
     with pytest.raises(InputError) as error:
-        sources.open_source(config, tmp_path)
+        truth.open_source(config, tmp_path)
     assert message in str(error.value)
