@@ -7,15 +7,27 @@ is made, and a wrong key, type or value raises InputError that names it and says
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 from ml_collections import ConfigDict
 
-from gidd_jax.cli import load_config, nearest
+from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
 from gidd_jax.mixture import split_mixture
+from gidd_jax.sections import (
+    Section,
+    above,
+    at_least,
+    axis,
+    check_keys,
+    fraction,
+    legal,
+    matches,
+    not_empty,
+    one_of,
+)
 
 # What may differ when a run continues in its workdir: none of these changes the numbers of a step,
 # except that a new run length stretches the learning-rate schedule from there on.
@@ -34,86 +46,18 @@ MAY_DIFFER_BETWEEN_HOSTS = ("data.path", "data.tokenizer", "data.num_workers", "
 REMOVED = ("logging.profile_at",)  # keys that only older runs have
 
 
-class Legal(NamedTuple):
-    """A test of a value and the words that say what passes it."""
-
-    test: Callable[[Any], bool]
-    words: str
-
-
-def _legal(test: Callable[[Any], bool], words: str) -> Any:
-    return field(metadata={"legal": Legal(test, words)})
-
-
-def _one_of(*values: str) -> Any:
-    return _legal(lambda value: value in values, " | ".join(value or "''" for value in values))
-
-
-def _at_least(low: float) -> Any:
-    return _legal(lambda value: value >= low, f">= {low:g}")
-
-
-def _above(low: float) -> Any:
-    return _legal(lambda value: value > low, f"> {low:g}")
-
-
-def _fraction() -> Any:
-    return _legal(lambda value: 0 <= value < 1, "in [0, 1)")
-
-
-def _not_empty() -> Any:
-    return _legal(lambda value: value != "", "not empty")
-
-
-def _axis() -> Any:
-    return _legal(
-        lambda value: value >= 1 or value == -1, ">= 1, or -1 for the rest of the devices"
-    )
-
-
-def _matches(pattern: str, words: str) -> Any:
-    return _legal(lambda value: re.fullmatch(pattern, value) is not None, words)
-
-
-class _Section:
-    """Checks types and legal values of a frozen dataclass of plain values."""
-
-    @classmethod
-    def section_name(cls) -> str:
-        return cls.__name__.removesuffix("Settings").lower()
-
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            name = f"{self.section_name()}.{item.name}"
-            value = _typed(name, getattr(self, item.name), item.type)
-            legal = item.metadata.get("legal")
-            if legal is not None and not legal.test(value):
-                raise InputError(f"{name} = {value!r}: must be {legal.words}")
-            object.__setattr__(self, item.name, value)
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`: an int serves as a float, nothing else is converted."""
-    if kind is float and type(value) is int and abs(value) < 1 << 1000:
-        value = float(value)
-    if type(value) is not kind:
-        words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-        raise InputError(f"{name} = {value!r}: must be {words.get(kind, 'a tuple')}")
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(_Section):
-    name: str = _one_of("dit", "llama")
-    hidden_size: int = _at_least(2)
-    num_layers: int = _at_least(1)
-    num_heads: int = _at_least(1)
-    cond_dim: int = _at_least(1)
-    max_seq_len: int = _at_least(2)
-    dtype: str = _one_of("float32", "bfloat16")
+class ModelSettings(Section):
+    name: str = one_of("dit", "llama")
+    hidden_size: int = at_least(2)
+    num_layers: int = at_least(1)
+    num_heads: int = at_least(1)
+    cond_dim: int = at_least(1)
+    max_seq_len: int = at_least(2)
+    dtype: str = one_of("float32", "bfloat16")
     scan_layers: bool
-    remat: str = _one_of("none", "full", "attention", "dots")
-    attention: str = _one_of("", "xla", "cudnn", "splash")
+    remat: str = one_of("none", "full", "attention", "dots")
+    attention: str = one_of("", "xla", "cudnn", "splash")
     keep_padding_columns: bool
 
 
@@ -128,17 +72,17 @@ def _is_process(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessSettings(_Section):
-    name: str = _legal(
+class ProcessSettings(Section):
+    name: str = legal(
         _is_process, "hybrid | masked | log_snr | autoregressive | FILE.py:CLASS of your own"
     )
-    options: str = _matches(
+    options: str = matches(
         r"(\w+=[^,=]+(,\w+=[^,=]+)*)?", "KEY=VALUE,... for a process of your own, or ''"
     )
-    p_uniform: float = _fraction()
-    gamma: float = _legal(lambda value: 0 < value <= 2, "in (0, 2]")
-    t_eps: float = _legal(lambda value: 0 < value < 0.5, "in (0, 0.5)")
-    scale: float = _at_least(0)
+    p_uniform: float = fraction()
+    gamma: float = legal(lambda value: 0 < value <= 2, "in (0, 2]")
+    t_eps: float = legal(lambda value: 0 < value < 0.5, "in (0, 0.5)")
+    scale: float = at_least(0)
     shift: float
     min_log_snr: float
     max_log_snr: float
@@ -146,23 +90,23 @@ class ProcessSettings(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(_Section):
-    path: str = _legal(lambda value: value != "" and bool(split_mixture(value)), "not empty")
-    tokenizer: str = _matches(
+class DataSettings(Section):
+    path: str = legal(lambda value: value != "" and bool(split_mixture(value)), "not empty")
+    tokenizer: str = matches(
         r"(?!ids:|chars:).+|ids:([2-9]|[1-9][0-9]{1,6})|chars:.+",
         "a folder or name, chars:FILE, or ids:VOCAB with VOCAB from 2 on",
     )
-    validation: str = _matches(
+    validation: str = matches(
         r"last:[1-9][0-9_]*|hash:0?\.[0-9]*[1-9][0-9]*|(path|split):.+",
         "last:COUNT | hash:FRACTION (such as hash:0.05) | path:FILES | split:NAME",
     )
-    text_key: str = _not_empty()
-    txt_documents: str = _one_of("file", "line", "blank_line")
-    mode: str = _one_of("crop", "packed", "padded")
-    frame: str = _one_of("ends", "none")
-    givens: float = _legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    text_key: str = not_empty()
+    txt_documents: str = one_of("file", "line", "blank_line")
+    mode: str = one_of("crop", "packed", "padded")
+    frame: str = one_of("ends", "none")
+    givens: float = legal(lambda value: 0 <= value <= 1, "in [0, 1]")
     marked: bool
-    num_workers: int = _at_least(0)
+    num_workers: int = at_least(0)
 
     @property
     def row_mode(self) -> str:
@@ -176,70 +120,53 @@ class DataSettings(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSettings(_Section):
-    """Of a sweep on rows of a known law: the law, and how the runs are judged by it."""
-
-    num_states: int = _at_least(0)
-    num_tokens: int = _at_least(2)
-    sharpness: float = _at_least(0)
-    seed: int = _at_least(0)
-    num_rows: int = _at_least(2)
-    num_samples: int = _at_least(2)
-    temperature: float = _at_least(0)
-    calls: tuple = _legal(
-        lambda value: value and all(type(n) is int and n > 0 for n in value),
-        "a tuple of numbers of network calls",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings(_Section):
-    name: str = _one_of("adamw", "psgd", "muon")
-    learning_rate: float = _above(0)
-    b1: float = _fraction()
-    b2: float = _fraction()
-    eps: float = _above(0)
-    weight_decay: float = _at_least(0)
-    skip_above: float = _at_least(0)
-    clip_norm: float = _above(0)
-    warmup_steps: int = _at_least(0)
-    schedule: str = _one_of("cosine", "linear", "constant")
-    final_lr_ratio: float = _legal(lambda value: 0 <= value <= 1, "in [0, 1]")
-    ema_decay: float = _fraction()
+class OptimizerSettings(Section):
+    name: str = one_of("adamw", "psgd", "muon")
+    learning_rate: float = above(0)
+    b1: float = fraction()
+    b2: float = fraction()
+    eps: float = above(0)
+    weight_decay: float = at_least(0)
+    skip_above: float = at_least(0)
+    clip_norm: float = above(0)
+    warmup_steps: int = at_least(0)
+    schedule: str = one_of("cosine", "linear", "constant")
+    final_lr_ratio: float = legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    ema_decay: float = fraction()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(_Section):
-    num_steps: int = _at_least(1)
-    batch_size: int = _at_least(1)
-    micro_batches: int = _at_least(1)
-    weighting: str = _one_of("elbo", "clip", "dynamic", "dynamic_v1_1")
-    min_weight: float = _at_least(0)
-    max_weight: float = _at_least(0)
+class TrainSettings(Section):
+    num_steps: int = at_least(1)
+    batch_size: int = at_least(1)
+    micro_batches: int = at_least(1)
+    weighting: str = one_of("elbo", "clip", "dynamic", "dynamic_v1_1")
+    min_weight: float = at_least(0)
+    max_weight: float = at_least(0)
     mask_padding: bool
     align_mask_to_input: bool
-    eval_every: int = _at_least(0)
-    eval_batches: int = _at_least(1)
+    eval_every: int = at_least(0)
+    eval_batches: int = at_least(1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshSettings(_Section):
-    data: int = _axis()
-    fsdp: int = _axis()
-    tensor: int = _axis()
+class MeshSettings(Section):
+    data: int = axis()
+    fsdp: int = axis()
+    tensor: int = axis()
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointSettings(_Section):
-    every: int = _at_least(1)
-    max_to_keep: int = _at_least(1)
+class CheckpointSettings(Section):
+    every: int = at_least(1)
+    max_to_keep: int = at_least(1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingSettings(_Section):
-    every: int = _at_least(1)
+class LoggingSettings(Section):
+    every: int = at_least(1)
     wandb: bool
-    wandb_project: str = _not_empty()
+    wandb_project: str = not_empty()
 
 
 _SECTIONS = (
@@ -338,15 +265,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def check_keys(prefix: str, values: Mapping[str, Any], legal: set[str]) -> None:
-    for key in values:
-        if key not in legal:
-            raise InputError(f"unknown config key {prefix}{key}: {nearest(key, legal)}")
-    for key in sorted(legal):
-        if key not in values:
-            raise InputError(f"config key {prefix}{key} is missing: configs/base.py has them all")
 
 
 def _check_together(settings: Settings) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import grids
 import numpy as np
-from gidd_jax.evaluation.repair import repaired
 from puzzles import FREE, Puzzles
 
 from gidd_jax.errors import InputError
+from gidd_jax.evaluation.repair import repaired
 from gidd_jax.evaluation.sampler_laws import parse_methods
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.inference.prompts import Rows

@@ -77,8 +77,9 @@ def plan_runs(config: Any) -> list[Run]:
 def finish(one: Run, folder: Path, judge: Judge | None = None) -> dict[str, Any] | None:
     """Train a run to its end, or continue it, and return its step, seconds and figures.
 
-    judge: gives more figures of the trained model. What is finished is only read. None: a signal stopped the run before its end. Raises InputError
-    when the folder belongs to a run with other settings, RunError when training failed.
+    judge: gives more figures of the trained model. What is finished is only read. None: a signal
+    stopped the run before its end. Raises InputError when the folder belongs to a run with other
+    settings, RunError when training failed.
     """
     check_workdir(folder, one.settings, read_source(one.settings.process.name))
     path, num_steps = folder / RESULT_FILE, one.settings.train.num_steps

@@ -17,7 +17,8 @@ from gidd_jax.evaluation import corpora, oracle, scoring
 from gidd_jax.evaluation.oracle import Chain
 from gidd_jax.evaluation.text_metrics import mean_estimate
 from gidd_jax.inference.gidd import Gidd
-from gidd_jax.settings import Settings, SourceSettings, check_keys
+from gidd_jax.sections import Section, at_least, check_keys, legal
+from gidd_jax.settings import Settings
 
 NUM_SAMPLES_T = 8  # times drawn for the bound of a row
 NUM_RESAMPLES = 200
@@ -25,6 +26,23 @@ BATCH_SIZE = 128
 
 
 DATA_FILE = "source.npy"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceSettings(Section):
+    """Of a sweep on rows of a known law: the law, and how the runs are judged by it."""
+
+    num_states: int = at_least(0)
+    num_tokens: int = at_least(2)
+    sharpness: float = at_least(0)
+    seed: int = at_least(0)
+    num_rows: int = at_least(2)
+    num_samples: int = at_least(2)
+    temperature: float = at_least(0)
+    calls: tuple = legal(
+        lambda value: value and all(type(n) is int and n > 0 for n in value),
+        "a tuple of numbers of network calls",
+    )
 
 
 class Source(NamedTuple):

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import oracle, truth
-from gidd_jax.evaluation.truth import Source
-from gidd_jax.settings import SourceSettings
+from gidd_jax.evaluation.truth import Source, SourceSettings
 
 VALUES = {"num_tokens": 3, "sharpness": 1.5, "seed": 5, "num_rows": 50, "num_samples": 4}
 OTHERS = {"temperature": 1.0, "calls": (2,)}
