@@ -67,14 +67,14 @@ class Section:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             name = f"{self.section_name()}.{item.name}"
-            value = _typed(name, getattr(self, item.name), item.type)
+            value = of_kind(name, getattr(self, item.name), item.type)
             wanted = item.metadata.get("legal")
             if wanted is not None and not wanted.test(value):
                 raise InputError(f"{name} = {value!r}: must be {wanted.words}")
             object.__setattr__(self, item.name, value)
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
+def of_kind(name: str, value: Any, kind: Any) -> Any:
     """Return `value` as `kind`: an int serves as a float, nothing else is converted."""
     if kind is float and type(value) is int and abs(value) < 1 << 1000:
         value = float(value)

@@ -26,6 +26,7 @@ from gidd_jax.sections import (
     legal,
     matches,
     not_empty,
+    of_kind,
     one_of,
 )
 
@@ -196,7 +197,7 @@ class Settings:
     logging: LoggingSettings
 
     def __post_init__(self) -> None:
-        if _typed("seed", self.seed, int) < 0:
+        if of_kind("seed", self.seed, int) < 0:
             raise InputError(f"seed = {self.seed}: must be >= 0")
         _check_together(self)
 
