@@ -56,6 +56,21 @@ def index_from_uniforms(weights: jax.Array, u: jax.Array) -> jax.Array:
     return block * blocks.shape[-1] + _descend(_block_at(blocks, block), u[..., top:])
 
 
+def total(weights: jax.Array) -> jax.Array:
+    """Return the sum of weights [..., K], of the blocks that `index_from_uniforms` sums: a program
+    reads the weights once for both."""
+    if weights.shape[-1] <= _block(weights.shape[-1]):
+        return jnp.sum(weights, axis=-1)
+    return jnp.sum(jnp.sum(_in_blocks(weights, 0.0), axis=-1), axis=-1)
+
+
+def largest(values: jax.Array) -> jax.Array:
+    """Return the largest of values [..., K], of the blocks that `first_largest` compares."""
+    if values.shape[-1] <= _block(values.shape[-1]):
+        return jnp.max(values, axis=-1)
+    return jnp.max(jnp.max(_in_blocks(values, -jnp.inf), axis=-1), axis=-1)
+
+
 def first_largest(values: jax.Array) -> jax.Array:
     """Return the first index of the largest of values [..., K], as argmax: faster on CPU."""
     if values.shape[-1] <= _block(values.shape[-1]):

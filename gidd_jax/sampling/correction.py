@@ -13,13 +13,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gidd_jax.draws import first_largest, fold_in, index_from_uniforms, num_levels, uniforms
+from gidd_jax.draws import (
+    first_largest,
+    fold_in,
+    index_from_uniforms,
+    num_levels,
+    total,
+    uniforms,
+)
 from gidd_jax.errors import InputError
 from gidd_jax.likelihood import Denoiser
 from gidd_jax.loss import at_ids, masked_logits
 from gidd_jax.ops.fused_loss import chunk_size
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.sampling.filters import log_softmax_at, temper, unnormalised
+from gidd_jax.sampling.filters import log_softmax_at, unnormalised
 from gidd_jax.sampling.loop import Frames
 from gidd_jax.sampling.options import CorrectionOptions
 from gidd_jax.sampling.schedule import is_mask_only
@@ -112,19 +119,20 @@ def judge(
 ) -> Judgement:
     """Judge tokens z [B, K] by their logits [B, K, C], with the proposals' random numbers."""
     logits = masked_logits(process, logits)
-    weights = unnormalised(temper(logits, options.temperature))
+    weights = unnormalised(logits, options.temperature)
     if options.score == "suspicion":
         proposal, score = _suspicious(process, logits, numbers, z, propose, options)
     else:
         proposal = propose.draw(weights, numbers)
-        score = at_ids(weights, proposal) / jnp.sum(weights, axis=-1)
+        score = at_ids(weights, proposal) / total(weights)
     return Judgement(
         proposal=proposal,
         score=score,
-        first_choice=first_largest(weights),
+        first_choice=first_largest(logits),
         log_proposal=log_softmax_at(logits, proposal),
         log_token=log_softmax_at(logits, z),
-        is_number=~jnp.isnan(jnp.sum(logits, axis=-1)),  # XLA's maximum on CPU may pass over NaN
+        # XLA's maximum on CPU may pass over NaN, their exponentials do not.
+        is_number=~jnp.isnan(total(unnormalised(logits))),
     )
 
 
@@ -144,7 +152,7 @@ def _suspicious(
     log_prior = jax.nn.log_softmax(logits[..., : process.vocab_size])
     wrong = noise_posterior(process, log_prior, z, t).wrong
     others = jnp.where(jax.nn.one_hot(z, logits.shape[-1], dtype=bool), -jnp.inf, logits)
-    another = propose.draw(unnormalised(temper(others, options.temperature)), numbers)
+    another = propose.draw(unnormalised(others, options.temperature), numbers)
     return jnp.where(wrong > options.threshold, another, z), wrong
 
 

@@ -7,12 +7,16 @@ logarithms may be logits, of any sum.
 import jax
 import jax.numpy as jnp
 
+from gidd_jax.draws import first_largest, largest, total
 from gidd_jax.loss import at_ids
 
 
-def unnormalised(logits: jax.Array) -> jax.Array:
-    """Return exp(logits) over the largest of them, at most 1: what draws need of a softmax."""
-    return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+def unnormalised(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Return exp(logits / temperature) over the largest of them, at most 1: what draws need of a
+    softmax; temperature 0 leaves the first of the largest."""
+    if temperature == 0.0:
+        return jax.nn.one_hot(first_largest(logits), logits.shape[-1], dtype=logits.dtype)
+    return jnp.exp((logits - largest(logits)[..., None]) / temperature)
 
 
 def log_softmax_at(logits: jax.Array, ids: jax.Array) -> jax.Array:
@@ -21,18 +25,16 @@ def log_softmax_at(logits: jax.Array, ids: jax.Array) -> jax.Array:
     From the sum of `unnormalised`, which a program computes once; the largest logit is taken off
     first, so that those near it keep their digits.
     """
-    return (at_ids(logits, ids) - jnp.max(logits, axis=-1)) - jnp.log(
-        jnp.sum(unnormalised(logits), axis=-1)
-    )
+    return (at_ids(logits, ids) - largest(logits)) - jnp.log(total(unnormalised(logits)))
 
 
 def entropy(logits: jax.Array) -> jax.Array:
     """Return the entropy of softmax(logits), [...] in nats."""
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    mean = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1) / total
-    return jnp.log(total) - mean
+    shifted = logits - largest(logits)[..., None]
+    weights = unnormalised(logits)
+    mass = total(weights)
+    mean = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1) / mass
+    return jnp.log(mass) - mean
 
 
 def temper(log_probs: jax.Array, temperature: float) -> jax.Array:
@@ -69,8 +71,8 @@ def keep_top_p(log_probs: jax.Array, top_p: float) -> jax.Array:
 
 def keep_min_p(probs: jax.Array, min_p: float) -> jax.Array:
     """Return probs without the entries below min_p, normalised; the largest one always stays."""
-    largest = jnp.max(probs, axis=-1, keepdims=True)
-    kept = jnp.where(probs >= jnp.minimum(min_p, largest), probs, 0.0)
+    most = jnp.max(probs, axis=-1, keepdims=True)
+    kept = jnp.where(probs >= jnp.minimum(min_p, most), probs, 0.0)
     return kept / jnp.sum(kept, axis=-1, keepdims=True)
 
 

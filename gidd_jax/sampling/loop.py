@@ -244,4 +244,6 @@ def weights_of(options: SamplerOptions, logits: jax.Array) -> jax.Array:
     """Return weights of any sum to draw tokens by; ancestral steps apply min-p themselves."""
     if options.min_p > 0 and options.method not in (*ANCESTRAL, "gibbs"):
         return filtered_x_hat(options, jax.nn.log_softmax(logits))
+    if options.top_k == 0 and options.top_p == 1.0:
+        return unnormalised(logits, options.temperature)
     return unnormalised(filtered(options, logits))

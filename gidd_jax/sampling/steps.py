@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gidd_jax.draws import fold_in, index_from_uniforms, num_levels, uniforms
+from gidd_jax.draws import fold_in, index_from_uniforms, num_levels, total, uniforms
 from gidd_jax.loss import at_ids
 from gidd_jax.process import InterpolatingProcess, expand_time
 from gidd_jax.sampling.filters import entropy, keep_min_p, log_softmax_at, unnormalised
@@ -131,7 +131,7 @@ def needs_x_hat(process: InterpolatingProcess, draws: AncestralDraws, z_t: jax.A
 
 def finish_ancestral_step(draws: AncestralDraws, x_hat: jax.Array, z_t: jax.Array) -> jax.Array:
     """Return z_s, int32 [B, L], of choices that were made and x_hat [B, L, V], of any sum > 0."""
-    q_t = draws.alpha * at_ids(x_hat, z_t) / jnp.sum(x_hat, axis=-1) + draws.noise_mass
+    q_t = draws.alpha * at_ids(x_hat, z_t) / total(x_hat) + draws.noise_mass
     redraw = (draws.coin * q_t < draws.step_mass) | draws.is_drawn_anew
     clean = index_from_uniforms(x_hat, draws.levels)
     return jnp.where(redraw, jnp.where(draws.is_clean, clean, draws.noise), z_t).astype(jnp.int32)
