@@ -15,7 +15,6 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
         "head_d256_n512_t0.5": {COMPILED: 10.0},
         "head_d256_n512_t0.06": {COMPILED: 5.0},
         "sampler_4x256_4x128_steps32": {EAGER: 12.0, COMPILED: 5.0},
-        "correction_4x256_16x128_steps4": {EAGER: 5.0},
     },
     "gpu": {
         "head_d768_n8192_t0.5": {COMPILED: 5.0},
@@ -24,6 +23,9 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
         "correction_12x768_16x512_steps4": {EAGER: 10.0},
     },
 }
+# A dense call for every position: on a CPU, whose twin is near the limit of its products, arithmetic
+# leaves no large factor over it. What can be asked is how near the limit we are.
+OF_CEILING = {"cpu": {"correction_4x256_16x128_steps4": 0.5}}
 ORDERED = {name: f"sampler_4x256_4x128_steps32_{name}" for name in ("confidence", "entropy_bound")}
 BODY, WHOLE = "body_12x768_4x128", "sampler_12x768_4x128_steps1"
 
@@ -274,6 +276,9 @@ def checks(scale: str, found: Found) -> list[Check]:
         for case, speed_ups in TARGETS[scale].items()
         for check in ratio_checks(found, case, speed_ups)
     ]
+    for case, bound in OF_CEILING.get(scale, {}).items():
+        one = found.get(case)
+        result.append(Check(f"{case}: of the matmul ceiling", one and one.matmul_fraction, bound))
     body, whole = found.get(BODY), found.get(WHOLE)
     if body is not None and whole is not None:
         share = body.seconds / whole.seconds
