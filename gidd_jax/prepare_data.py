@@ -14,12 +14,16 @@ FLAGS = flags.values
 flags.DEFINE_string(
     "path", None, "Corpus, as data.path: files, folders, globs, tfds:NAME, hf:OWNER/NAME."
 )
-flags.DEFINE_string("tokenizer", None, "embedded, a local folder or a Hugging Face hub name.")
+flags.DEFINE_string(
+    "tokenizer", None, "embedded, a local folder, a Hugging Face hub name, chars:FILE or ids:VOCAB."
+)
 flags.DEFINE_string(
     "out", None, "Folder for the shards; an unfinished one is continued.", required=True
 )
 flags.DEFINE_integer("seq_len", 512, "Tokens per row.", lower_bound=2)
-flags.DEFINE_string("mode", "packed", "crop | packed | padded, as data.mode.")
+flags.DEFINE_string(
+    "mode", "packed", "crop | packed | padded, as data.mode; none, as data.frame=none."
+)
 flags.DEFINE_string(
     "validation",
     load_config("base").to_dict()["data"]["validation"],
@@ -50,7 +54,7 @@ EXAMPLES = """Examples:
 def main(_: list[str]) -> None:
     # Read at the first import: without it transformers warns that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from gidd_jax.data import shards
+    from gidd_jax.data import rows, shards
     from gidd_jax.data.preparation import prepare
 
     required = ("out",) if FLAGS.verify else ("path", "tokenizer", "out")
@@ -78,7 +82,8 @@ def main(_: list[str]) -> None:
         counts = ", ".join(_counted(n, name) for name, n in manifest.totals(split).items())
         print(f"{split}: {counts} in {_counted(len(manifest.splits[split]), 'shards')}")
     if not FLAGS.verify:
-        print(f"train with --config.data.path={out} --config.data.mode={manifest.mode}")
+        key = "frame" if manifest.mode == rows.NO_FRAME else "mode"
+        print(f"train with --config.data.path={out} --config.data.{key}={manifest.mode}")
         print(f"  --config.data.tokenizer={out / shards.TOKENIZER_FOLDER}")
 
 

@@ -119,6 +119,13 @@ def test_the_page_on_own_processes_runs(tmp_path, environment):
     assert re.search(r"all \d+ checks passed", printed[1])
 
 
+@pytest.mark.slow
+def test_the_page_on_own_symbols_runs(tmp_path, environment):
+    _, filled, sampled = execute_page(DOCS / "your-own-symbols.md", tmp_path, environment)
+    assert re.match(r"\[\[0 1 2 \d\]\n \[1 \d \d \d\]", filled)
+    assert re.search(r"^[ACGT]{48}$", sampled, re.MULTILINE)
+
+
 def test_the_costs_are_what_the_code_beside_them_prints(tmp_path, environment):
     text = (DOCS / "scaling.md").read_text("utf-8")
     shown = [code for _, code in FENCE.findall(text) if "device-hours\n" in code]

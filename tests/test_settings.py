@@ -72,6 +72,10 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
             "process.name = log_snr has elbo and clip and dynamic",
         ),
         ({"mesh__fsdp": -1}, "at most one of"),
+        ({"data__tokenizer": "ids:1"}, "chars:FILE, or ids:VOCAB with VOCAB from 2 on"),
+        ({"data__tokenizer": "chars:"}, "chars:FILE, or ids:VOCAB with VOCAB from 2 on"),
+        ({"data__frame": "bos"}, "data.frame = 'bos': must be ends | none"),
+        ({"data__marked": True}, "data.marked = True: only rows without a frame do"),
     ],
 )
 def test_illegal_values_are_named_with_what_is_legal(change, message):
@@ -86,6 +90,14 @@ def test_edges_of_the_legal_ranges():
     make(data__validation="hash:.01", train__eval_every=0, optimizer__warmup_steps=0)
     make(data__validation="last:100000", train__micro_batches=512)
     make(process__name="log_snr", train__weighting="clip", mesh__data=1, mesh__fsdp=-1)
+
+
+def test_rows_without_a_frame_are_of_diffusion_and_read_no_mode():
+    data = make(data__frame="none", data__mode="padded", data__tokenizer="ids:9").data
+    assert data.row_mode == "none"
+    assert make(data__mode="padded").data.row_mode == "padded"
+    with pytest.raises(InputError, match=r"data\.frame = none: llama predicts the tokens after"):
+        make("ar", data__frame="none")
 
 
 def test_a_missing_key_is_named():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from tiny_run import tiny_settings
 
 from gidd_jax.checkpoints.checkpoint import Checkpointer
-from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.step import abstract_params
@@ -26,11 +26,11 @@ def random_params(abstract, seed: int = 0):
 def tiny_model(folder: Path, name: str = "gidd", **changes: object) -> Gidd:
     """A model of the tiny run with random parameters. name: gidd | mdlm | ar."""
     settings = tiny_settings(folder, name, **changes)
-    tokenizer = load_tokenizer(settings.data.tokenizer)
+    tokenizer = run_tokenizer(settings.data)
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
     params = random_params(abstract_params(objective))
     return Gidd(  # type: ignore[arg-type]
-        objective.model, params, tokenizer, objective.process, row_mode=settings.data.mode
+        objective.model, params, tokenizer, objective.process, row_mode=settings.data.row_mode
     )
 
 

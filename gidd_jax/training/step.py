@@ -25,7 +25,7 @@ def init_state(
     objective: Objective, optimizer: optax.GradientTransformation, key: jax.Array, use_ema: bool
 ) -> TrainState:
     """Return the state before the first step; parameters still boxed with their axis names."""
-    ids = jnp.zeros((1, 8), jnp.int32)
+    ids = jnp.zeros((1, min(8, objective.model.max_seq_len)), jnp.int32)
     inputs = (ids,) if objective.process is None else (ids, jnp.zeros(1, jnp.float32))
     params = objective.model.init(key, *inputs)["params"]
     return TrainState(

@@ -161,3 +161,63 @@ def test_guidance_without_a_prompt_is_refused(model):
     with pytest.raises(InputError, match="guidance weighs prompts: give some text"):
         model.infill([[5], [3]], guidance=2.0, num_steps=2)  # the token that begins a text is none
     assert model.generate(prompts=["ab"], guidance=2.0, num_steps=2).network_calls % 2 == 0
+
+
+UNFRAMED = {"data.tokenizer": "ids:5", "data.frame": "none", "model.max_seq_len": 8}
+
+
+def test_rows_without_a_frame_begin_with_the_first_token_and_fill_the_context(tmp_path):
+    model = tiny_model(tmp_path, **UNFRAMED)
+    drawn = model.generate(2, num_steps=3)
+    assert drawn.ids.shape == (2, 8)
+    assert drawn.ids.max() < 5
+    assert drawn.texts == [" ".join(map(str, row)) for row in drawn.ids]
+    prompt = model.generate(prompts=["3 1 4"], num_steps=3).ids[0]
+    np.testing.assert_array_equal(prompt[:3], [3, 1, 4])
+    pieces = model.infill([["3 1", 4, "0 2"]], num_steps=3, seed=2)
+    as_ids = np.array([[3, 1, -1, -1, -1, -1, 0, 2]])
+    np.testing.assert_array_equal(model.infill(as_ids, num_steps=3, seed=2).ids, pieces.ids)
+    np.testing.assert_array_equal(pieces.ids[0, [0, 1, 6, 7]], [3, 1, 0, 2])
+    judged = model.suspicion(["3 1 4 1 0 2 2 3"])
+    assert judged.judged.all()
+    assert model.correct(["3 1 4 1 0 2 2 3"], num_steps=2).ids.shape == (1, 8)
+    whole = model.log_likelihood(["3 1 4 1 0 2 2 3"])
+    assert whole.num_tokens[0] == 8
+    rest = model.log_likelihood(["1 0 2 2 3"], prompts=["3 1 4"])
+    np.testing.assert_array_equal(rest.by_token[0, :3], 0)
+    assert rest.num_tokens[0] == 5
+    guided = model.generate(prompts=["3 1 4"], num_steps=3, guidance=2.0).ids
+    assert guided.shape == (1, 8)  # the first token weighs, too
+
+
+def test_rows_of_another_length_than_the_context_are_refused(tmp_path):
+    model = tiny_model(tmp_path, **UNFRAMED)
+    alone = "a model of rows without a frame .* knows rows of 8 tokens alone"
+    for call in (
+        lambda: model.generate(1, length=6),
+        lambda: model.generate(prompts=["3 1"], new_tokens=2),
+        lambda: model.infill([["3 1", 3]]),
+        lambda: model.correct(["3 1 4"]),
+        lambda: model.suspicion(["3 1 4"]),
+        lambda: model.log_likelihood(["3 1 4"]),
+    ):
+        with pytest.raises(InputError, match=f"row 1 has [1-7] tokens: {alone}"):
+            call()
+    for ids, message in (
+        (np.zeros((1, 8), int), "text 1 has nothing to fill in: put -1"),
+        (np.full((1, 8), 7) - 8 * (np.arange(8) < 2), "text 1 holds 7: ids are 0 to 5, or -1"),
+        (np.zeros(8, int), r"texts are int64 \[8\]: must be lists of pieces, or ids"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.infill(ids)
+
+
+def test_an_exported_model_keeps_its_rows_without_a_frame(tmp_path):
+    model = tiny_model(tmp_path, **UNFRAMED)
+    model.save_pretrained(tmp_path / "exported")
+    again = Gidd.from_pretrained(tmp_path / "exported")
+    assert again.row_mode == model.row_mode == "none"
+    assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
+    np.testing.assert_array_equal(
+        again.generate(1, num_steps=2).ids, model.generate(1, num_steps=2).ids
+    )
