@@ -64,7 +64,7 @@ class Chain(Generic[T]):
         self._ends = np.cumsum([len(p) for p in parts])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> T:
         part = int(np.searchsorted(self._ends, index, side="right"))

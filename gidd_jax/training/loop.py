@@ -186,7 +186,8 @@ def describe_data(batches: TrainBatches, validation: ValidationBatches) -> None:
     if not validation.num_bytes:
         logging.warning(
             "the validation rows stand for no byte of text: there will be no eval/bits_per_byte; "
-            "look for empty documents, or choose others with data.validation"
+            "arrays of ids never do; of texts, look for empty documents, or choose others with "
+            "data.validation"
         )
 
 
