@@ -23,8 +23,8 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
         "correction_12x768_16x512_steps4": {EAGER: 10.0},
     },
 }
-# A dense call for every position: on a CPU arithmetic leaves no large factor over the twin. What can
-# be asked is how near the machine's limit we are.
+# On a CPU, arithmetic leaves no large factor over the twin where every position needs a dense call:
+# what can be asked is how near the machine's limit we are.
 OF_CEILING = {"cpu": {"correction_4x256_16x128_steps4": 0.5}}
 ORDERED = {name: f"sampler_4x256_4x128_steps32_{name}" for name in ("confidence", "entropy_bound")}
 BODY, WHOLE = "body_12x768_4x128", "sampler_12x768_4x128_steps1"

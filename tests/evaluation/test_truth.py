@@ -1,15 +1,20 @@
 """Sources: exact likelihoods of hidden Markov models, by counting every path and every row."""
 
+import csv
 import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from gidd_jax import sweep
 from gidd_jax.cli import config_folder, load_config
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import oracle, truth
 from gidd_jax.evaluation.truth import Source, SourceSettings
+from gidd_jax.inference.gidd import Gidd
 
 VALUES = {"num_tokens": 3, "sharpness": 1.5, "seed": 5, "num_rows": 50, "num_samples": 4}
 OTHERS = {"temperature": 1.0, "calls": (2,)}
@@ -99,3 +104,83 @@ def test_illegal_values_are_named(tmp_path, key, value, message):
     with pytest.raises(InputError) as error:
         truth.open_source(config, tmp_path)
     assert message in str(error.value)
+
+
+class Flag(NamedTuple):
+    value: Any
+
+
+def swept(monkeypatch, workdir: Path, law: str, grid: dict, **changes: Any) -> list[dict[str, Any]]:
+    """Run the shipped sweep with changes of its keys; return the lines of its table."""
+    config = load_config(str(config_folder() / "sweeps" / "chain.py") + f":{law}")
+    for key, value in changes.items():
+        section, name = key.split("__")
+        part = config.source if section == "source" else config.base[section]
+        part[name] = value
+    config = ConfigDict({**config, "grid": grid})
+    monkeypatch.setattr(sweep, "CONFIG", Flag(config))
+    monkeypatch.setattr(sweep, "WORKDIR", Flag(str(workdir)))
+    sweep.main(["sweep"])
+    with (workdir / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+SMALL = {
+    "model__hidden_size": 16,
+    "model__num_layers": 1,
+    "model__max_seq_len": 8,
+    "data__validation": "last:16",
+    "train__num_steps": 2,
+    "train__batch_size": 8,
+    "train__eval_batches": 1,
+    "checkpoint__every": 2,
+    "source__num_states": 2,
+    "source__num_tokens": 4,
+    "source__num_rows": 64,
+    "source__num_samples": 6,
+    "source__calls": (2, 3),
+}
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_a_sweep_on_a_source_is_judged_by_the_truth(tmp_path, monkeypatch, capsys):
+    (line,) = swept(monkeypatch, tmp_path, "hidden", {"seed": (3,)}, **SMALL)
+    source = truth.draw_source(
+        SourceSettings(
+            num_states=2,
+            num_tokens=4,
+            sharpness=1.5,
+            seed=0,
+            num_rows=64,
+            num_samples=6,
+            calls=(2, 3),
+            temperature=1.0,
+        )
+    )
+    held_out = np.load(tmp_path / "source.npy")[-16:]
+    entropy = -truth.log_prob(source, held_out).mean() / 8
+    assert float(line["entropy"]) == pytest.approx(entropy, rel=1e-9)
+    # After two steps the network is at the uniform law, log 4 a token, or near it.
+    error = float(line["excess_standard_error"])
+    assert float(line["excess"]) == pytest.approx(np.log(4) - entropy, abs=4 * error)
+    model = Gidd.from_pretrained(tmp_path / "runs" / "seed=3")
+    drawn = model.generate(6, num_steps=3, seed=3, batch_size=128).ids
+    surprise = -truth.log_prob(source, drawn).mean() / 8 - entropy
+    assert float(line["surprise_3"]) == pytest.approx(surprise, rel=1e-6)
+    mended = model.correct(drawn, seed=3, batch_size=128, temperature=1.0).ids
+    assert float(line["corrected_bigrams_3"]) == pytest.approx(truth.bigrams(source, mended))
+    printed = capsys.readouterr().out
+    assert f"entropy of the source: {entropy:.4f} nats a token" in printed
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_excess_of_a_network_of_enough_size_tends_to_0(tmp_path, monkeypatch):
+    """The shipped chain, with masks alone and with a fifth of uniform noise."""
+    grid = {"process": {"p_uniform": (0.0, 0.2)}, "seed": (0,)}
+    lines = swept(monkeypatch, tmp_path, "chain", grid, source__calls=(64,))
+    for line in lines:
+        excess, error = float(line["excess"]), float(line["excess_standard_error"])
+        assert -3 * error < excess < 0.03 + 3 * error
+        # What is drawn is as probable as what was learnt from, to the excess and the steps.
+        assert abs(float(line["surprise_64"])) < 0.1
