@@ -43,7 +43,8 @@ def get_config(size: str = "6") -> ConfigDict:
         path=f"outputs/sudoku/{size}/train.npz",
         tokenizer=f"ids:{size}",
         frame="none",
-        validation="last:256",
+        # Images of training grids would not show what is learnt by heart.
+        validation=f"path:outputs/sudoku/{size}/validation.npz",
     )
     config.optimizer.update(name="muon", learning_rate=1e-2, warmup_steps=100)
     config.train.update(

@@ -208,7 +208,7 @@ class Settings:
         Raises InputError for a key that is unknown or missing, a wrong type or an illegal value.
         """
         values = config.to_dict() if isinstance(config, ConfigDict) else config
-        if set(values) == {"base", "grid"}:
+        if {"base", "grid"} <= set(values):
             raise InputError("this is the config of a sweep: train it with gidd_jax.sweep")
         check_keys("", values, {item.name for item in dataclasses.fields(cls)})
         made = {}

@@ -8,6 +8,7 @@ No grid of the training is one of the puzzles' solutions, not even after relabel
 rows, columns, bands and stacks, or transposing (see the docstring of grids.py). The same seed makes
 the same files. Files of --out, for gidd_jax.train and solve.py:
   train.npz   ids uint8 [N, L]: full grids, row by row, symbols 0 to size - 1
+  validation.npz   ids uint8 [M, L]: full grids, images of the puzzles' solutions
   test.npz    ids uint8 [M, L]: solutions; given bool [M, L]: their cells that the puzzle shows
 """
 
@@ -59,6 +60,7 @@ def make(
     seen, unseen = ({grids.signature(grid) for grid in part} for part in (bases, solutions))
     files = {
         "train.npz": {"ids": train},
+        "validation.npz": {"ids": grids.images(solutions, rng).astype(np.uint8)},
         "test.npz": {"ids": test.ids.astype(np.uint8), "given": test.given},
     }
     folder.mkdir(parents=True, exist_ok=True)

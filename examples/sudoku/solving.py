@@ -185,12 +185,15 @@ def puzzle_figures(
     parts = [some for _, some in by_givens(puzzles)]
     truth, given = (np.concatenate(leaves) for leaves in zip(*parts, strict=True))
     first, final, mended = (np.concatenate(part) for part in (before, after, fixed))
+    # Puzzles of one grid, nested, depend on each other: they are resampled together.
+    groups = np.unique(truth, axis=0, return_inverse=True)[1].reshape(-1)
     ways = {SELF_CORRECT: (final, mended)}
     assert model.process is not None
     if prior_mask(model.process) > 0.5:  # else there is noise everywhere before the first answer
         ways = {WHILE_DRAWING: (first, final), **ways}
     return rows, [
-        {"method": name, "mended": how} | repaired(*answers, truth, ~given, seed=seed).figures()
+        {"method": name, "mended": how}
+        | repaired(*answers, truth, ~given, groups=groups, seed=seed).figures()
         for how, answers in ways.items()
     ]
 

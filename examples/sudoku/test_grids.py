@@ -116,7 +116,10 @@ def test_size_9_has_no_least_image():
 def test_train_and_test_share_no_class(size, tmp_path: Path):
     levels = puzzles.LEVELS[size]
     said, again = (make_data.make(tmp_path / name, size, 300, 3, levels, seed=7) for name in "ab")
-    train, test = (np.load(tmp_path / "a" / f"{name}.npz") for name in ("train", "test"))
+    names = ("train", "test", "validation")
+    train, test, held_out = (np.load(tmp_path / "a" / f"{name}.npz") for name in names)
+    assert grids.is_valid(held_out["ids"]).all()
+    assert all(map(grids.is_held_out, held_out["ids"]))
     assert train["ids"].shape == (300, size**2)
     assert grids.is_valid(train["ids"]).all()
     assert grids.is_valid(test["ids"]).all()

@@ -115,6 +115,18 @@ def test_puzzles_and_mending_are_counted(some):
     assert (shown == np.where(some.given, some.ids, -1)).all()
 
 
+def test_puzzles_of_one_grid_are_resampled_together(some):
+    """Twice the puzzles of each grid: the rates stay, and so do their intervals."""
+    twice = puzzles.Puzzles(*(np.concatenate([leaf, leaf]) for leaf in some))
+    once, again = (
+        solving.puzzle_figures(Planted(part), "m", SamplerOptions(), part, 5, seed=0)[1][0]
+        for part in (some, twice)
+    )
+    for name in ("touch", "recover", "damage"):
+        assert again[name] == once[name]
+        assert again[f"{name}_interval"] == pytest.approx(once[f"{name}_interval"], abs=1e-9)
+
+
 def test_where_all_is_noise_there_is_no_first_answer(some):
     uniform = LogSnrProcess(MASK + 1, MASK, shift=1000.0)
     _, mending = solving.puzzle_figures(
@@ -288,7 +300,8 @@ def test_from_grids_to_tables(tmp_path: Path):
 
     run(f"{here / 'make_data.py'}", "--size=4", "--train=500", "--test=4", "--out=data")
     data = [f"--config.data.path={tmp_path / 'data' / 'train.npz'}"]
-    data += ["--config.data.validation=last:64", "--config.train.num_steps=60"]
+    held_out = tmp_path / "data" / "validation.npz"
+    data += [f"--config.data.validation=path:{held_out}", "--config.train.num_steps=60"]
     run("-m", "gidd_jax.train", "--config=sudoku:4", "--workdir=run", *data)
     (tmp_path / "mine.txt").write_text("1.3.341221434321\n")
     methods = "--methods=adaptive,entropy_bound:epsilon=0:edit_above=0.5"

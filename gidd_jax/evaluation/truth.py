@@ -18,11 +18,16 @@ from gidd_jax.evaluation.oracle import Chain
 from gidd_jax.evaluation.text_metrics import mean_estimate
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.sections import Section, at_least, check_keys, legal
-from gidd_jax.settings import Settings
+from gidd_jax.settings import Settings, flatten
 
 NUM_SAMPLES_T = 8  # times drawn for the bound of a row
 NUM_RESAMPLES = 200
 BATCH_SIZE = 128
+ENTROPY_ROWS, ENTROPY_SEED = 100_000, 1_000_003
+FLOOR_SETS = 16  # of exact rows, for what their number alone makes differ
+SECTIONS = {"base", "grid", "source"}
+MOST = 4096  # states and tokens: their moves are square matrices
+SET_BY_SOURCE = ("data.path", "data.tokenizer", "data.frame", "model.max_seq_len")
 
 
 DATA_FILE = "source.npy"
@@ -32,9 +37,9 @@ DATA_FILE = "source.npy"
 class SourceSettings(Section):
     """Of a sweep on rows of a known law: the law, and how the runs are judged by it."""
 
-    num_states: int = at_least(0)
-    num_tokens: int = at_least(2)
-    sharpness: float = at_least(0)
+    num_states: int = legal(lambda value: 0 <= value <= MOST, f"in [0, {MOST}]")
+    num_tokens: int = legal(lambda value: 2 <= value <= MOST, f"in [2, {MOST}]")
+    sharpness: float = legal(lambda value: 0 <= value <= 20, "in [0, 20]")
     seed: int = at_least(0)
     num_rows: int = at_least(2)
     num_samples: int = at_least(2)
@@ -97,6 +102,18 @@ def bigram_law(source: Source, length: int) -> np.ndarray:
     return source.emissions.T @ states @ source.emissions
 
 
+def entropy(source: Source, length: int) -> tuple[float, float]:
+    """Return the entropy of a row in nats a token, and its standard error.
+
+    Exact for a chain whose states are seen; of a hidden one the mean of -log p of rows drawn for
+    it.
+    """
+    if np.array_equal(source.emissions, np.eye(source.num_tokens)):
+        return oracle.entropy(source.chain, length) / length, 0.0
+    found = -log_prob(source, draw_rows(source, ENTROPY_ROWS, length, ENTROPY_SEED)) / length
+    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(ENTROPY_ROWS))
+
+
 def bigrams(source: Source, ids: np.ndarray) -> float:
     """Return the total variation of neighbouring tokens in rows [N, L] from the source's."""
     tokens = Chain(np.zeros(source.num_tokens), np.zeros((source.num_tokens, source.num_tokens)))
@@ -123,8 +140,11 @@ class Opened:
 def open_source(config: Any, workdir: Path) -> Opened | None:
     """Return the source that a sweep's config names, and set its base to the source's rows; None
     where it names none. Raises InputError for an illegal value."""
-    if "source" not in config:
+    if not set(config) >= SECTIONS:
         return None
+    for key in flatten(config.grid.to_dict()):
+        if key in SET_BY_SOURCE:
+            raise InputError(f"grid: {key} is the source's own: leave it out, or the source")
     values = config.source.to_dict()
     names = {item.name for item in dataclasses.fields(SourceSettings)}
     check_keys("source.", values, names)
@@ -155,11 +175,11 @@ def write_data(settings: SourceSettings, length: int, path: Path) -> None:
 def judge(source: Source, settings: SourceSettings, model: Gidd, run: Settings) -> dict[str, Any]:
     """Return what a finished run comes to against the truth, nats a token.
 
-    entropy: -log p of the validation rows under the source; excess: the bound of the model on the
-    same rows less that, with its standard error over rows. Of generated rows by the number of
-    calls, before and after self-correction (`corrected_`): surprise_N, -log p under the source less
-    its entropy, negative for rows of its modes; bigrams_N, the total variation of neighbouring
-    tokens, which is small only where rows are right.
+    excess: the bound of the model on the validation rows less their own -log p under the source,
+    with its standard error over rows. Of generated rows by the number of calls, before and after
+    self-correction (`corrected_`): surprise_N, -log p under the source less its `entropy`, negative
+    for rows of its modes; bigrams_N, the total variation of neighbouring tokens. So many exact rows
+    have a surprise of 0 give or take surprise_floor, and bigrams of bigrams_floor.
     """
     held_out = corpora.open_rows(run.data, "validation", model, is_own=True)
     ids = np.stack([np.asarray(held_out.ids[i]) for i in range(len(held_out.ids))])
@@ -171,27 +191,33 @@ def judge(source: Source, settings: SourceSettings, model: Gidd, run: Settings) 
         seed=run.seed,
         label="Against the truth",
     )
-    length, truth = ids.shape[1], -log_prob(source, ids)
-    excess = mean_estimate((scores.bounds.total - truth) / length, NUM_RESAMPLES, run.seed)
-    entropy = float(truth.mean() / length)
+    length, own = ids.shape[1], -log_prob(source, ids)
+    excess = mean_estimate((scores.bounds.total - own) / length, NUM_RESAMPLES, run.seed)
+    true_entropy, entropy_error = entropy(source, length)
+
+    def surprise(drawn: np.ndarray) -> float:
+        return float(-log_prob(source, drawn).mean() / length) - true_entropy
+
+    exact = [
+        draw_rows(source, settings.num_samples, length, ENTROPY_SEED + 1 + number)
+        for number in range(FLOOR_SETS)
+    ]
     figures = {
-        "entropy": entropy,
+        "entropy": true_entropy,
+        "entropy_standard_error": entropy_error,
         "excess": excess.value,
         "excess_standard_error": excess.standard_error,
+        "surprise_floor": float(np.std([surprise(rows) for rows in exact])),
+        "bigrams_floor": float(np.mean([bigrams(source, rows) for rows in exact])),
     }
-
-    def note(name: str, calls: int, drawn: np.ndarray) -> None:
-        surprise = float(-log_prob(source, drawn).mean() / length) - entropy
-        figures[f"{name}surprise_{calls}"] = surprise
-        figures[f"{name}bigrams_{calls}"] = bigrams(source, drawn)
-
     for calls in settings.calls:
         drawn = model.generate(
             settings.num_samples, num_steps=calls, batch_size=BATCH_SIZE, seed=run.seed
         ).ids
-        note("", calls, drawn)
         mended = model.correct(
             drawn, batch_size=BATCH_SIZE, seed=run.seed, temperature=settings.temperature
         ).ids
-        note("corrected_", calls, mended)
+        for name, found in (("", drawn), ("corrected_", mended)):
+            figures[f"{name}surprise_{calls}"] = surprise(found)
+            figures[f"{name}bigrams_{calls}"] = bigrams(source, found)
     return figures

@@ -106,7 +106,8 @@ def samples_picture(
                 axis.xaxis.set_minor_locator(ticker.NullLocator())
                 words = ", ".join(f"{k} = {v}" for k, v in zip(others, group, strict=True))
                 axis.set(xlabel="network calls", ylabel=label, title=words)
-            pair[0].axhline(0, color="grey", linewidth=1)
+            pair[0].axhline(0, color="grey", linestyle=":", label="exact draws")
+            pair[1].axhline(rows[0]["bigrams_floor"], color="grey", linestyle=":")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", title="dashed: corrected")
     return figure

@@ -79,6 +79,17 @@ def test_rows_have_the_law_of_the_source(settings):
     assert truth.bigrams(source, np.full((10, 4), 3)) == pytest.approx(1.0)  # masks alone
 
 
+def test_entropies_are_those_of_the_law():
+    """Of the chain to the last digit, of the hidden one within its error."""
+    for settings, digits in ((CHAIN, 1e-12), (HIDDEN, None)):
+        source, rows = truth.draw_source(settings), every_row(5)
+        log_p = truth.log_prob(source, rows)
+        wanted = -np.sum(np.exp(log_p) * log_p) / 5
+        found, error = truth.entropy(source, 5)
+        assert abs(found - wanted) <= (digits if digits else 4 * error)
+        assert (error > 0) == (settings is HIDDEN)
+
+
 def test_the_file_of_another_source_is_refused(tmp_path):
     path = tmp_path / "source.npy"
     truth.write_data(CHAIN, 6, path)
@@ -92,9 +103,11 @@ def test_the_file_of_another_source_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_tokens", 1, "source.num_tokens = 1: must be >= 2"),
+        ("num_tokens", 1, "source.num_tokens = 1: must be in [2, 4096]"),
         ("calls", (0,), "source.calls = (0,): must be a tuple of numbers of network calls"),
         ("calls", 4, "source.calls = 4: must be a tuple"),
+        ("num_tokens", 5000, "source.num_tokens = 5000: must be in [2, 4096]"),
+        ("sharpness", 1000.0, "source.sharpness = 1000.0: must be in [0, 20]"),
         ("seeds", 1, "unknown config key source.seeds: did you mean seed"),
     ],
 )
@@ -104,6 +117,13 @@ def test_illegal_values_are_named(tmp_path, key, value, message):
     with pytest.raises(InputError) as error:
         truth.open_source(config, tmp_path)
     assert message in str(error.value)
+
+
+def test_what_the_source_sets_is_no_key_of_the_grid(tmp_path):
+    config = load_config(str(config_folder() / "sweeps" / "chain.py"))
+    config = ConfigDict({**config, "grid": {"data": {"path": ("a.npy", "b.npy")}}})
+    with pytest.raises(InputError, match=r"grid: data\.path is the source's own: leave it out"):
+        truth.open_source(config, tmp_path)
 
 
 class Flag(NamedTuple):
@@ -157,12 +177,13 @@ def test_a_sweep_on_a_source_is_judged_by_the_truth(tmp_path, monkeypatch, capsy
             temperature=1.0,
         )
     )
-    held_out = np.load(tmp_path / "source.npy")[-16:]
-    entropy = -truth.log_prob(source, held_out).mean() / 8
+    entropy, _ = truth.entropy(source, 8)
     assert float(line["entropy"]) == pytest.approx(entropy, rel=1e-9)
+    held_out = np.load(tmp_path / "source.npy")[-16:]
+    own = -truth.log_prob(source, held_out).mean() / 8
     # After two steps the network is at the uniform law, log 4 a token, or near it.
     error = float(line["excess_standard_error"])
-    assert float(line["excess"]) == pytest.approx(np.log(4) - entropy, abs=4 * error)
+    assert float(line["excess"]) == pytest.approx(np.log(4) - own, abs=4 * error)
     model = Gidd.from_pretrained(tmp_path / "runs" / "seed=3")
     drawn = model.generate(6, num_steps=3, seed=3, batch_size=128).ids
     surprise = -truth.log_prob(source, drawn).mean() / 8 - entropy
