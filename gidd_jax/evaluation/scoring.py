@@ -36,6 +36,7 @@ from gidd_jax.parallel.sharding import (
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.estimators import EXACT, quantities
 from gidd_jax.sampling.options import EstimatorOptions
+from gidd_jax.sampling.times import told
 
 
 class Scores(NamedTuple):
@@ -130,7 +131,7 @@ def _score(
         return autoregressive_row_bounds(apply, tokens, mask)
     return row_bounds(
         process,
-        apply,
+        lambda z_t, times: apply(z_t, told(network, process, times)),
         keys,
         times,
         original_times,
