@@ -33,8 +33,8 @@ class Source(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """Rows of a validation split: ids, the UTF-8 bytes each stands for, and which tokens are given,
-    if any."""
+    """Rows of a validation split: ids, the UTF-8 bytes each stands for (`arrays.NO_TEXT` where it
+    is no text), and which tokens are given, if any."""
 
     records: Records
     num_bytes: Sequence[int] | np.ndarray
@@ -110,7 +110,7 @@ def validation_source(settings: "DataSettings", tokenizer: Tokenizer, seq_len: i
         found.append(Validation(windows, windows.sums(tokenised.num_bytes)))
     if of_arrays:
         ids, given = arrays.open_splits(of_arrays, settings, tokenizer, seq_len)[1]
-        found.append(Validation(ids, np.zeros(len(ids), np.int64), given))
+        found.append(Validation(ids, np.full(len(ids), arrays.NO_TEXT), given))
     for path in of_shards:
         records = shards.open_shards(path, tokenizer, mode, seq_len)[1]
         found.append(Validation(records, [records.num_bytes(i) for i in range(len(records))]))

@@ -183,12 +183,8 @@ def describe_data(batches: TrainBatches, validation: ValidationBatches) -> None:
         )
     else:
         logging.info("%.0f %% of the training rows is padding", 100 * share)
-    if not validation.num_bytes:
-        logging.warning(
-            "the validation rows stand for no byte of text: there will be no eval/bits_per_byte; "
-            "arrays of ids never do; of texts, look for empty documents, or choose others with "
-            "data.validation"
-        )
+    if validation.surprise:
+        logging.warning("there will be no eval/bits_per_byte: %s", validation.surprise)
 
 
 def state_maker(
