@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gidd_jax.data.corpus import Chain, check_split, dataset_of, held_out_by, list_files
 from gidd_jax.data.files import ARRAY_SUFFIXES
-from gidd_jax.data.rows import NO_FRAME, Records
+from gidd_jax.data.rows import NO_FRAME, Records, are_illegal, legal_ids
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.mixture import split_mixture
@@ -24,6 +24,7 @@ from gidd_jax.settings import DataSettings, Settings
 _BIN_TYPES = {".uint16.bin": np.dtype("<u2"), ".uint32.bin": np.dtype("<u4")}
 _NAMES = ("ids", "given")  # of the arrays in a .npz
 _CHECKED_ROWS = 1 << 14  # at a time
+NO_TEXT = -1  # in place of the bytes that a row stands for: it is of an array, and stands for none
 
 
 class ArrayRows(NamedTuple):
@@ -72,13 +73,7 @@ def is_of_arrays(path: str) -> bool:
     """Tell whether a data path, no mixture, names arrays; raises InputError beside texts."""
     if dataset_of(path) is not None:
         return False
-    files = list_files(path)
-    found = [file for file in files if file.name.endswith(ARRAY_SUFFIXES)]
-    if found and len(found) < len(files):
-        raise InputError(
-            f"data path {path!r} holds both arrays of ids and texts: give one of them, or a mixture"
-        )
-    return bool(found)
+    return any(file.name.endswith(ARRAY_SUFFIXES) for file in list_files(path))
 
 
 def open_splits(
@@ -114,18 +109,24 @@ def joined(parts: Sequence[ArrayRows]) -> ArrayRows:
 def with_marks(settings: Settings) -> Settings:
     """Return the settings with data.marked as the arrays of data.path say.
 
-    Raises InputError when it is set and no position is given, or when a file cannot be read.
+    Raises InputError when it is set and no position is given, when the validation's files alone
+    mark some, or when a file cannot be read.
     """
     data = settings.data
-    marked = data.row_mode == NO_FRAME and any(
-        "given" in _names(file)
-        for part in split_mixture(data.path)
-        for file in _files_of_arrays(part.path)
-    )
+    paths = [part.path for part in split_mixture(data.path)]
+    marked = data.row_mode == NO_FRAME and any(map(_has_marks, paths))
     if data.marked and not marked:
         raise InputError(
             f"data.marked = True: no array of data.path={data.path} marks given positions: set it "
             "to False, or put `given` beside `ids`"
+        )
+    rule, _, held_out = data.validation.partition(":")
+    is_told = data.row_mode != NO_FRAME or marked or data.givens > 0
+    if rule == "path" and not is_told and _has_marks(held_out):
+        raise InputError(
+            f"data.validation={data.validation} marks given positions, and no array of "
+            f"data.path={data.path} does: set data.givens above 0, so that training gives some, "
+            "or put `given` beside its `ids`"
         )
     return dataclasses.replace(settings, data=dataclasses.replace(data, marked=marked))
 
@@ -136,6 +137,10 @@ def _check_frame(settings: DataSettings) -> None:
             f"data.path={settings.path} holds arrays of ids, whose rows have no frame: set "
             "data.frame=none"
         )
+
+
+def _has_marks(path: str) -> bool:
+    return any("given" in _names(file) for file in _files_of_arrays(path))
 
 
 def _files_of_arrays(path: str) -> list[Path]:
@@ -241,7 +246,8 @@ def _names(file: Path) -> list[str]:
 
 
 def _not_an_array(file: Path, error: Exception) -> InputError:
-    if "Object arrays" in str(error):
+    # In the words of np.load, and of its memory maps; the first goes on with unsafe advice.
+    if any(words in str(error) for words in ("Object arrays", "Python objects")):
         return InputError(
             f"{file} holds Python objects, such as rows of unequal length: must be ids int [N, L]"
         )
@@ -260,17 +266,14 @@ def _check_ids(file: Path, ids: np.ndarray, tokenizer: Tokenizer, seq_len: int) 
             f"{file} has rows of {ids.shape[1]} ids, model.max_seq_len is {seq_len}: rows without "
             "a frame are as long as the context: set it to that"
         )
-    legal = f"0 to {tokenizer.vocab_size - 1} but for the mask, {tokenizer.mask_id}"
-    if tokenizer.mask_id == tokenizer.vocab_size - 1:
-        legal = f"0 to {tokenizer.mask_id - 1}"
     for start in range(0, len(ids), _CHECKED_ROWS):
         part = np.asarray(ids[start : start + _CHECKED_ROWS])
-        bad = (part < 0) | (part >= tokenizer.vocab_size) | (part == tokenizer.mask_id)
+        bad = are_illegal(part, tokenizer)
         if bad.any():
             row, place = np.argwhere(bad)[0]
             raise InputError(
                 f"{file}: row {start + row} holds {part[row, place]}: ids of tokenizer "
-                f"{tokenizer.name!r} are {legal}"
+                f"{tokenizer.name!r} are {legal_ids(tokenizer)}"
             )
 
 

@@ -197,10 +197,15 @@ def named_files(path: str) -> dict[str, Path]:
             others = f"; it holds {_few(skipped)}" if skipped else ""
             raise InputError(f"data path {part!r} does not exist or holds no {kinds}{others}")
         if skipped:
-            kinds = ", ".join(SUFFIXES if found[0].name.endswith(SUFFIXES) else ARRAY_SUFFIXES)
+            of_arrays = found[0].name.endswith(ARRAY_SUFFIXES)
+            kinds = ", ".join(ARRAY_SUFFIXES if of_arrays else SUFFIXES)
             _warn_once(f"data path {part!r}: skipped {_few(skipped)}, not {kinds}")
         for file in found:
             names.setdefault(file, file.relative_to(folder).as_posix())
+    if len({file.name.endswith(ARRAY_SUFFIXES) for file in names}) > 1:
+        raise InputError(
+            f"data path {path!r} holds both arrays of ids and texts: give one of them, or a mixture"
+        )
     files: dict[str, Path] = {}
     seen: Counter[str] = Counter()
     for file, name in names.items():
@@ -214,7 +219,7 @@ def _find_files(location: Path) -> tuple[Path, list[Path], list[str]]:
     of others in a folder."""
     if location.is_dir():
         seen = [f for f in sorted(location.rglob("*")) if not (f.name[0] == "." or f.is_dir())]
-        kinds = SUFFIXES if any(f.name.endswith(SUFFIXES) for f in seen) else ARRAY_SUFFIXES
+        kinds = SUFFIXES + ARRAY_SUFFIXES
         found = [f for f in seen if f.name.endswith(kinds)]
         for file in found:
             check_file(file)

@@ -12,6 +12,7 @@ import numpy as np
 
 from gidd_jax.cli import settle_absl_flags
 from gidd_jax.data import fingerprint, rows
+from gidd_jax.data.arrays import NO_TEXT
 from gidd_jax.data.rows import Records
 from gidd_jax.data.sources import Source, TokenisedOnTheFly, train_sources, validation_source
 from gidd_jax.data.tokenizer import Tokenizer
@@ -155,8 +156,10 @@ class ValidationBatches:
     """The validation rows as batches of the same form, the same in every pass.
 
     The last batch is filled up with rows whose mask is False throughout. `num_tokens` and
-    `num_bytes` count, over all processes, what the batches hold: the loss in bits per byte is
-    (nats summed over the mask) / (num_bytes * ln 2). given: which tokens of each record are given.
+    `num_bytes` count, over all processes, what of the batches is not given: the loss in bits per
+    byte is (nats summed over the mask) / (num_bytes * ln 2). Where some rows stand for no text
+    (record_bytes NO_TEXT), there is no such loss, and `num_bytes` is 0. given: which tokens of each
+    record are given.
     """
 
     def __init__(
@@ -183,7 +186,10 @@ class ValidationBatches:
         self._global_batch_size = global_batch_size
         self._process_index = process_index
         self.num_tokens = sum(len(r) for r in self._records)
-        self.num_bytes = int(sum(record_bytes[int(i)] for i in order))
+        self.num_tokens -= sum(int(np.sum(marks)) for marks in self._given or [])
+        sizes = [int(record_bytes[int(i)]) for i in order]
+        self._num_texts = sum(size != NO_TEXT for size in sizes)
+        self.num_bytes = sum(sizes) if self._num_texts == len(sizes) else 0
 
     def __len__(self) -> int:
         return math.ceil(len(self._records) / self._global_batch_size)
@@ -203,8 +209,20 @@ class ValidationBatches:
             yield {key: np.stack([row[key] for row in padded]) for key in padded[0]}
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """How often each id occurs under the mask, int64 [vocab_size]."""
-        return _count_tokens(self._records, vocab_size)
+        """How often each id occurs where it is not given, int64 [vocab_size]."""
+        return _count_tokens(self._records, vocab_size, given=self._given)
+
+    @property
+    def surprise(self) -> str | None:
+        """Why there are no bits per byte; None where there are, or nobody would look for them."""
+        if self.num_bytes or not self._num_texts:
+            return None
+        if self._num_texts < len(self._records):
+            return "some of the validation rows are arrays of ids, which stand for no text"
+        return (
+            "the validation rows stand for no byte of text: look for empty documents, or choose "
+            "others with data.validation"
+        )
 
 
 def validation_batches(
@@ -237,11 +255,12 @@ def unigram_bits_per_byte(
     """Bits per byte of the unigram model on the tokens and bytes of `validation`; NaN for no byte.
 
     Its probabilities are the frequencies in the training rows plus one, over the vocabulary; the
-    rows of a mixture count alike.
+    rows of a mixture count alike, and what is given does not.
     """
     counts = np.ones(tokenizer.vocab_size, np.int64)
     for source in train_sources(settings, tokenizer, seq_len):
-        counts += _count_tokens(source.records, tokenizer.vocab_size, MAX_UNIGRAM_TOKENS)
+        part = source.records, tokenizer.vocab_size, MAX_UNIGRAM_TOKENS, source.given
+        counts += _count_tokens(*part)
     bits = -np.log2(counts / counts.sum())
     scored = validation.token_counts(tokenizer.vocab_size)
     if not validation.num_bytes:
@@ -295,14 +314,21 @@ class _Pad:
 
 
 def _count_tokens(
-    records: Records | Sequence[np.ndarray], vocab_size: int, limit: int | None = None
+    records: Records | Sequence[np.ndarray],
+    vocab_size: int,
+    limit: int | None = None,
+    given: Records | Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Occurrences of each id, int64 [vocab_size], until `limit` tokens have been counted."""
+    """Occurrences of each id, int64 [vocab_size], until `limit` tokens have been counted.
+
+    given: which tokens of each record do not count.
+    """
     counts = np.zeros(vocab_size, np.int64)
     lot: list[np.ndarray] = []
     # A fixed random order, so that a limit takes a fair sample.
     for i in np.random.default_rng(0).permutation(len(records)):
-        lot.append(records[int(i)])
+        ids = records[int(i)]
+        lot.append(ids if given is None else ids[~given[int(i)]])
         if len(lot) == 1024:
             counts += np.bincount(np.concatenate(lot), minlength=vocab_size)
             lot = []

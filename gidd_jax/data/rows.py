@@ -31,6 +31,18 @@ def check_mode(mode: str, name: str = "data mode") -> None:
         raise InputError(f"{name} {mode!r}: legal values: {', '.join(legal)}")
 
 
+def are_illegal(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Tell which ids (of any shape) a row cannot hold: no tokens, and the mask."""
+    return (ids < 0) | (ids >= tokenizer.vocab_size) | (ids == tokenizer.mask_id)
+
+
+def legal_ids(tokenizer: Tokenizer) -> str:
+    """Say in words which ids a row can hold."""
+    if tokenizer.mask_id == tokenizer.vocab_size - 1:
+        return f"0 to {tokenizer.mask_id - 1}"
+    return f"0 to {tokenizer.vocab_size - 1} but for the mask, {tokenizer.mask_id}"
+
+
 def ids_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     """The smallest type that stores the ids."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32

@@ -1,7 +1,9 @@
 """The rows of a corpus, whatever it is made of: texts, shards, or arrays of ids."""
 
+import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,8 +33,8 @@ class Source(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """Rows of a validation split: ids, the UTF-8 bytes each stands for, and which tokens are given,
-    if any."""
+    """Rows of a validation split: ids, the UTF-8 bytes each stands for (`arrays.NO_TEXT` where it
+    is no text), and which tokens are given, if any."""
 
     records: Records
     num_bytes: Sequence[int] | np.ndarray
@@ -108,7 +110,7 @@ def validation_source(settings: "DataSettings", tokenizer: Tokenizer, seq_len: i
         found.append(Validation(windows, windows.sums(tokenised.num_bytes)))
     if of_arrays:
         ids, given = arrays.open_splits(of_arrays, settings, tokenizer, seq_len)[1]
-        found.append(Validation(ids, np.zeros(len(ids), np.int64), given))
+        found.append(Validation(ids, np.full(len(ids), arrays.NO_TEXT), given))
     for path in of_shards:
         records = shards.open_shards(path, tokenizer, mode, seq_len)[1]
         found.append(Validation(records, [records.num_bytes(i) for i in range(len(records))]))
@@ -124,10 +126,11 @@ def validation_source(settings: "DataSettings", tokenizer: Tokenizer, seq_len: i
     )
 
 
-def run_tokenizer(settings: "DataSettings") -> Tokenizer:
+def run_tokenizer(settings: "DataSettings", *, write: bool = True) -> Tokenizer:
     """The tokenizer of a run; a missing file of characters is written from the texts of the run.
 
-    Raises InputError as `load_tokenizer` does.
+    write False: the tokenizer is what it would be, and the file stays missing. Raises InputError as
+    `load_tokenizer` does.
     """
 
     def documents() -> list[Documents]:
@@ -140,20 +143,28 @@ def run_tokenizer(settings: "DataSettings") -> Tokenizer:
         corpus = _open(settings, texts)
         return [corpus.train, corpus.validation]
 
-    return tokenizer_for(settings.tokenizer, settings.row_mode, documents)
+    return tokenizer_for(settings.tokenizer, settings.row_mode, documents, write=write)
 
 
-def tokenizer_for(name: str, mode: str, documents: Callable[[], Sequence[Documents]]) -> Tokenizer:
+def tokenizer_for(
+    name: str, mode: str, documents: Callable[[], Sequence[Documents]], *, write: bool = True
+) -> Tokenizer:
     """The tokenizer for rows of a mode; a missing file of characters is written from documents.
 
-    Raises InputError as `load_tokenizer` does.
+    write as in `run_tokenizer`. Raises InputError as `load_tokenizer` does.
     """
+    ends = mode != NO_FRAME
     if name.startswith(CHARS) and not characters_file(name).exists():
         found = documents()
-        if found:
-            texts = (text for part in found for text in iterate(part, "Collecting characters"))
+        texts = (text for part in found for text in iterate(part, "Collecting characters"))
+        if found and write:
             write_characters(characters_file(name), texts)
-    return load_tokenizer(name, ends=mode != NO_FRAME)
+        elif found:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / characters_file(name).name
+                write_characters(file, texts)
+                return load_tokenizer(f"{CHARS}{file}", ends=ends)
+    return load_tokenizer(name, ends=ends)
 
 
 def _open(settings: "DataSettings", paths: Sequence[str]) -> CorpusSplits:

@@ -4,9 +4,10 @@
 mask and, where rows are framed, the tokens that end a text and fill it up.
 """
 
+import contextlib
 import json
-import os
 import re
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -78,17 +79,25 @@ def read_characters(file: Path) -> list[str]:
 def write_characters(file: Path, texts: Iterable[str]) -> None:
     """Write the characters of texts, sorted, into a file that appears whole.
 
-    Raises InputError when it cannot be written.
+    Several processes, on one host or many, may write it at once. Raises InputError when the texts
+    have fewer than 2 characters, or it cannot be written.
     """
     found: set[str] = set()
     for text in texts:
         found.update(text)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    if len(found) < 2:
+        raise InputError(
+            f"the texts for the file of characters {file} hold {len(found)} different: give texts "
+            "with at least 2"
+        )
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes("".join(sorted(found)).encode())
         part.replace(file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"the file of characters {file} cannot be written: {error}") from error
 
 

@@ -31,8 +31,8 @@ from gidd_jax.settings import DataSettings, Settings
 
 class CorpusRows(NamedTuple):
     """Rows of at most the context: ids, and for each row [N] the number of the document it begins
-    in, and the UTF-8 bytes that its scored tokens stand for; given: which of its tokens are known,
-    and not scored (None: none).
+    in, and the UTF-8 bytes that its scored tokens stand for (`arrays.NO_TEXT` where they are no
+    text); given: which of its tokens are known, and not scored (None: none).
 
     num_documents is None for shards whose rows are parts of documents or join some: they do not
     say which, and each row has a number of its own.
@@ -49,6 +49,23 @@ class CorpusRows(NamedTuple):
         ids = self.ids[number]
         given = np.zeros(len(ids), bool) if self.given is None else self.given[number]
         return rows.pad(ids, seq_len, pad_id, given)
+
+    @property
+    def text_bytes(self) -> np.ndarray:
+        """What figures per byte divide by, [N]: 0 for all where some rows are no text, whose nats
+        have no bytes."""
+        is_text = self.num_bytes != arrays.NO_TEXT
+        return self.num_bytes if is_text.all() else np.zeros_like(self.num_bytes)
+
+    @property
+    def why_no_bits(self) -> str | None:
+        """Why there is no figure per byte; None where there is one."""
+        is_text = self.num_bytes != arrays.NO_TEXT
+        if is_text.any() and not is_text.all():
+            return "some of the scored rows are arrays of ids, which stand for no byte of text"
+        if self.text_bytes.sum():
+            return None
+        return "the scored tokens stand for no byte of text"
 
     @property
     def notes(self) -> dict[str, str]:
@@ -70,13 +87,22 @@ def run_data_settings(checkpoint: str | Path) -> DataSettings | None:
     return Settings.from_saved(found.config()).data
 
 
-def zero_shot_settings(run: DataSettings | None, path: str) -> DataSettings:
-    """Return the settings of a corpus that is not the run's own; all of every document counts."""
-    base = run or Settings.from_config(load_config("base")).data
-    if shards.is_shard_folder(path):
-        return dataclasses.replace(base, path=path)
-    mode = "packed" if run is not None and run.mode == "packed" else "crop"
-    return dataclasses.replace(base, path=path, mode=mode)
+def zero_shot_settings(run: DataSettings | None, path: str, row_mode: str = "crop") -> DataSettings:
+    """Return the settings of a corpus that is not the run's own; all of every document counts.
+
+    row_mode: how the model's rows are framed, where no run says so; shards are then read as they
+    were cut.
+    """
+    of_shards = shards.is_shard_folder(path)
+    if run is None:
+        base = Settings.from_config(load_config("base")).data
+        cut = shards.Manifest.read(Path(path).expanduser()).mode if of_shards else row_mode
+        way = {"frame": "none"} if cut == rows.NO_FRAME else {"frame": "ends", "mode": cut}
+        run = dataclasses.replace(base, **way)
+    if of_shards:
+        return dataclasses.replace(run, path=path)
+    mode = "packed" if run.mode == "packed" else "crop"
+    return dataclasses.replace(run, path=path, mode=mode)
 
 
 def split_of(path: str, split: str | None, *, is_own: bool) -> str | None:
@@ -114,7 +140,8 @@ def open_corpora(
     """
     run_settings = run_data_settings(checkpoint)
     if data:
-        settings = [zero_shot_settings(run_settings, path) for path in split_list(data)]
+        paths = split_list(data)
+        settings = [zero_shot_settings(run_settings, path, model.row_mode) for path in paths]
     elif run_settings is not None:
         settings = [run_settings]
     else:
@@ -192,7 +219,8 @@ def open_rows(
     if len(chosen[1]):
         ids, given = found.pick(chosen[1] - starts[1])
         numbers = np.arange(len(ids))
-        parts.append(CorpusRows(ids, numbers, np.zeros(len(ids), np.int64), len(ids), given))
+        no_text = np.full(len(ids), arrays.NO_TEXT)
+        parts.append(CorpusRows(ids, numbers, no_text, len(ids), given))
     for records, own, start in zip(held_out, chosen[2:], starts[2:-1], strict=True):
         if len(own):
             is_joined = settings.row_mode in ("packed", rows.NO_FRAME)

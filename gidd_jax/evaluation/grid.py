@@ -14,6 +14,7 @@ import numpy as np
 from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.checkpoints.workdir import check_workdir
 from gidd_jax.cli import nearest
+from gidd_jax.data.arrays import with_marks
 from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import InputError, RunError
@@ -81,6 +82,8 @@ def finish(one: Run, folder: Path, judge: Judge | None = None) -> dict[str, Any]
     stopped the run before its end. Raises InputError when the folder belongs to a run with other
     settings, RunError when training failed.
     """
+    # As training makes them; not before: a sweep may be planned before its rows are written.
+    one = one._replace(settings=with_marks(one.settings))
     check_workdir(folder, one.settings, read_source(one.settings.process.name))
     path, num_steps = folder / RESULT_FILE, one.settings.train.num_steps
     if path.is_file():

@@ -70,14 +70,14 @@ def estimate_figures(
     documents = np.unique(corpus.documents, return_inverse=True)[1]
     tokens = np.bincount(documents, found.tokens)
     calls = [calls_per_row(options, int(count)) for count in found.tokens]
-    figures = []
+    figures, why_none = [], corpus.why_no_bits
     for quantity in quantities(options):
         nats = -found.draws.mean(axis=0) if quantity.is_mean else found.nats
         by_document = np.bincount(documents, nats)
         value = ratio_estimate(by_document, tokens, num_resamples, seed)
         bits = ratio_estimate(
             by_document / np.log(2),
-            np.bincount(documents, corpus.num_bytes),
+            np.bincount(documents, corpus.text_bytes),
             num_resamples,
             seed,
         )
@@ -90,13 +90,14 @@ def estimate_figures(
                 "perplexity": perplexity(value.value),
                 "bits_per_byte": bits.value,
                 "calls_per_token": sum(calls) / int(found.tokens.sum()),
+                **({"notes": {"bits_per_byte": why_none}} if why_none else {}),
             }
         )
     return {
         "documents": corpus.num_documents,
         "rows": len(found.tokens),
         "tokens": int(found.tokens.sum()),
-        "bytes": int(corpus.num_bytes.sum()),
+        "bytes": int(corpus.text_bytes.sum()),
         "options": dataclasses.asdict(options),
         "quantities": figures,
         "seconds": round(found.seconds, 3),

@@ -36,6 +36,7 @@ from gidd_jax.parallel.sharding import (
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.estimators import EXACT, quantities
 from gidd_jax.sampling.options import EstimatorOptions
+from gidd_jax.sampling.times import told
 
 
 class Scores(NamedTuple):
@@ -130,7 +131,7 @@ def _score(
         return autoregressive_row_bounds(apply, tokens, mask)
     return row_bounds(
         process,
-        apply,
+        lambda z_t, times: apply(z_t, told(network, process, times)),
         keys,
         times,
         original_times,
@@ -162,7 +163,7 @@ def corpus_figures(
         )
     nats, tokens = bounds.total.astype(np.float64), int(bounds.tokens.sum())
     numbers = np.unique(corpus.documents, return_inverse=True)[1]
-    by_document = [np.bincount(numbers, v) for v in (nats, bounds.tokens, corpus.num_bytes)]
+    by_document = [np.bincount(numbers, v) for v in (nats, bounds.tokens, corpus.text_bytes)]
     nelbo = ratio_estimate(by_document[0], by_document[1], num_resamples, seed)
     bits = ratio_estimate(by_document[0] / np.log(2), by_document[2], num_resamples, seed)
     terms = {
@@ -173,7 +174,7 @@ def corpus_figures(
         "documents": corpus.num_documents,
         "rows": len(nats),
         "tokens": tokens,
-        "bytes": int(corpus.num_bytes.sum()),
+        "bytes": int(corpus.text_bytes.sum()),
         **_quantity(process, scores),
         **_named("nelbo", nelbo),
         **(terms if process is not None else {}),
@@ -209,8 +210,8 @@ def _notes(nelbo: float, corpus: CorpusRows) -> dict[str, Any]:
         )
     elif not np.isfinite(perplexity(nelbo)):
         notes["perplexity"] = f"exp({nelbo:.4g}) is too large for a number"
-    if not corpus.num_bytes.sum():
-        notes["bits_per_byte"] = "the scored tokens stand for no byte of text"
+    if corpus.why_no_bits:
+        notes["bits_per_byte"] = corpus.why_no_bits
     return {"notes": notes} if notes else {}
 
 

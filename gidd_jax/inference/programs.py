@@ -21,7 +21,7 @@ from gidd_jax.sampling.options import (
     SuspicionOptions,
 )
 from gidd_jax.sampling.suspicion import Suspicion, judge
-from gidd_jax.sampling.times import row_times
+from gidd_jax.sampling.times import told
 
 
 class Batch(NamedTuple):
@@ -57,18 +57,11 @@ def within(batch: Batch) -> jax.Array | None:
     return jnp.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
 
 
-def told(network: Any, process: InterpolatingProcess, batch: Batch, times: jax.Array) -> jax.Array:
-    """Return what the network is told of rows at times [B] or [B, L]: those it was trained with."""
-    if times.ndim == 1 or network.position_times:
-        return times
-    return row_times(process, times, within(batch))
-
-
 def denoiser(network: Any, process: InterpolatingProcess, batch: Batch) -> likelihood.Denoiser:
     """Return the network as a function of noisy ids and their times."""
 
     def logits(z_t: jax.Array, times: jax.Array) -> jax.Array:
-        t = told(network, process, batch, times)
+        t = told(network, process, times, within(batch))
         return network.apply({"params": batch.params}, z_t, t, batch.lengths)
 
     return logits
@@ -80,7 +73,7 @@ def halves(
     """Return the network up to the output projection, and the projection."""
 
     def features(z_t: jax.Array, times: jax.Array) -> jax.Array:
-        t = told(network, process, batch, times)
+        t = told(network, process, times, within(batch))
         return network.apply({"params": batch.params}, z_t, t, batch.lengths, method="features")
 
     def project(h: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gidd_jax.data.rows import are_illegal, legal_ids
 from gidd_jax.data.texts import check_texts
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
@@ -135,11 +136,11 @@ def _gaps_of_ids(tokenizer: Tokenizer, ids: np.ndarray, length: int) -> Rows:
     for number, (row, gaps) in enumerate(zip(ids, free, strict=True), start=1):
         if not gaps.any():
             raise InputError(f"text {number} has nothing to fill in: put {FREE} where it has")
-        bad = row[~gaps & ((row < 0) | (row >= tokenizer.vocab_size))]
+        bad = row[~gaps & are_illegal(row, tokenizer)]
         if len(bad):
             raise InputError(
-                f"text {number} holds {bad[0]}: ids are 0 to {tokenizer.vocab_size - 1}, or {FREE} "
-                "for what is to be generated"
+                f"text {number} holds {bad[0]}: ids are {legal_ids(tokenizer)}, or {FREE} for what "
+                "is to be generated"
             )
     lengths = np.full(len(ids), ids.shape[1], np.int32)
     return Rows(np.where(free, tokenizer.pad_id, ids).astype(np.int32), free, lengths)
@@ -155,12 +156,22 @@ def whole_texts(
     """Return rows that may be changed everywhere, but for the token that begins a text.
 
     begin: whether there is one. Of token ids int [N, L] every token may be changed. Raises
-    InputError for texts that are empty, and for what is longer than `length`.
+    InputError for texts that are empty, ids that are none, and for what is longer than `length`.
     """
     if isinstance(texts, np.ndarray):
+        if texts.ndim != 2 or texts.dtype.kind not in "iu":
+            raise InputError(
+                f"texts are {texts.dtype} {list(texts.shape)}: must be texts, or ids int [N, L]"
+            )
         count, columns = texts.shape
         if columns > length:
             raise InputError(f"sequences of {columns} tokens exceed the context {length}")
+        bad = are_illegal(texts, tokenizer)
+        if bad.any():
+            row, place = np.argwhere(bad)[0]
+            raise InputError(
+                f"text {row + 1} holds {texts[row, place]}: ids are {legal_ids(tokenizer)}"
+            )
         lengths = np.full(count, columns, np.int32)
         return Rows(texts.astype(np.int32), np.ones(texts.shape, bool), lengths)
     rows = token_ids(tokenizer, texts)

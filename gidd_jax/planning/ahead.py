@@ -92,6 +92,8 @@ class Builder:
             "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
             "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
         }
+        if self.settings.data.marked:
+            batch["given"] = batch["mask"]
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = compile_step(self.settings, objective, self._optimizer, rate, state, mesh)
         # Nothing will run: optimised machine code for a CPU would only take longer.
@@ -205,6 +207,9 @@ def _residuals(build: Builder, rows: int) -> list[Any]:
     shape = (rows, build.settings.model.max_seq_len)
     tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     times: Any = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    given: Any = None
+    if build.settings.data.has_givens:  # times of positions: the network keeps more of them
+        given = jax.ShapeDtypeStruct(shape, jnp.bool_)
     autoregressive = objective.process is None
     losses = jax.ShapeDtypeStruct((rows, shape[1] - autoregressive), jnp.float32)
 
@@ -215,7 +220,7 @@ def _residuals(build: Builder, rows: int) -> list[Any]:
         return jax.vjp(loss, params)[1]
 
     backward_pass = jax.eval_shape(
-        backward, abstract_params(objective), tokens, Noised(tokens, times), losses
+        backward, abstract_params(objective), tokens, Noised(tokens, times, given), losses
     )
     return jax.tree.leaves(backward_pass)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gidd_jax.data.arrays import with_marks
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.hardware import find_chip
 from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
@@ -131,9 +132,10 @@ def make_plan(settings: Settings, name: str) -> Plan:
     """Return the plan of a run on a topology (a name of `parse_topology`, or HERE).
 
     Needs as many devices as `set_devices` makes. Raises InputError for what the run would refuse:
-    a mesh that does not fit the devices, a batch that does not split.
+    a mesh that does not fit the devices, a batch that does not split. Writes nothing.
     """
-    tokenizer = run_tokenizer(settings.data)
+    settings = with_marks(settings)
+    tokenizer = run_tokenizer(settings.data, write=False)
     return plan_for(settings, name, tokenizer.vocab_size, tokenizer.mask_id)
 
 

@@ -6,6 +6,8 @@ row is told the time at which the expected share of noise is that of the row: at
 schedule a hybrid model would take the given tokens for noise, as most of what it saw then was.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -50,3 +52,18 @@ def row_times(
     share = jnp.sum(jnp.where(within, noise_share(process, times), 0.0), axis=-1)
     mean = share / jnp.maximum(jnp.sum(within, axis=-1), 1)
     return jnp.where(first == last, jnp.maximum(last, process.t_min), time_of_share(process, mean))
+
+
+def told(
+    network: Any,
+    process: InterpolatingProcess,
+    times: jax.Array,
+    within: jax.Array | None = None,
+) -> jax.Array:
+    """Return what the network is told of rows at times [B] or [B, L]: those it was trained with.
+
+    within as in `row_times`.
+    """
+    if times.ndim == 1 or network.position_times:
+        return times
+    return row_times(process, times, within)

@@ -22,8 +22,8 @@ def draw_givens(
     if marked is not None:
         return marked | draw_givens(key, mask & ~marked, share)
     keys = jax.random.split(key, 5)
-    rows, length = mask.shape
-    place = jnp.arange(length)[None]
+    rows = len(mask)
+    place = jnp.cumsum(mask, axis=-1) - 1  # among the tokens of the mask, wherever they stand
     count = jnp.sum(mask, axis=-1)[:, None]
     first, second = (jax.random.uniform(k, (rows, 1)) for k in keys[:2])
     prefix = place < 1 + jnp.floor(first * (count - 1))

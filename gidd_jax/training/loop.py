@@ -71,12 +71,12 @@ def train(
         check_wandb()
     num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
     seq_len = settings.model.max_seq_len
-    tokenizer = run_tokenizer(settings.data)
-    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     optimizer = make_optimizer(settings.optimizer, num_steps)
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     sharding.check_batch_size(batch_size // settings.train.micro_batches, mesh)
     hosts = (jax.process_index(), jax.process_count())
+    tokenizer = run_tokenizer(settings.data)  # last of what is checked: it may write a file
+    objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     data = (settings.data, tokenizer, seq_len, batch_size)
     batches = TrainBatches(*data, settings.seed, *hosts)
     validation = validation_batches(*data, *hosts, max_batches=settings.train.eval_batches)
@@ -183,12 +183,8 @@ def describe_data(batches: TrainBatches, validation: ValidationBatches) -> None:
         )
     else:
         logging.info("%.0f %% of the training rows is padding", 100 * share)
-    if not validation.num_bytes:
-        logging.warning(
-            "the validation rows stand for no byte of text: there will be no eval/bits_per_byte; "
-            "arrays of ids never do; of texts, look for empty documents, or choose others with "
-            "data.validation"
-        )
+    if validation.surprise:
+        logging.warning("there will be no eval/bits_per_byte: %s", validation.surprise)
 
 
 def state_maker(

@@ -13,6 +13,7 @@ from gidd_jax.models.llama import Llama
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
 from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
+from gidd_jax.sampling.times import told
 from gidd_jax.training.givens import draw_givens
 
 Params = Any
@@ -30,7 +31,7 @@ class Noised(NamedTuple):
 
     @property
     def times(self) -> jax.Array:
-        """What the network is told, [B], or [B, L] with 0 at what is given."""
+        """The times of positions, [B], or [B, L] with 0 at what is given."""
         return self.t if self.given is None else jnp.where(self.given, 0.0, self.t[:, None])
 
 
@@ -52,6 +53,14 @@ class Objective:
     def apply(self, params: Params, *inputs: jax.Array) -> jax.Array:
         """Return the network's logits."""
         return self.model.apply({"params": params}, *inputs)  # pyright: ignore[reportReturnType]
+
+    def denoise(self, params: Params, z_t: jax.Array, times: jax.Array) -> jax.Array:
+        """Return the logits for noisy tokens whose positions are at times [B] or [B, L]."""
+        return self.apply(params, z_t, self._told(times))
+
+    def _told(self, times: jax.Array) -> jax.Array:
+        assert self.process is not None
+        return told(self.model, self.process, times)
 
     def noise(
         self,
@@ -82,7 +91,7 @@ class Objective:
         if self.process is None:
             nll = autoregressive_loss(self.apply(params, x), x)
             return GiddLoss(loss=nll, elbo=nll, kl=nll, is_div=jnp.zeros_like(nll))
-        logits = self.apply(params, noised.z_t, noised.times)
+        logits = self.denoise(params, noised.z_t, noised.times)
         arguments = (self.process, logits, x, noised.z_t, noised.t)
         if isinstance(self.process, MaskedProcess):
             return mdlm_loss(*arguments, keep_padding_columns=self.keep_padding_columns)
@@ -102,7 +111,7 @@ class Objective:
         The same numbers as `losses`, by the fused projection; only the sum can be differentiated.
         """
         z_t, t = noised.z_t, noised.t
-        inputs = (x,) if self.process is None else (z_t, noised.times)
+        inputs = (x,) if self.process is None else (z_t, self._told(noised.times))
         h: Any = self.model.apply({"params": params}, *inputs, method="features")
         weights = elbo_weights = jnp.ones((), jnp.float32)
         scale = jnp.ones((), jnp.float32)  # of the cross-entropy in the KL

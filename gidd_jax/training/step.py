@@ -147,7 +147,7 @@ def evaluation_step(
     else:
         bound = nelbo(
             objective.process,
-            lambda z_t, t: objective.apply(params, z_t, t),
+            lambda z_t, t: objective.denoise(params, z_t, t),
             bound_key,
             x,
             keep_padding_columns=objective.keep_padding_columns,

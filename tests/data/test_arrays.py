@@ -6,7 +6,13 @@ from tiny_corpus import first_batches, settings
 from tiny_run import tiny_settings
 
 from gidd_jax.data.arrays import with_marks
-from gidd_jax.data.pipeline import TrainBatches, validation_batches
+from gidd_jax.data.pipeline import (
+    TrainBatches,
+    _count_tokens,
+    unigram_bits_per_byte,
+    validation_batches,
+)
+from gidd_jax.data.sources import train_sources
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 
@@ -149,6 +155,35 @@ def test_settings_learn_from_the_arrays_whether_positions_are_given(tmp_path):
         assert found.data.marked == found.data.has_givens == marked
     with pytest.raises(InputError, match=r"data\.marked = True: no array of data.path="):
         with_marks(tiny_settings(tmp_path, **changes, **{"data.marked": True}))
+    # A network that never saw given positions is not validated beside them.
+    changes["data.validation"] = f"path:{tmp_path / 'marked.npz'}"
+    with pytest.raises(InputError, match=r"marks given positions, and no array of data.path="):
+        with_marks(tiny_settings(tmp_path, **changes))
+    assert not with_marks(tiny_settings(tmp_path, **changes, **{"data.givens": 0.5})).data.marked
+
+
+def test_rows_of_arrays_leave_no_figure_per_byte_and_given_tokens_do_not_count(tmp_path):
+    ids, given = some_rows()
+    np.savez(tmp_path / "rows.npz", ids=ids, given=given)
+    (tmp_path / "text.txt").write_text("1 2 3 4 5 6\n" * 20)
+    of_arrays = held_out(tmp_path / "rows.npz")
+    free = ids[16:][~given[16:]]
+    assert (of_arrays.num_tokens, of_arrays.num_bytes) == (len(free), 0)
+    counts = np.bincount(free, minlength=TOKENIZER.vocab_size)
+    np.testing.assert_array_equal(of_arrays.token_counts(TOKENIZER.vocab_size), counts)
+    assert of_arrays.surprise is None  # nobody looks for bytes
+    both = held_out(f"1:{tmp_path / 'rows.npz'},1:{tmp_path / 'text.txt'}", txt_documents="line")
+    assert both.num_bytes == 0  # not those of the texts alone
+    assert both.surprise == "some of the validation rows are arrays of ids, which stand for no text"
+    texts = held_out(tmp_path / "text.txt", txt_documents="line")
+    assert texts.num_bytes > 0
+    assert texts.surprise is None
+    data = array_settings(tmp_path / "rows.npz")
+    assert np.isnan(unigram_bits_per_byte(data, TOKENIZER, L, of_arrays))
+    free = ids[:16][~given[:16]]
+    (source,) = train_sources(data, TOKENIZER, L)
+    found = _count_tokens(source.records, TOKENIZER.vocab_size, given=source.given)
+    np.testing.assert_array_equal(found, np.bincount(free, minlength=TOKENIZER.vocab_size))
 
 
 def bad_files():
@@ -193,7 +228,15 @@ def test_bad_files_and_settings_are_one_line_each(tmp_path):
     (tmp_path / "odd.uint16.bin").write_bytes(b"\0" * 25)
     (tmp_path / "small.uint32.bin").write_bytes(b"\0" * 20)
     (tmp_path / "text.txt").write_text("1 2 3\n")
+    (tmp_path / "both").mkdir()
+    np.save(tmp_path / "both" / "rows.npy", ids)
+    (tmp_path / "both" / "README.txt").write_text("what the rows are\n")
+    ragged = np.empty(2, object)
+    ragged[:] = [[1, 2], [3]]
+    np.save(tmp_path / "ragged.npy", ragged)
     cases = [
+        ("both", {}, "both' holds both arrays of ids and texts: give one"),
+        ("ragged.npy", {}, "holds Python objects, such as rows of unequal length: must be ids"),
         ("damaged.npz", {}, "is no file of arrays, or damaged"),
         ("rows.bin", {}, "rename it to .uint16.bin or .uint32.bin"),
         ("odd.uint16.bin", {}, "has 25 bytes, no whole number of uint16 ids"),
@@ -208,6 +251,7 @@ def test_bad_files_and_settings_are_one_line_each(tmp_path):
         with pytest.raises(InputError, match=message) as error:
             train_batches(f"{tmp_path}/{name}", **changes)
         assert "\n" not in str(error.value)
+        assert "unsafe" not in str(error.value)
 
 
 def test_texts_without_a_frame_are_windows_end_to_end(tmp_path):

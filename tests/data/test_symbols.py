@@ -1,6 +1,7 @@
 """Tokenizers of symbols: ids as they are, single characters, and the file that lists them."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,37 @@ def test_the_first_run_writes_the_characters_of_all_its_texts(tmp_path):
     corpus.write_text("GATTACA\nTTTT\nUUUU\n")  # what is written stays
     with pytest.raises(InputError, match="cannot encode the text 'UUUU': it has no token 'U'"):
         run_tokenizer(data).encode(["UUUU"])
+
+
+def test_texts_of_one_character_and_plans_write_no_file(tmp_path):
+    corpus, file = tmp_path / "dna.txt", tmp_path / "made" / "dna.chars"
+    data = settings(corpus, tokenizer=f"chars:{file}", validation="last:1", frame="none")
+    corpus.write_text("AAAA\nAA\n")
+    with pytest.raises(InputError, match=r"dna\.chars hold 1 different: give texts with"):
+        run_tokenizer(data)
+    corpus.write_text("GATTACA\nTTTT\nCCXC\n")
+    planned = run_tokenizer(data, write=False)
+    assert not file.parent.exists()
+    written = run_tokenizer(data)
+    assert (planned.vocab_size, planned.mask_id) == (written.vocab_size, written.mask_id)
+    assert [found.name for found in file.parent.iterdir()] == ["dna.chars"]
+
+
+def test_hosts_that_write_characters_at_once_write_files_of_their_own(tmp_path, monkeypatch):
+    """Two processes of one id, on two hosts: the second writes while the first one does."""
+    file, write_bytes, parts = tmp_path / "dna.chars", Path.write_bytes, []
+
+    def both(part, content):
+        parts.append(part)
+        if len(parts) == 1:
+            write_characters(file, ["ACGT"])
+        return write_bytes(part, content)
+
+    monkeypatch.setattr(Path, "write_bytes", both)
+    write_characters(file, ["ACGT"])
+    assert len(set(parts)) == 2
+    assert [found.name for found in tmp_path.iterdir()] == ["dna.chars"]
+    assert file.read_text() == "ACGT"
 
 
 def test_what_is_no_symbol_is_named(characters):

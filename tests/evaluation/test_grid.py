@@ -16,6 +16,7 @@ from tiny_run import tiny_config
 from gidd_jax import sweep
 from gidd_jax.checkpoints.workdir import open_workdir
 from gidd_jax.cli import config_folder, load_config
+from gidd_jax.data.arrays import with_marks
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.evaluation import grid
@@ -163,7 +164,8 @@ class Training:
         if self.error:
             raise self.error
         self.seeds.append(settings.seed)
-        open_workdir(workdir, settings, load_tokenizer(settings.data.tokenizer))
+        made = with_marks(settings)
+        open_workdir(workdir, made, load_tokenizer(settings.data.tokenizer))
         is_stopped = settings.seed == self.stops_at_seed
         step = settings.train.num_steps - is_stopped
         (workdir / "checkpoints" / str(step) / "state").mkdir(parents=True)
@@ -210,6 +212,19 @@ def test_a_stop_ends_the_sweep_and_the_next_call_goes_on(tmp_path, monkeypatch, 
     training.stops_at_seed = None
     call(monkeypatch, folder, config)
     assert training.seeds == [0, 1, 1, 2]
+
+
+def test_a_sweep_over_marked_arrays_goes_on(tmp_path, training):
+    """Training notes what the arrays mark in the settings of a run, which are compared then."""
+    file = tmp_path / "rows.npz"
+    data = {"data.path": str(file), "data.tokenizer": "ids:3", "data.frame": "none"}
+    (one,) = grid.plan_runs(tiny_sweep(tmp_path, {"seed": (0,)}, **data))  # before there are rows
+    np.savez(file, ids=np.zeros((8, 16), int), given=np.arange(16) < np.full((8, 1), 4))
+    training.stops_at_seed = 0
+    assert grid.finish(one, tmp_path / "run") is None
+    training.stops_at_seed = None
+    assert grid.finish(one, tmp_path / "run")["step"] == 2
+    assert training.seeds == [0, 0]
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, training):

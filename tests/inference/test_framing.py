@@ -205,7 +205,7 @@ def test_rows_of_another_length_than_the_context_are_refused(tmp_path):
             call()
     for ids, message in (
         (np.zeros((1, 8), int), "text 1 has nothing to fill in: put -1"),
-        (np.full((1, 8), 7) - 8 * (np.arange(8) < 2), "text 1 holds 7: ids are 0 to 5, or -1"),
+        (np.full((1, 8), 7) - 8 * (np.arange(8) < 2), "text 1 holds 7: ids are 0 to 4, or -1"),
         (np.zeros(8, int), r"texts are int64 \[8\]: must be lists of pieces, or ids"),
     ):
         with pytest.raises(InputError, match=message):

@@ -238,6 +238,20 @@ def test_damaged_autoregressive_parameters_are_noticed(autoregressive):
         (lambda m: m.correct([""]), "text 1 has 0 tokens"),
         (lambda m: m.correct(["a" * 16]), "text 1 has 16 tokens"),
         (lambda m: m.correct(np.zeros((1, 17), int)), "sequences of 17 tokens exceed the context"),
+        (
+            lambda m: m.correct(np.zeros(4, int)),
+            r"texts are int64 \[4\]: must be texts",
+        ),
+        (lambda m: m.correct(np.zeros((1, 4))), r"texts are float64 \[1, 4\]: must be texts"),
+        (lambda m: m.correct(np.full((2, 4), -1)), "text 1 holds -1: ids are 0 to "),
+        (
+            lambda m: m.correct(np.full((2, 4), m.tokenizer.mask_id)),
+            "text 1 holds 258: ids are 0 to 257",
+        ),
+        (
+            lambda m: m.infill(np.array([[-1, 3], [-1, m.tokenizer.mask_id]])),
+            "text 2 holds 258: ids are 0 to 257, or -1 for what",
+        ),
         (lambda m: m.correct(["a"], patience=-1), "patience must be at least 0"),
     ],
 )

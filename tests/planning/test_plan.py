@@ -288,6 +288,30 @@ def test_what_the_mesh_does_not_divide_is_said(folder):
     ]
 
 
+def test_a_plan_knows_what_arrays_mark_and_writes_no_characters(tmp_path, monkeypatch):
+    """The network of marked rows is told times of positions, and keeps more for its gradient."""
+    planned = []
+    monkeypatch.setattr("gidd_jax.planning.plan.plan_for", lambda *found: planned.append(found))
+    given = np.arange(16) < np.full((8, 1), 4)
+    np.savez(tmp_path / "rows.npz", ids=np.zeros((8, 16), int), given=given)
+    data = {"data.path": str(tmp_path / "rows.npz"), "data.frame": "none"}
+    marked = tiny_settings(tmp_path, **data, **{"data.tokenizer": "ids:3"})
+    make_plan(marked, "cpu-8")
+    assert planned[0][0].data.marked
+    (tmp_path / "text.txt").write_text("abcd\nbcde\n")
+    data = {"data.path": str(tmp_path / "text.txt"), "data.validation": "last:1"}
+    data["data.tokenizer"] = f"chars:{tmp_path / 'made.chars'}"
+    before = contents(tmp_path)
+    make_plan(tiny_settings(tmp_path, **data), "cpu-8")
+    assert planned[1][2:] == (5 + 3, 5)
+    assert contents(tmp_path) == before
+    kept = [
+        sum(leaf.size for leaf in ahead._residuals(builder(settings), 2))
+        for settings in (planned[0][0], marked)
+    ]
+    assert kept[0] > kept[1]
+
+
 @pytest.mark.parametrize(
     ("name", "chip", "devices", "shape"),
     [

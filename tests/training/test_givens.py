@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import tiny_model, write_checkpoint
+from tiny_checkpoint import random_params, tiny_model, write_checkpoint
 from tiny_run import tiny_settings
 
 from gidd_jax.errors import InputError
-from gidd_jax.evaluation.corpora import open_corpora
-from gidd_jax.evaluation.likelihoods import score_corpus
+from gidd_jax.evaluation.corpora import CorpusRows, open_corpora
+from gidd_jax.evaluation.likelihoods import estimate_rows, score_corpus
+from gidd_jax.evaluation.scoring import score_rows
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.likelihood import nelbo
 from gidd_jax.models.dit import DiT
 from gidd_jax.process import HybridProcess
 from gidd_jax.sampling.options import EstimatorOptions
+from gidd_jax.sampling.times import row_times
 from gidd_jax.training.givens import draw_givens
 from gidd_jax.training.loop import train
 from gidd_jax.training.objective import Objective
@@ -59,9 +61,29 @@ def test_padding_is_given_beside_gaps_and_not_after_a_beginning():
     assert not text[with_padding].all(-1).any()  # some token is always free
 
 
-def dit_objective(givens):
+@pytest.mark.parametrize("first", [True, False])
+def test_as_many_are_drawn_beside_marks_wherever_they_stand(first):
+    """What is drawn among the eight that are not marked is drawn among eight that stand alone."""
+    marked = jnp.broadcast_to((jnp.arange(16) < 8) == first, (4000, 16))
+    mask = jnp.ones_like(marked)
+    given = np.asarray(draw_givens(jax.random.key(0), mask, 1.0, marked))
+    assert given[np.asarray(marked)].all()
+    drawn = given[:, 8:] if first else given[:, :8]
+    alone = np.asarray(draw_givens(jax.random.key(1), mask[:, :8], 1.0))
+    for count in (drawn.any(-1), drawn.mean(-1)):
+        of_alone = alone.any(-1) if count.dtype == bool else alone.mean(-1)
+        assert abs(count.mean() - of_alone.mean()) < 0.025
+    assert drawn.any(-1).mean() > 0.85
+    assert not drawn.all(-1).any()
+    half = np.asarray(draw_givens(jax.random.key(0), mask, 0.5, marked))
+    drawn = half[:, 8:] if first else half[:, :8]
+    assert abs(drawn.any(-1).mean() - alone.any(-1).mean() / 2) < 0.04
+
+
+def dit_objective(givens, position_times=None):
+    told = givens > 0 if position_times is None else position_times
     return Objective(
-        model=DiT(67, 16, 2, 2, cond_dim=8, max_seq_len=12, position_times=givens > 0),
+        model=DiT(67, 16, 2, 2, cond_dim=8, max_seq_len=12, position_times=told),
         process=HybridProcess(67, 66, 0.1),
         weighting="dynamic",
         min_weight=0.0,
@@ -123,16 +145,17 @@ def test_marked_tokens_are_given_in_every_row_and_draws_are_among_the_others():
     assert not given[np.asarray(batch["mask"])].all()
 
 
-def test_marked_tokens_have_no_loss_in_training_and_no_bound_in_validation():
+@pytest.mark.parametrize("position_times", [True, False])
+def test_marked_tokens_have_no_loss_in_training_and_no_bound_in_validation(position_times):
     """The same sums by hand, over what is neither padding nor marked."""
-    what, batch = dit_objective(0.0), toy_batch()
+    what, batch = dit_objective(0.0, position_times), toy_batch()
     marked = np.random.default_rng(1).random((8, 12)) < 0.4
     marked[:, 4] = False
     batch["given"] = jnp.asarray(marked)
     counted = np.asarray(batch["mask"]) & ~marked
     x = batch["tokens"]
     params = nn.unbox(what.model.init(jax.random.key(0), x, jnp.zeros(8)))["params"]
-    params = jax.tree.map(lambda a: a + 0.1, params)
+    params = random_params(params)  # what the network says depends on the time
     noised = what.noise(jax.random.key(3), x, batch["mask"], batch["given"])
     _, metrics = loss_and_grads(what, params, batch, noised, 1)
     by_token = np.asarray(what.losses(params, x, noised).loss)
@@ -142,7 +165,8 @@ def test_marked_tokens_have_no_loss_in_training_and_no_bound_in_validation():
     loss_key, bound_key = jax.random.split(jax.random.key(5))
     bound = nelbo(
         what.process,
-        lambda z, t: what.apply(params, z, t),
+        # A network that takes one time a row is told the one that fits its share of noise.
+        lambda z, t: what.apply(params, z, t if position_times else row_times(what.process, t)),
         bound_key,
         x,
         given=batch["given"],
@@ -154,7 +178,7 @@ def test_marked_tokens_have_no_loss_in_training_and_no_bound_in_validation():
     np.testing.assert_allclose(sums["loss"], np.asarray(again)[counted].sum(), rtol=1e-4)
 
 
-def test_a_run_on_marked_arrays_goes_on_and_fills_in(tmp_path):
+def test_a_run_on_marked_arrays_goes_on_and_fills_in(tmp_path, caplog):
     """Rows whose second half repeats the first, which is given: a few steps learn to copy."""
     ids = np.random.default_rng(0).integers(0, 3, (64, 4))
     given = np.broadcast_to(np.arange(8) < 4, (64, 8))
@@ -172,7 +196,10 @@ def test_a_run_on_marked_arrays_goes_on_and_fills_in(tmp_path):
     }
     half = tiny_settings(tmp_path, **{**changes, "train.num_steps": 40})
     train(half, tmp_path / "run")
-    figures = train(tiny_settings(tmp_path, **changes), tmp_path / "run")
+    with caplog.at_level("INFO", logger="absl"):
+        figures = train(tiny_settings(tmp_path, **changes), tmp_path / "run")
+    assert "0 % of the training rows is padding" in caplog.text
+    assert "no eval/bits_per_byte" not in caplog.text  # of arrays nobody looks for them
     assert figures["nelbo"] < np.log(3)
     model = Gidd.from_pretrained(tmp_path / "run")
     assert (model.row_mode, model.network.position_times) == ("none", True)
@@ -194,6 +221,37 @@ def test_a_run_on_marked_arrays_goes_on_and_fills_in(tmp_path):
     whole = corpus._replace(given=None)
     assert score_corpus(model, whole, options, **common)[0]["tokens"] == 16 * 8
     assert np.isfinite(nats).all()
+
+
+class Noting:
+    """A network that notes the shape of the times that it is told."""
+
+    def __init__(self, network, position_times):
+        self.network, self.position_times, self.told = network, position_times, []
+        self.max_seq_len, self.vocab_size = network.max_seq_len, network.vocab_size
+
+    def apply(self, params, z, t, *lengths):
+        self.told.append(t.shape)
+        return self.network.clone(position_times=self.position_times).apply(params, z, t, *lengths)
+
+
+@pytest.mark.parametrize("position_times", [True, False])
+def test_both_ways_to_the_bound_tell_a_network_of_marked_rows_what_it_knows(
+    tmp_path, position_times
+):
+    ids = np.random.default_rng(0).integers(0, 3, (8, 8)).astype(np.int32)
+    given = np.broadcast_to(np.arange(8) < 6, ids.shape)
+    corpus = CorpusRows(ids, np.arange(8), np.zeros(8, np.int64), 8, given)
+    changes = {"data.tokenizer": "ids:3", "data.frame": "none", "model.max_seq_len": 8}
+    trained = tiny_model(tmp_path, **changes)
+    common = {"batch_size": 8, "seed": 0}
+    plain, estimator = (Noting(trained.network, position_times) for _ in range(2))
+    model = dataclasses.replace(trained, network=plain)
+    score_rows(model, corpus, num_samples_t=1, label="", **common)
+    model = dataclasses.replace(trained, network=estimator)
+    estimate_rows(model, corpus, EstimatorOptions(num_samples_t=1), **common)
+    assert set(plain.told) == {(8, 8) if position_times else (8,)}
+    assert {shape[1:] for shape in estimator.told} == {shape[1:] for shape in plain.told}
 
 
 def test_without_givens_training_draws_what_it_drew_before():
