@@ -18,8 +18,8 @@ keeps them on disk. Runs go in turn: several seeds as one program were no faster
 Prints the bound on the validation text, mean and standard deviation over seeds. Files of WORKDIR:
   sweep.csv   a line for each finished run: its values of the grid, step, seconds (of its last
       start) and the figures of its last validation: nats per token, perplexity, bits per byte
-  sweep.png, sweep.svg   bits per byte over the first key of the grid, beside the unigram model;
-      with a source, the excess of the bound over its entropy in nats a token
+  sweep.png, sweep.svg   bits per byte (nats per token where rows are no text) over the first key of
+      the grid, beside the unigram model; with a source, the excess of the bound over its entropy
   samples.png, samples.svg   with a source: how probable under the truth generated rows are, and
       how far their neighbouring tokens are from it, by network calls, before and after correction
 """
@@ -53,17 +53,16 @@ def main(argv: list[str]) -> None:
         rows.append({**one.values, **result})
         write_csv(workdir / "sweep.csv", rows)
     keys, drawn = list(runs[0].values), {}
+    measure = grid.measure_of(runs[0].settings) if source is None else grid.TRUTH
+    drawn["sweep"] = pictures.sweep_picture(
+        rows, keys, measure.figure, {measure.baseline: measure.value}
+    )
+    print(grid.summary(rows, keys, measure.figure))
     if source is None:
-        unigram = grid.unigram_baseline(runs[0].settings)
-        drawn["sweep"] = pictures.sweep_picture(
-            rows, keys, grid.JUDGED_BY, {"unigram model": unigram}
-        )
-        print(f"{grid.summary(rows, keys)}\nunigram model: {unigram:.4f} bits per byte")
+        print(f"{measure.baseline}: {measure.value:.4f} {measure.unit}")
     else:
-        drawn["sweep"] = pictures.sweep_picture(rows, keys, grid.TRUTH, {"the truth": 0.0})
         drawn["samples"] = sampler_pictures.samples_picture(rows, keys, source.settings.calls)
-        print(grid.summary(rows, keys, grid.TRUTH))
-        print(f"entropy of the source: {rows[0]['entropy']:.4f} nats a token")
+        print(f"entropy of the source: {rows[0]['entropy']:.4f} {measure.unit}")
     pictures.save_figures(drawn, workdir)
     files = ", ".join(f"{name}.png, {name}.svg" for name in drawn)
     print(f"written to {workdir}: sweep.csv, {files}")

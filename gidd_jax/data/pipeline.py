@@ -249,10 +249,10 @@ def validation_batches(
     )
 
 
-def unigram_bits_per_byte(
+def unigram_nats(
     settings: "DataSettings", tokenizer: Tokenizer, seq_len: int, validation: ValidationBatches
 ) -> float:
-    """Bits per byte of the unigram model on the tokens and bytes of `validation`; NaN for no byte.
+    """Nats of the unigram model on the tokens of `validation`, summed.
 
     Its probabilities are the frequencies in the training rows plus one, over the vocabulary; the
     rows of a mixture count alike, and what is given does not.
@@ -261,11 +261,18 @@ def unigram_bits_per_byte(
     for source in train_sources(settings, tokenizer, seq_len):
         part = source.records, tokenizer.vocab_size, MAX_UNIGRAM_TOKENS, source.given
         counts += _count_tokens(*part)
-    bits = -np.log2(counts / counts.sum())
-    scored = validation.token_counts(tokenizer.vocab_size)
+    nats = -np.log(counts / counts.sum())
+    return float((nats * validation.token_counts(tokenizer.vocab_size)).sum())
+
+
+def unigram_bits_per_byte(
+    settings: "DataSettings", tokenizer: Tokenizer, seq_len: int, validation: ValidationBatches
+) -> float:
+    """Bits per byte of the unigram model (`unigram_nats`); NaN where `validation` has no byte."""
     if not validation.num_bytes:
         return math.nan
-    return float((bits * scored).sum() / validation.num_bytes)
+    nats = unigram_nats(settings, tokenizer, seq_len, validation)
+    return nats / math.log(2) / validation.num_bytes
 
 
 def local_batch_size(global_batch_size: int, process_count: int) -> int:

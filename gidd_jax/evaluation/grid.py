@@ -15,7 +15,7 @@ from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.checkpoints.workdir import check_workdir
 from gidd_jax.cli import nearest
 from gidd_jax.data.arrays import with_marks
-from gidd_jax.data.pipeline import unigram_bits_per_byte, validation_batches
+from gidd_jax.data.pipeline import unigram_nats, validation_batches
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import InputError, RunError
 from gidd_jax.evaluation.reports import NOTES, table, write_report, written
@@ -26,9 +26,19 @@ from gidd_jax.training import loop
 from gidd_jax.training.build import build_process
 
 RESULT_FILE = "result.json"  # in the folder of a finished run
-JUDGED_BY = "bits_per_byte"
-TRUTH = "excess"  # what runs are judged by that are trained on a source
 Judge = Callable[[Gidd, Settings], Mapping[str, Any]]
+
+
+class Measure(NamedTuple):
+    """What runs are judged by: the name of the figure, its unit, and what it is compared with."""
+
+    figure: str
+    unit: str
+    baseline: str
+    value: float
+
+
+TRUTH = Measure("excess", "nats per token", "the truth", 0.0)  # of runs on a source
 
 
 class Run(NamedTuple):
@@ -107,33 +117,35 @@ def finish(one: Run, folder: Path, judge: Judge | None = None) -> dict[str, Any]
     return result
 
 
-def unigram_baseline(settings: Settings) -> float:
-    """Return the bits per byte of the unigram model on what the runs are validated on."""
+def measure_of(settings: Settings) -> Measure:
+    """Return bits per byte, or nats per token where the rows of validation stand for no text,
+    beside the unigram model on what the runs are validated on."""
     tokenizer, train = run_tokenizer(settings.data), settings.train
     data = (settings.data, tokenizer, settings.model.max_seq_len)
     validation = validation_batches(*data, train.batch_size, max_batches=train.eval_batches)
-    return unigram_bits_per_byte(*data, validation)
+    nats = unigram_nats(*data, validation)
+    if validation.num_bytes:
+        bits = nats / math.log(2) / validation.num_bytes
+        return Measure("bits_per_byte", "bits per byte", "unigram model", bits)
+    return Measure("nelbo", "nats per token", "unigram model", nats / validation.num_tokens)
 
 
-def summary(
-    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], judged_by: str = JUDGED_BY
-) -> str:
+def summary(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], figure: str) -> str:
     """Return a line for each combination but for the seed: runs, mean, deviation, perplexity."""
     shown = [key for key in keys if key != "seed"]
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(str(row[key]) for key in shown), []).append(row)
-    title = "bits/byte" if judged_by == JUDGED_BY else judged_by
-    lines = [[*shown, "runs", title, "+-", "perplexity"]]
+    lines = [[*shown, "runs", figure, "+-", "perplexity"]]
     for values, members in groups.items():
-        bits = np.array([row[judged_by] for row in members])
-        deviation = written(bits.std(ddof=1), 4) if len(bits) > 1 else "-"
+        found = np.array([row[figure] for row in members])
+        deviation = written(found.std(ddof=1), 4) if len(found) > 1 else "-"
         perplexity = np.mean([row["perplexity"] for row in members])
         lines.append(
             [
                 *values,
-                str(len(bits)),
-                written(bits.mean(), 4),
+                str(len(found)),
+                written(found.mean(), 4),
                 deviation,
                 written(float(perplexity), 2),
             ]

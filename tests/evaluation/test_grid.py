@@ -149,7 +149,9 @@ def test_a_sweep_trains_compiles_once_and_writes_table_and_figure(tmp_path, monk
     bits = np.array([float(row["bits_per_byte"]) for row in rows])
     assert f"{bits.mean():.4f}  {bits.std(ddof=1):.4f}" in printed
     settings = grid.plan_runs(config)[0].settings
-    assert f"unigram model: {grid.unigram_baseline(settings):.4f} bits per byte" in printed
+    measure = grid.measure_of(settings)
+    assert measure.figure == "bits_per_byte"
+    assert f"unigram model: {measure.value:.4f} bits per byte" in printed
 
 
 class Training:
@@ -255,12 +257,26 @@ def test_the_figure_joins_means_over_seeds():
 
 
 def test_the_summary_is_over_seeds():
-    lines = [line.split() for line in grid.summary(ROWS, ["p", "w", "seed"]).splitlines()]
-    assert lines[0] == ["p", "w", "runs", "bits/byte", "+-", "perplexity"]
+    lines = [
+        line.split()
+        for line in grid.summary(ROWS, ["p", "w", "seed"], "bits_per_byte").splitlines()
+    ]
+    assert lines[0] == ["p", "w", "runs", "bits_per_byte", "+-", "perplexity"]
     assert lines[2] == ["0.0", "b", "2", "1.5000", f"{math.sqrt(0.5):.4f}", "2.00"]
     assert len(lines) == 5
-    alone = grid.summary(ROWS[:1], ["seed"]).splitlines()[1].split()
+    alone = grid.summary(ROWS[:1], ["seed"], "bits_per_byte").splitlines()[1].split()
     assert alone == ["1", "0.0000", "-", "2.00"]
+
+
+def test_runs_on_ids_are_judged_in_nats(tmp_path):
+    """Symbols drawn evenly: the unigram model is at log 4, up to what its counts say."""
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 4, (512, 16)))
+    changes = {"data.path": f"{tmp_path}/ids.npy", "data.tokenizer": "ids:4", "data.frame": "none"}
+    changes |= {"model.max_seq_len": 16, "train.eval_batches": 8}
+    (one,) = grid.plan_runs(tiny_sweep(tmp_path, {"seed": (0,)}, **changes))
+    measure = grid.measure_of(one.settings)
+    assert (measure.figure, measure.unit) == ("nelbo", "nats per token")
+    assert measure.value == pytest.approx(math.log(4), abs=0.01)
 
 
 def test_figures_that_are_missing_are_dashes():
@@ -268,4 +284,9 @@ def test_figures_that_are_missing_are_dashes():
         {"seed": seed, "bits_per_byte": bits, "perplexity": 1e200}
         for seed, bits in enumerate((2.0, float("nan")))
     ]
-    assert grid.summary(rows, ["seed"]).splitlines()[1].split() == ["2", "-", "-", "1e+200"]
+    assert grid.summary(rows, ["seed"], "bits_per_byte").splitlines()[1].split() == [
+        "2",
+        "-",
+        "-",
+        "1e+200",
+    ]
