@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart demo study sudoku sudoku-study test test-slow torture lint format types docs constraints clean
+.PHONY: quickstart demo study study-truth sudoku sudoku-study test test-slow torture lint format types docs constraints clean
 
 quickstart: $(VENV)/.core  ## train, evaluate and sample a small model on the embedded corpus
 	$(BIN)/python -m gidd_jax.quickstart --workdir=outputs/quickstart
@@ -74,6 +74,12 @@ sudoku-study: $(SUDOKU)/test.npz  ## five processes on 6 x 6, three seeds each, 
 
 $(SUDOKU)/test.npz: $(VENV)/.core
 	$(BIN)/python examples/sudoku/make_data.py --size=6 --out=$(SUDOKU)
+
+# 45 runs on each law; hours on 2 cores. The same command goes on after a stop.
+study-truth: $(VENV)/.core  ## the same on a Markov chain and a hidden one, whose entropy is known
+	$(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/chain.py --workdir=outputs/chain
+	$(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/chain.py:hidden \
+	  --workdir=outputs/hidden
 
 $(RUN)/summary.json: $(VENV)/.core
 	$(BIN)/python -m gidd_jax.quickstart --workdir=$(RUN)

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.optimizer.update(
         name="muon", learning_rate=1e-2, b1=0.8, warmup_steps=60, final_lr_ratio=0.0
     )
-    config.train.update(num_steps=2200, batch_size=8, eval_every=550, eval_batches=30)
-    config.checkpoint.every = 550
+    config.train.update(num_steps=2000, batch_size=8, eval_every=500, eval_batches=30)
+    config.checkpoint.every = 500
     config.logging.every = 25
     return config
