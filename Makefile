@@ -62,7 +62,7 @@ sudoku: $(SUDOKU)/test.npz  ## grids of 6 x 6 with and without uniform noise, se
 STUDY := outputs/sudoku/study
 sudoku-study: $(SUDOKU)/test.npz  ## five processes on 6 x 6, three seeds each, in one table
 	for part in hybrid uniform mdlm; do \
-	  $(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/sudoku.py:$$part \
+	  $(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/sudoku_study.py:$$part \
 	    --workdir=$(STUDY)/$$part || exit; \
 	  for run in $(STUDY)/$$part/runs/*; do \
 	    test -f $$run/solved.json || $(BIN)/python examples/sudoku/solve.py --checkpoint=$$run \

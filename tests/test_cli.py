@@ -158,7 +158,7 @@ def test_ways_to_choose_and_override_a_config(command, args):
         (["--config.train.num_steps=1.5"], "invalid literal for int()"),
         (
             ["--config=gid"],
-            "the shipped configs are ar, base, gidd, mdlm, quickstart, sweeps/ablation",
+            "the shipped configs are ar, base, gidd, mdlm, quickstart, sudoku, sweeps/ablation",
         ),
         (["--config=elsewhere/gidd.py"], "no such file"),
         (["--config=gidd:huge"], "unknown size 'huge': use one of tiny, small, base, 1B"),

@@ -84,7 +84,7 @@ def test_the_study_of_sudoku_is_five_processes_with_three_seeds_trained_alike():
 
 
 def plan_study(part: str) -> list[Run]:
-    return plan_runs(load_config(f"sweeps/sudoku:{part}"))
+    return plan_runs(load_config(f"sweeps/sudoku_study:{part}"))
 
 
 def test_objectives():

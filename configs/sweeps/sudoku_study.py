@@ -1,7 +1,7 @@
 """Five processes x three seeds on grids of Sudoku of size 6, all trained alike.
 
     for part in hybrid uniform mdlm; do
-      python -m gidd_jax.sweep --config=configs/sweeps/sudoku.py:$part \
+      python -m gidd_jax.sweep --config=configs/sweeps/sudoku_study.py:$part \
         --workdir=outputs/sudoku/study/$part
     done
 
