@@ -79,7 +79,7 @@ def is_of_arrays(path: str) -> bool:
 def open_splits(
     paths: Sequence[str], settings: DataSettings, tokenizer: Tokenizer, seq_len: int
 ) -> tuple[ArrayRows, ArrayRows]:
-    """Training and validation rows of the parts of a mixture, by the rule `settings.validation`.
+    """Training and validation rows of the parts of a mixture, by the rule data.validation.
 
     Raises InputError when a file is no array of rows of `seq_len` ids of the tokenizer.
     """
