@@ -191,7 +191,7 @@ def test_a_sweep_on_a_source_is_judged_by_the_truth(tmp_path, monkeypatch, capsy
     mended = model.correct(drawn, seed=3, batch_size=128, temperature=1.0).ids
     assert float(line["corrected_bigrams_3"]) == pytest.approx(truth.bigrams(source, mended))
     printed = capsys.readouterr().out
-    assert f"entropy of the source: {entropy:.4f} nats a token" in printed
+    assert f"entropy of the source: {entropy:.4f} nats per token" in printed
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
