@@ -24,8 +24,9 @@ class Repairs(NamedTuple):
 
     wrong, right: before; touched, recovered: of the wrong ones; damaged: of the right ones. touch
     and recover are None where nothing was wrong, damage where nothing was right (`notes` says
-    which); wrong_after: the share of all counted positions that is wrong afterwards. An interval is None
-    for one row or group, and of no width where the resampled rows agree, as with no event at all.
+    which); wrong_after: the share of all counted positions that is wrong afterwards. An interval is
+    None for one row or group, and of no width where the resampled rows agree, as with no event at
+    all.
     """
 
     wrong: int
