@@ -192,8 +192,9 @@ class Gidd:
         check_some(texts, "texts")
         settings = changed_options(options or CorrectionOptions(), changes)
         check_correction(self.process, settings)
-        rows = texts
-        if not isinstance(texts, Rows):
+        if isinstance(texts, Rows):
+            rows = texts
+        else:
             rows = whole_texts(self.tokenizer, texts, self.max_seq_len, begin=self._begins)
         check_trace(trace)
         traced = []
