@@ -45,7 +45,7 @@ demo: $(RUN)/summary.json  ## sample, correct, evaluate, exchange and check the 
 study: $(VENV)/.core  ## the paper's ablation at a small size: uniform noise, weighting, seed
 	$(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/ablation.py --workdir=outputs/study
 
-# Two runs of a quarter of an hour each on 2 cores, and their tables. It goes on after a stop.
+# Two runs and their tables, hours on 2 busy cores. It goes on after a stop.
 SUDOKU := outputs/sudoku/6
 sudoku: $(SUDOKU)/test.npz  ## grids of 6 x 6 with and without uniform noise, self-corrected
 	for p in 0.0 0.2; do \
@@ -58,7 +58,7 @@ sudoku: $(SUDOKU)/test.npz  ## grids of 6 x 6 with and without uniform noise, se
 	$(BIN)/python examples/sudoku/compare.py --out=$(SUDOKU)/table.txt \
 	  --reports=$(SUDOKU)/p_uniform=0.0.json,$(SUDOKU)/p_uniform=0.2.json
 
-# 15 runs of a quarter of an hour each on 2 cores, and their table. What is done stays.
+# 15 runs and their table. What is done stays.
 STUDY := outputs/sudoku/study
 sudoku-study: $(SUDOKU)/test.npz  ## five processes on 6 x 6, three seeds each, in one table
 	for part in hybrid uniform mdlm; do \

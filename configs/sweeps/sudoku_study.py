@@ -9,7 +9,7 @@ Argument: hybrid (the default; p_uniform 0, 0.1 and 0.2), uniform (no mask at al
 alone, with the weights of the bound). Together 15 runs; the data are those of configs/sudoku.py:6.
 `make sudoku-study` trains them all, solves puzzles with each and puts them in one table.
 
-Hardware: 2 CPU cores, some 15 minutes a run.
+Hardware: 2 CPU cores, up to an hour a run.
 Expected results: not measured yet.
 """
 
