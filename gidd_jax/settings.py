@@ -49,7 +49,8 @@ REMOVED = ("logging.profile_at",)  # keys that only older runs have
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Section):
-    name: str = one_of("dit", "llama")
+    name: str = one_of("dit", "gidd", "llama")
+    parametrization: str = one_of("standard", "completep")
     hidden_size: int = at_least(2)
     num_layers: int = at_least(1)
     num_heads: int = at_least(1)
@@ -279,7 +280,7 @@ def _check_together(settings: Settings) -> None:
     if (model.name == "llama") != (process.name == "autoregressive"):
         raise InputError(
             f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
-            "autoregressive, and dit with every other process"
+            "autoregressive, and dit or gidd with every other process"
         )
     if model.name == "llama" and settings.data.givens:
         raise InputError(
@@ -293,6 +294,11 @@ def _check_together(settings: Settings) -> None:
         )
     if settings.data.marked and settings.data.frame == "ends":
         raise InputError("data.marked = True: only rows without a frame do: set data.frame=none")
+    if model.parametrization == "completep" and model.name != "gidd":
+        raise InputError(
+            f"model.parametrization = completep: model.name = {model.name} has no multipliers for "
+            "it: use gidd, or standard"
+        )
     own = split_own_process(process.name) is not None
     if process.options and not own:
         raise InputError(

@@ -45,6 +45,7 @@ from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.models.dit import DiT
+from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import check_autoregressive
@@ -66,7 +67,7 @@ from gidd_jax.sampling.trace import changes_of, changes_of_correction
 class Gidd:
     """A network with its parameters, tokenizer and forward process (None: autoregressive)."""
 
-    network: DiT | Llama
+    network: DiT | TimeFreeTransformer | Llama
     params: Any
     tokenizer: Tokenizer
     process: InterpolatingProcess | None

@@ -31,6 +31,7 @@ from gidd_jax.interchange.weight_files import (
     read_torch,
 )
 from gidd_jax.models.dit import ROTARY_BASE, DiT, padded_vocab_size
+from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.layers import Llama3RopeScaling, check_heads
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
@@ -289,11 +290,11 @@ def _within(tokenizer: Tokenizer, rows: int, file: Path) -> Tokenizer:
     return dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id)
 
 
-def _abstract(network: DiT | Llama, *inputs: jax.Array) -> Any:
+def _abstract(network: DiT | TimeFreeTransformer | Llama, *inputs: jax.Array) -> Any:
     return nn.unbox(jax.eval_shape(network.init, jax.random.key(0), *inputs))["params"]
 
 
-def _check_layers(network: DiT | Llama, state_dict: StateDict) -> None:
+def _check_layers(network: DiT | TimeFreeTransformer | Llama, state_dict: StateDict) -> None:
     # Before all names of that many layers are made.
     if network.num_layers > len(state_dict):
         raise InputError(

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.models.dit import DiT
+from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import InterpolatingProcess
 
@@ -15,7 +16,7 @@ class Pretrained(NamedTuple):
     how rows were framed in training, one of `data.rows.MODES`.
     """
 
-    network: DiT | Llama
+    network: DiT | TimeFreeTransformer | Llama
     params: Any
     tokenizer: Tokenizer
     process: InterpolatingProcess | None

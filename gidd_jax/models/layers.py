@@ -53,6 +53,11 @@ recomputed = functools.partial(
 )
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype that norms, angles and logits have: float32, or float64 where all is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def uniform_fan_in(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what torch.nn.Linear draws weights and biases from."""
     bound = 1.0 / math.sqrt(fan_in)
@@ -103,7 +108,7 @@ class Linear(nn.Module):
     """Affine map of the last len(in_shape) axes of x to out_shape, [..., *in] -> [..., *out].
 
     `kernel_init` draws the kernel and `bias_init` the bias (None: no bias). The result has `dtype`
-    unless `out_dtype` says otherwise.
+    unless `out_dtype` says otherwise. `scale` is a factor of the product, before the bias.
     """
 
     in_shape: tuple[int, ...]
@@ -115,6 +120,7 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     out_dtype: Any = None
     precision: Any = None
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -132,6 +138,8 @@ class Linear(nn.Module):
             precision=self.precision,
             preferred_element_type=self.out_dtype or self.dtype,
         )
+        if self.scale != 1.0:
+            y = y * jnp.asarray(self.scale, y.dtype)
         if self.bias_init is None:
             return y
         # Biases along the model width stay whole on every device, like the norm scales.
@@ -163,8 +171,8 @@ class Embedding(nn.Module):
 
     def attend(self, h: Array) -> Array:
         """Logits of a tied output projection, float32: [..., width] -> [..., rows]."""
-        table = self.embedding.astype(self.dtype)
-        return jnp.einsum("...d,vd->...v", h, table, preferred_element_type=jnp.float32)
+        table, wide = self.embedding.astype(self.dtype), at_least_float32(self.dtype)
+        return jnp.einsum("...d,vd->...v", h, table, preferred_element_type=wide)
 
 
 class LayerNorm(nn.Module):
@@ -183,20 +191,26 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a scale, computed and returned in float32."""
+    """Root-mean-square normalisation with a scale, computed and returned in float32.
+
+    zero_centred: the parameter is what the scale has beyond 1, so that a decay draws it to 1.
+    """
 
     width: int
     eps: float = 1e-6
+    zero_centred: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = _norm_scale(self, self.width)
-        x = x.astype(jnp.float32)
+        scale = _norm_scale(self, self.width, zero_centred=self.zero_centred)
+        x = x.astype(at_least_float32(x.dtype))
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return _per_feature(scale, x * jax.lax.rsqrt(mean_square + self.eps))
 
 
-def _norm_scale(module: nn.Module, width: int) -> Array:
+def _norm_scale(module: nn.Module, width: int, *, zero_centred: bool = False) -> Array:
+    if zero_centred:
+        return 1.0 + param(module, "scale", nn.initializers.zeros_init(), (None,), (width,))
     return param(module, "scale", nn.initializers.ones_init(), (None,), (width,))
 
 
@@ -219,11 +233,14 @@ class Llama3RopeScaling:
 
 
 def rotary_frequencies(
-    head_dim: int, base: float, scaling: Llama3RopeScaling | None = None
+    head_dim: int,
+    base: float,
+    scaling: Llama3RopeScaling | None = None,
+    dtype: Any = jnp.float32,
 ) -> Array:
-    """Angular frequencies base^(-2k/head_dim) in radians per token, float32 [head_dim / 2]."""
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequency = 1.0 / jnp.power(jnp.float32(base), exponent)
+    """Angular frequencies base^(-2k/head_dim) in radians per token, [head_dim / 2]."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim
+    frequency = 1.0 / jnp.power(jnp.asarray(base, dtype), exponent)
     if scaling is None:
         return frequency
     turns = scaling.original_max_len * frequency / (2 * math.pi)
@@ -233,15 +250,18 @@ def rotary_frequencies(
 
 
 def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
-    """Cosine and sine of position times frequency, each float32 [L, 1, head_dim / 2]."""
-    angle = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
+    """Cosine and sine of position times frequency, each [L, 1, head_dim / 2]; also of [B, L]."""
+    angle = positions.astype(frequencies.dtype)[..., None, None] * frequencies.reshape(
+        (1,) * (positions.ndim + 1) + (-1,)
+    )
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     """Rotate the two halves of each head of x [B, L, heads, head_dim] in float32."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[None], sin[None]
+    a, b = jnp.split(x.astype(at_least_float32(x.dtype)), 2, axis=-1)
+    if cos.ndim == 3:  # the same positions in all rows
+        cos, sin = cos[None], sin[None]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 

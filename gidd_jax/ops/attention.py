@@ -38,13 +38,17 @@ def attention(
     is_causal: bool = False,
     mask: Array | None = None,
     lengths: Array | None = None,
+    soft_cap: float = 0.0,
+    sink: tuple[Array, Array] | None = None,
 ) -> Array:
     """Scaled dot-product attention, q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim].
 
     `implementation` is 'xla', 'cudnn', 'splash' or '' (see `automatic`). `mask` is boolean,
     broadcast to [B, heads, T, S], and not for splash; `lengths` int32 [B], at least 1: keys and
-    values from there on are padding, which nothing attends to. Raises InputError for another
-    implementation, or splash with a mask.
+    values from there on are padding, which nothing attends to. soft_cap c > 0 makes each score s
+    c tanh(s / c). sink: a key and a value of each head, [heads, head_dim], that every query sees,
+    whatever the mask; not with is_causal. Raises InputError for another implementation, splash with
+    a mask, or cudnn with a soft cap.
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
@@ -53,15 +57,23 @@ def attention(
     backend = jax.default_backend()
     if not implementation:
         best = automatic(backend, q.dtype, q.shape[1], q.shape[3])
-        implementation = "xla" if best == "splash" and mask is not None else best
+        lacks = {"splash": mask is not None, "cudnn": soft_cap > 0}
+        implementation = "xla" if lacks.get(best, False) else best
+    if sink is not None:
+        assert not is_causal
+        k, v, mask, lengths = _with_sink(k, v, mask, lengths, sink)
     if implementation == "splash":
         if mask is not None:
             raise InputError("attention is 'splash', which takes no mask; use 'xla'.")
-        return _on_mesh(q, k, v, lengths, is_causal, interpret=backend != "tpu")
+        return _on_mesh(q, k, v, lengths, is_causal, soft_cap, interpret=backend != "tpu")
     form: Any = implementation
-    attend = functools.partial(
+    attend: Any = functools.partial(
         jax.nn.dot_product_attention, is_causal=is_causal, implementation=form
     )
+    if soft_cap > 0:
+        if implementation == "cudnn":
+            raise InputError("attention is 'cudnn', which has no soft cap of scores; use 'xla'.")
+        attend = functools.partial(_capped, soft_cap=soft_cap, is_causal=is_causal)
     if mask is not None or not _goes_row_by_row(q, k):
         return attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
 
@@ -71,6 +83,53 @@ def attention(
         return attend(q, k, v, key_value_seq_lengths=lengths)[0]
 
     return jax.lax.map(row, (q, k, v, lengths))
+
+
+def _with_sink(
+    k: Array, v: Array, mask: Array | None, lengths: Array | None, sink: tuple[Array, Array]
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """Put a key and a value of each head before the others, where every query sees them."""
+    k, v = (
+        jnp.concatenate([jnp.broadcast_to(s.astype(a.dtype), (a.shape[0], 1, *s.shape)), a], axis=1)
+        for a, s in zip((k, v), sink, strict=True)
+    )
+    if mask is not None:
+        mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(1, 0)], constant_values=True)
+    return k, v, mask, None if lengths is None else lengths + 1
+
+
+def _capped(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    soft_cap: float,
+    is_causal: bool,
+    mask: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+) -> Array:
+    """The plain form with a soft cap on the scores, which jax.nn.dot_product_attention lacks.
+
+    Softmax in float32. A query that sees nothing attends to all alike, as there.
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q = q * jnp.asarray(1.0 / math.sqrt(q.shape[-1]), q.dtype)
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
+    sees = jnp.ones((1, 1, *scores.shape[-2:]), bool)
+    if is_causal:
+        sees &= jnp.tril(sees)
+    if key_value_seq_lengths is not None:
+        is_text = jnp.arange(k.shape[1])[None] < key_value_seq_lengths[:, None]
+        sees = sees & is_text[:, None, None]
+    if mask is not None:
+        sees = sees & mask
+    sees = jnp.broadcast_to(sees, (sees.shape[0], q.shape[2], *sees.shape[2:]))
+    sees = sees.reshape(sees.shape[0], k.shape[2], -1, *sees.shape[2:])
+    scores = jnp.where(sees, scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
 
 def automatic(backend: str, dtype: Any, length: int, head_dim: int) -> str:
@@ -99,10 +158,16 @@ def _goes_row_by_row(q: Array, k: Array) -> bool:
 
 
 def _on_mesh(
-    q: Array, k: Array, v: Array, lengths: Array | None, is_causal: bool, interpret: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    is_causal: bool,
+    soft_cap: float,
+    interpret: bool,
 ) -> Array:
     """Run the TPU's kernel on each device's rows and heads: the compiler cannot split a kernel."""
-    run = functools.partial(_splash, is_causal=is_causal, interpret=interpret)
+    run = functools.partial(_splash, is_causal=is_causal, soft_cap=soft_cap, interpret=interpret)
     sizes = jax.sharding.get_abstract_mesh().shape
     rows = tuple(a for a in sharding.BATCH_AXES if sizes.get(a, 1) > 1)
     heads = sharding.HEAD_AXIS if sizes.get(sharding.HEAD_AXIS, 1) > 1 else None
@@ -119,7 +184,14 @@ def _on_mesh(
 
 
 def _splash(
-    q: Array, k: Array, v: Array, lengths: Array | None, *, is_causal: bool, interpret: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    *,
+    is_causal: bool,
+    soft_cap: float,
+    interpret: bool,
 ) -> Array:
     """Attention of one device by JAX's splash kernel; any T and S, filled up to whole lanes."""
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
@@ -137,6 +209,7 @@ def _splash(
         block_sizes=_blocks(*shape, minor),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=soft_cap or None,
         residual_checkpoint_name=OUTPUT_NAME,
         interpret=interpret,
     )

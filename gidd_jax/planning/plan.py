@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from gidd_jax.data.arrays import with_marks
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.hardware import find_chip
-from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
+from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.parallel import sharding
 from gidd_jax.planning.ahead import Builder, attention_form, kept_bytes, temporaries
 from gidd_jax.planning.estimate import Estimate
 from gidd_jax.planning.roofline import Roofline, Sent, Topology, parse_topology, roofline
 from gidd_jax.settings import Settings
-from gidd_jax.training.metrics import flops_per_token, recomputed_flops_per_token
+from gidd_jax.training.metrics import flops_per_token, num_columns, recomputed_flops_per_token
 
 HERE = "here"  # the topology of `--plan` without a value
 _FORWARD_TWICE = ("full", "attention")  # of model.remat
@@ -260,9 +260,8 @@ def _gathered_bytes(settings: Settings, path: Any, leaf: Any, mesh: Mesh) -> flo
 def _layout_notes(settings: Settings, vocab_size: int, mesh: Mesh) -> list[str]:
     """Say what a mesh does not divide: the run works, but holds it whole on every device."""
     model, rules = settings.model, dict(sharding.RULES)
-    columns = vocab_size if model.name == "llama" else padded_vocab_size(vocab_size)
     sizes = {
-        "vocab": ("vocabulary", columns),
+        "vocab": ("vocabulary", num_columns(model, vocab_size)),
         "heads": ("model.num_heads", model.num_heads),
         "mlp": ("hidden units of the MLP", MLP_RATIO * model.hidden_size),
         "embed": ("model.hidden_size", model.hidden_size),

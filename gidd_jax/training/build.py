@@ -2,7 +2,9 @@
 
 import jax.numpy as jnp
 
+from gidd_jax.models import gidd
 from gidd_jax.models.dit import DiT
+from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.llama import Llama
 from gidd_jax.own_process import Source, make
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
@@ -41,8 +43,11 @@ def build_process(
 
 def build_model(
     settings: ModelSettings, vocab_size: int, position_times: bool = False
-) -> DiT | Llama:
-    """Return the network (a Linen module without parameters)."""
+) -> DiT | TimeFreeTransformer | Llama:
+    """Return the network (a Linen module without parameters).
+
+    position_times: it is trained with given tokens, and told where they are.
+    """
     shared = {
         "vocab_size": vocab_size,
         "hidden_size": settings.hidden_size,
@@ -56,7 +61,33 @@ def build_model(
     }
     if settings.name == "llama":
         return Llama(**shared)
+    if settings.name == "gidd":
+        return TimeFreeTransformer(
+            **shared, **_parametrization(settings), position_times=position_times
+        )
     return DiT(cond_dim=settings.cond_dim, position_times=position_times, **shared)
+
+
+def _parametrization(settings: ModelSettings) -> dict[str, float]:
+    """Return the multipliers and initial sizes of the time-free transformer.
+
+    CompleteP's are those of the scaling paper: they, and the optimizer's groups, keep the best
+    learning rate in place. Standard is a transformer as it is mostly initialised.
+    """
+    width = settings.hidden_size
+    if settings.parametrization == "completep":
+        return {
+            "resid_scale": gidd.RESID_SCALE,
+            "head_scale": gidd.HEAD_WIDTH / width,
+            "init_std": gidd.BULK_STD / width**0.5,
+            "head_std": 0.0,
+        }
+    return {
+        "resid_scale": float(settings.num_layers),  # branches without a factor
+        "head_scale": 1.0,
+        "init_std": gidd.AUX_STD,
+        "head_std": gidd.AUX_STD,
+    }
 
 
 def build_objective(

@@ -39,6 +39,11 @@ class StepMetrics(metrics.Collection):
     learning_rate: metrics.LastValue.from_output("learning_rate")  # pyright: ignore[reportInvalidTypeForm]
 
 
+def num_columns(model: ModelSettings, vocab_size: int) -> int:
+    """Return the number of columns of the logits."""
+    return padded_vocab_size(vocab_size) if model.name == "dit" else vocab_size
+
+
 def flops_per_token(model: ModelSettings, vocab_size: int) -> float:
     """Return the FLOPs of one token's forward and backward pass at the full context length.
 
@@ -47,8 +52,7 @@ def flops_per_token(model: ModelSettings, vocab_size: int) -> float:
     time conditioning is computed once per sequence and left out: less than 0.1 %.
     """
     weights, attention = _layer_products(model)
-    llama = model.name == "llama"
-    output = model.hidden_size * (vocab_size if llama else padded_vocab_size(vocab_size))
+    output = model.hidden_size * num_columns(model, vocab_size)
     return 6.0 * (model.num_layers * weights + output) + 3.0 * model.num_layers * attention
 
 

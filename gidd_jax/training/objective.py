@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gidd_jax.loss import GiddLoss, autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weights
 from gidd_jax.models.dit import DiT
+from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.llama import Llama
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
@@ -39,7 +40,7 @@ class Noised(NamedTuple):
 class Objective:
     """What a network is trained on: a process and a loss (process None: autoregressive)."""
 
-    model: DiT | Llama
+    model: DiT | TimeFreeTransformer | Llama
     process: InterpolatingProcess | None
     weighting: str
     min_weight: float
