@@ -49,6 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN_SCALING = Path(__file__).parent / "data" / "golden_scaling"
 
 
 @pytest.fixture(scope="session")
