@@ -71,6 +71,7 @@ class SamplerOptions:
     top_p: float = 1.0  # keep the most probable tokens of x_hat with this sum; 1: all
     min_p: float = 0.0  # drop what is less probable from the distribution that is drawn from
     block_length: int = 0  # generate blocks of so many tokens from left to right; 0: all at once
+    stop_at_end: bool = False  # blocks: a text ends with the end token, what follows is padding
     kappa: float = 0.95  # psi: weight of the posterior against the marginal
     eta: float = 0.02  # remdm: cap of the remasking probability, or its share of the largest legal
     loop_from: float = 0.55  # remdm_loop: the loop takes the steps from here ...
