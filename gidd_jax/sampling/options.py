@@ -25,6 +25,7 @@ METHODS = (
 )
 GRIDS = ("uniform", "cosine", "reference")
 ORDERS = ("entropy", "drawn")
+NOISE_TIMES = ("step", "prior")
 ESTIMATORS = ("bound", "chain", "importance")
 CHAIN_ORDERS = ("random", "left_to_right")
 ESTIMATED_BY = {
@@ -53,6 +54,7 @@ READ_BY = {
     "loop_to": ("remdm_loop",),
     "loop_alpha": ("remdm_loop",),
     "tokens_per_step": ("mode_seeking",),
+    "noise_at": ("mode_seeking",),
 }
 
 
@@ -78,6 +80,7 @@ class SamplerOptions:
     loop_to: float = 0.05  # ... to here (1: first step, 0: last), as t_on and t_off of the paper
     loop_alpha: float = 0.9  # remdm_loop: alpha during the loop
     tokens_per_step: int = 0  # mode_seeking: positions redrawn a step; 0: enough to draw each once
+    noise_at: str = "step"  # mode_seeking: a token is noise at the step's time, or as in the prior
     sweeps: int = 1  # gibbs: redraws of a share `rho` of the positions after each ancestral step
     rho: float = 0.1  # gibbs: share of the positions that a sweep redraws
     order: str = "entropy"  # confidence: which mask is lifted first, one of ORDERS
@@ -91,7 +94,8 @@ class SamplerOptions:
     fill_masks: bool = True  # draw what is still masked after the last step from x_hat
 
     def __post_init__(self):
-        for name, legal in (("method", METHODS), ("grid", GRIDS), ("order", ORDERS)):
+        choices = {"method": METHODS, "grid": GRIDS, "order": ORDERS, "noise_at": NOISE_TIMES}
+        for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise InputError(
                     f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(legal)}"

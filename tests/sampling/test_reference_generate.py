@@ -17,11 +17,12 @@ from scaling_models import model_of
 from gidd_jax.draws import row_keys
 from gidd_jax.loss import masked_logits
 from gidd_jax.process import LogSnrProcess, expand_time
-from gidd_jax.sampling.filters import filter_log_probs
+from gidd_jax.sampling.filters import filter_log_probs, unnormalised
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
 from gidd_jax.sampling.schedule import time_grid
-from gidd_jax.sampling.steps import highest
+from gidd_jax.sampling.steps import highest, mode_seeking_step
+from gidd_jax.sampling.thinning import network_at
 from gidd_jax.sampling.windows import View, prefix_windows
 
 MASK, EOS, PAD = 3, 1, 2
@@ -181,3 +182,51 @@ def test_greedy_runs_through_the_loop_as_it_is(arrays, case):
         wanted = arrays[f"{key}/output"][row]
         kept = wanted != PAD
         np.testing.assert_array_equal(np.asarray(found)[: len(wanted)][kept], wanted[kept])
+
+
+def saying(logits, process, temperature):
+    """A network of these logits, for one step."""
+    weights = lambda said: unnormalised(said, temperature)  # noqa: E731
+    return network_at(process, lambda z, t: logits, lambda h: h, weights, logits[..., 0], None)
+
+
+@pytest.mark.parametrize("split", ["s03", "s09"])
+def test_the_adaptive_rule_takes_the_positions_and_tokens_of_the_reference(split):
+    """s03: tokens are noise at the time of the step, as in the port; s09: as in the prior."""
+    name = {"s03": "s03_sampler_steps", "s09": "s09_jax_sampler_likelihood"}[split]
+    data = np.load(GOLDEN_SCALING / f"{name}.npz")
+    found = 0
+    for case in json.loads((GOLDEN_SCALING / "adaptive_cases.json").read_text())[split]:
+        z = jnp.asarray(data["z"])
+        process = LogSnrProcess(97, MASK, shift=case["shift"])
+        t = 1 / (1 + np.exp(case["log_snr"]))
+        active = jnp.asarray(data["noise_mask"]) if split == "s09" else jnp.ones(z.shape, bool)
+        logits = masked_logits(process, jnp.asarray(data["logits"]))
+        taken = mode_seeking_step(
+            process,
+            row_keys(jax.random.key(0), jnp.arange(len(z))),
+            saying(logits, process, case["temperature"]),
+            z,
+            active,
+            t,
+            jnp.full(len(z), case["count"]),
+        )
+        wanted = data[case["key"]]
+        changed = np.asarray(taken.ids != z)
+        if case["temperature"] == 0:
+            np.testing.assert_array_equal(taken.ids, wanted, err_msg=case["key"])
+            found += 1
+        # What is drawn is random; where it is put is not.
+        assert np.all(changed.sum(-1) <= case["count"])
+    assert found >= 6
+
+
+@pytest.mark.parametrize("steps", [1, 5, 16])
+def test_grids_are_the_references(steps):
+    data = np.load(GOLDEN_SCALING / "s03_sampler_steps.npz")
+    process = LogSnrProcess(97, MASK)
+    for name, grid in GRIDS.items():
+        times = 1 / (1 + np.exp(data[f"grid/{name}/{steps}"]))
+        t, s = time_grid(process, steps, grid)
+        np.testing.assert_allclose(t, times[:0:-1], rtol=2e-5)
+        np.testing.assert_allclose(s, times[-2::-1], rtol=2e-5)
