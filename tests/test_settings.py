@@ -39,7 +39,7 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
         ({"optimizer__eps": "1e-9"}, "optimizer.eps = '1e-9': must be a number"),
         ({"seed": -1}, "seed = -1: must be >= 0"),
         ({"model": 3}, "model = 3: must be a section of keys"),
-        ({"model__name": "dti"}, "model.name = 'dti': must be dit | llama"),
+        ({"model__name": "dti"}, "model.name = 'dti': must be dit | gidd | llama"),
         ({"model__attention": "flash"}, "must be '' | xla | cudnn | splash"),
         ({"model__dtype": "float16"}, "must be float32 | bfloat16"),
         ({"model__num_layers": 0}, "must be >= 1"),
