@@ -1,4 +1,4 @@
-"""The scaling paper's loss: its code's numbers, and times of positions in every process and loss."""
+"""The scaling paper's loss: its code's numbers; times of positions in all processes and losses."""
 
 from typing import Any
 
@@ -236,7 +236,7 @@ def test_the_fused_loss_at_times_of_positions_is_the_plain_one(process):
 
 
 def test_posteriors_and_transitions_at_times_of_positions_are_those_of_rows(process):
-    x, z_t, t, logits = case(process)
+    _, z_t, t, logits = case(process)
     x_hat = jax.nn.softmax(logits.at[..., process.mask_id].set(-jnp.inf))
 
     def posterior(t, x_hat, z_t):

@@ -1,5 +1,7 @@
 """From settings to the objects of a run: process, network, objective."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from gidd_jax.models import gidd
@@ -69,7 +71,7 @@ def build_model(
     return DiT(cond_dim=settings.cond_dim, position_times=position_times, **shared)
 
 
-def _parametrization(settings: ModelSettings) -> dict[str, float]:
+def _parametrization(settings: ModelSettings) -> dict[str, Any]:
     """Return the multipliers and initial sizes of the time-free transformer.
 
     CompleteP's are those of the scaling paper: they, and the optimizer's groups, keep the best

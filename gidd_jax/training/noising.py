@@ -71,6 +71,9 @@ class Noising:
         return draw_givens(key, mask, self.givens, marked, self.givens_kind)
 
 
+PLAIN = Noising()  # one time a row, nothing given but what rows mark
+
+
 def position_times(
     process: InterpolatingProcess,
     rows: jax.Array,

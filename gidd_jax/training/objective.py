@@ -15,7 +15,7 @@ from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
 from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
 from gidd_jax.sampling.times import told
-from gidd_jax.training.noising import Noised, Noising
+from gidd_jax.training.noising import PLAIN, Noised, Noising
 
 Params = Any
 # tokens int32 [B, L], mask bool [B, L] (False on padding); given bool [B, L], where rows mark some
@@ -36,7 +36,7 @@ class Objective:
     align_mask_to_input: bool
     keep_padding_columns: bool
     aggregation: str = "mean"  # of the losses of positions: mean | sum
-    noising: Noising = Noising()
+    noising: Noising = PLAIN
 
     def apply(self, params: Params, *inputs: jax.Array) -> jax.Array:
         """Return the network's logits."""
@@ -64,7 +64,7 @@ class Objective:
         """
         if self.process is None:
             return Noised(z_t=x, t=jnp.zeros(x.shape[0], jnp.float32))
-        how = Noising() if mask is None else self.noising
+        how = PLAIN if mask is None else self.noising
         t_key, z_key = jax.random.split(key)
         t = self.process.sample_t(t_key, x.shape[0], self.stratified)
         t = how.times(self.process, jax.random.fold_in(key, 2), t, x.shape[1])

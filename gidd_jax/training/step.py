@@ -58,8 +58,9 @@ def loss_and_grads(
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Return gradients and metrics of the loss over the whole batch, its mean or its sum.
 
-    The metrics are means whatever the gradients are of. The batch is worked on in `micro_batches` parts; numerators and denominators are those of the
-    whole batch, so the parts' sums are its values whatever their number.
+    The metrics are means whatever the gradients are of. The batch is worked on in `micro_batches`
+    parts; numerators and denominators are those of the whole batch, so the parts' sums are its
+    values whatever their number.
     """
     masks = batch["mask"], noised.given
     loss_count = jnp.maximum(jnp.sum(objective.loss_mask(*masks)), 1).astype(jnp.float32)

@@ -124,8 +124,8 @@ def test_empty_tokens_are_put_between_the_same_rows(tmp_path, tokenizer, mode):
             assert mask.sum() == min(len(kept) + empty.sum(), SEQ_LEN)
             changed += empty.any()
     assert changed > 40
-    for one, two in zip(*(validation_batches(c, tokenizer, SEQ_LEN, 4) for c in (plain, config))):
-        assert_same([one], [two])
+    judged = [list(validation_batches(c, tokenizer, SEQ_LEN, 4)) for c in (plain, config)]
+    assert_same(*judged)
     pads_with_end = dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id)
     with pytest.raises(InputError, match=r"data\.empty_tokens = 0\.4: tokenizer .* pads with"):
         TrainBatches(config, pads_with_end, SEQ_LEN, 8, seed=1)

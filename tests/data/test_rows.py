@@ -103,7 +103,7 @@ def test_empty_tokens_stand_anywhere_between_the_others(num_tokens):
         assert len(row) == 40 or len(text) == num_tokens
     assert max(shares) <= 0.25 + 1 / min(lengths) if num_tokens < 40 else max(shares) <= 14 / 40
     if num_tokens == 40:
-        # n = ceil(40 f / (1 - f)) of 40, f uniform: the mean of f / (1 - f) is log(1 / 0.75) / 0.25 - 1
+        # ceil(40 f / (1 - f)) of 40, f uniform in [0, 0.25]: f / (1 - f) is log(4 / 3) / 0.25 - 1
         wanted = np.log(1 / 0.75) / 0.25 - 1 + 0.5 / 40
         np.testing.assert_allclose(np.mean(shares), wanted, atol=0.01)
         np.testing.assert_allclose(places / 2000, wanted, atol=0.04)
