@@ -42,6 +42,11 @@ def fraction() -> Any:
     return legal(lambda value: 0 <= value < 1, "in [0, 1)")
 
 
+def share() -> Any:
+    """A number in [0, 1]."""
+    return legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+
+
 def not_empty() -> Any:
     """A text that is not empty."""
     return legal(lambda value: value != "", "not empty")

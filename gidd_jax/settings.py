@@ -28,6 +28,7 @@ from gidd_jax.sections import (
     not_empty,
     of_kind,
     one_of,
+    share,
 )
 
 # What may differ when a run continues in its workdir: none of these changes the numbers of a step,
@@ -89,6 +90,14 @@ class ProcessSettings(Section):
     min_log_snr: float
     max_log_snr: float
     stratified: bool
+    by_position: float = share()
+    ascending: float = share()
+    uniform_ids: str = one_of("others", "all")
+
+    @property
+    def has_position_times(self) -> bool:
+        """Whether in some rows of the training positions have times of their own."""
+        return self.by_position + self.ascending > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +115,10 @@ class DataSettings(Section):
     txt_documents: str = one_of("file", "line", "blank_line")
     mode: str = one_of("crop", "packed", "padded")
     frame: str = one_of("ends", "none")
-    givens: float = legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    givens: float = share()
+    givens_kind: str = one_of("mixed", "prompt", "infilling")
     marked: bool
+    empty_tokens: float = legal(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")
     num_workers: int = at_least(0)
 
     @property
@@ -133,7 +144,7 @@ class OptimizerSettings(Section):
     clip_norm: float = above(0)
     warmup_steps: int = at_least(0)
     schedule: str = one_of("cosine", "linear", "constant")
-    final_lr_ratio: float = legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    final_lr_ratio: float = share()
     ema_decay: float = fraction()
 
 
@@ -145,6 +156,7 @@ class TrainSettings(Section):
     weighting: str = one_of("elbo", "clip", "dynamic", "dynamic_v1_1")
     min_weight: float = at_least(0)
     max_weight: float = at_least(0)
+    aggregation: str = one_of("mean", "sum")
     mask_padding: bool
     align_mask_to_input: bool
     eval_every: int = at_least(0)
@@ -201,6 +213,15 @@ class Settings:
         if of_kind("seed", self.seed, int) < 0:
             raise InputError(f"seed = {self.seed}: must be >= 0")
         _check_together(self)
+
+    @property
+    def position_times(self) -> bool:
+        """Whether the network is told the times of positions: of all, or of what is given.
+
+        The time-free network is told which tokens are a prompt, and nothing where none is.
+        """
+        by_position = self.process.has_position_times and self.model.name != "gidd"
+        return by_position or self.data.has_givens
 
     @classmethod
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> Self:
@@ -287,6 +308,7 @@ def _check_together(settings: Settings) -> None:
             f"data.givens = {settings.data.givens}: only diffusion fills in beside given tokens: "
             "set it to 0"
         )
+    _check_noising(process, settings.data)
     if model.name == "llama" and settings.data.frame == "none":
         raise InputError(
             "data.frame = none: llama predicts the tokens after one that begins a row: set it to "
@@ -328,6 +350,35 @@ def _check_together(settings: Settings) -> None:
         )
     if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
         raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
+
+
+def _check_noising(process: ProcessSettings, data: DataSettings) -> None:
+    """Refuse options of the noise in training that contradict each other or that nothing reads."""
+    if process.name == "autoregressive" and process.has_position_times:
+        raise InputError(
+            f"process.by_position = {process.by_position}, process.ascending = {process.ascending}:"
+            " only diffusion has times: set both to 0"
+        )
+    if process.by_position + process.ascending > 1:
+        raise InputError(
+            f"process.ascending = {process.ascending}: must be at most 1 - process.by_position = "
+            f"{1 - process.by_position:g}"
+        )
+    if process.uniform_ids == "all" and process.name not in ("hybrid", "log_snr"):
+        raise InputError(
+            f"process.uniform_ids = all: process.name = {process.name} does not read it: set it to "
+            "others, or take hybrid or log_snr"
+        )
+    if data.givens_kind != "mixed" and data.givens == 0:
+        raise InputError(
+            f"data.givens_kind = {data.givens_kind}: nothing is given with data.givens = 0: set "
+            "the share of the rows, in (0, 1], or leave the kind at mixed"
+        )
+    if data.empty_tokens > 0 and data.frame == "none":
+        raise InputError(
+            f"data.empty_tokens = {data.empty_tokens}: rows without a frame hold nothing but their "
+            "tokens: set it to 0, or data.frame=ends"
+        )
 
 
 _WEIGHTINGS = {

@@ -50,17 +50,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 GOLDEN_SCALING = Path(__file__).parent / "data" / "golden_scaling"
+Loader = Callable[[str], dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], dict[str, np.ndarray]]:
+def golden() -> Loader:
     """Loader of the arrays in tests/data/golden by file name (.npz or .safetensors)."""
+    return _loader(GOLDEN)
+
+
+@pytest.fixture(scope="session")
+def golden_scaling() -> Loader:
+    """Loader of the arrays of the scaling paper's code, in tests/data/golden_scaling."""
+    return _loader(GOLDEN_SCALING)
+
+
+def _loader(folder: Path) -> Loader:
     from safetensors.numpy import load_file
 
     def load(name: str) -> dict[str, np.ndarray]:
         if name.endswith(".safetensors"):
-            return load_file(GOLDEN / name)
-        with np.load(GOLDEN / name, allow_pickle=False) as file:
+            return load_file(folder / name)
+        with np.load(folder / name, allow_pickle=False) as file:
             return dict(file)
 
     return load
