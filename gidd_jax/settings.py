@@ -6,6 +6,7 @@ is made, and a wrong key, type or value raises InputError that names it and says
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,16 +124,19 @@ class DataSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Section):
-    name: str = one_of("adamw", "psgd", "muon")
+    name: str = one_of("adamw", "laprop", "psgd", "muon")
     learning_rate: float = above(0)
     b1: float = fraction()
     b2: float = fraction()
     eps: float = above(0)
     weight_decay: float = at_least(0)
+    norm_decay: float = at_least(0)
+    bias_decay: float = at_least(0)
     skip_above: float = at_least(0)
-    clip_norm: float = above(0)
+    clip_norm: float = legal(lambda value: 0 <= value < math.inf, ">= 0 and finite; 0 is off")
     warmup_steps: int = at_least(0)
-    schedule: str = one_of("cosine", "linear", "constant")
+    cooldown_steps: int = at_least(0)
+    schedule: str = one_of("cosine", "linear", "constant", "wsd")
     final_lr_ratio: float = legal(lambda value: 0 <= value <= 1, "in [0, 1]")
     ema_decay: float = fraction()
 
@@ -299,6 +303,7 @@ def _check_together(settings: Settings) -> None:
             f"model.parametrization = completep: model.name = {model.name} has no multipliers for "
             "it: use gidd, or standard"
         )
+    _check_optimizer(settings.optimizer, model, train)
     own = split_own_process(process.name) is not None
     if process.options and not own:
         raise InputError(
@@ -328,6 +333,37 @@ def _check_together(settings: Settings) -> None:
         )
     if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
         raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
+
+
+def _check_optimizer(
+    optimizer: OptimizerSettings, model: ModelSettings, train: TrainSettings
+) -> None:
+    """Refuse an optimizer that the parametrization does not have, and keys that nothing reads."""
+    completep = model.parametrization == "completep"
+    if completep and optimizer.name not in ("adamw", "laprop"):
+        raise InputError(
+            f"optimizer.name = {optimizer.name}: model.parametrization = completep has rates for "
+            "adamw and laprop: use one of them, or standard"
+        )
+    for key in ("norm_decay", "bias_decay"):
+        if getattr(optimizer, key) and not completep:
+            raise InputError(
+                f"optimizer.{key} = {getattr(optimizer, key)}: only model.parametrization = "
+                "completep has it; otherwise optimizer.weight_decay acts on every parameter: set "
+                "it to 0"
+            )
+    cooldown = optimizer.cooldown_steps
+    if cooldown and optimizer.schedule != "wsd":
+        raise InputError(
+            f"optimizer.cooldown_steps = {cooldown}: only optimizer.schedule = wsd has a cooldown: "
+            "set it to 0"
+        )
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + cooldown > train.num_steps:
+        raise InputError(
+            f"optimizer.warmup_steps + optimizer.cooldown_steps = "
+            f"{optimizer.warmup_steps + cooldown}: must be at most train.num_steps = "
+            f"{train.num_steps} with optimizer.schedule = wsd"
+        )
 
 
 _WEIGHTINGS = {

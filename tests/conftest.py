@@ -48,18 +48,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not str(item.path.with_suffix("")).endswith(LONGEST))
 
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "golden"
+Loader = Callable[[str], dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], dict[str, np.ndarray]]:
+def golden() -> Loader:
     """Loader of the arrays in tests/data/golden by file name (.npz or .safetensors)."""
+    return _loader(GOLDEN)
+
+
+@pytest.fixture(scope="session")
+def golden_scaling() -> Loader:
+    """Loader of the arrays of the scaling paper's code, in tests/data/golden_scaling."""
+    return _loader(DATA / "golden_scaling")
+
+
+def _loader(folder: Path) -> Loader:
     from safetensors.numpy import load_file
 
     def load(name: str) -> dict[str, np.ndarray]:
         if name.endswith(".safetensors"):
-            return load_file(GOLDEN / name)
-        with np.load(GOLDEN / name, allow_pickle=False) as file:
+            return load_file(folder / name)
+        with np.load(folder / name, allow_pickle=False) as file:
             return dict(file)
 
     return load
