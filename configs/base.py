@@ -16,10 +16,8 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.name = "dit"  # dit (diffusion) | gidd (diffusion, the scaling paper's network, which is
     # told no time) | llama (autoregressive)
-    model.parametrization = (
-        "standard"  # standard | completep (gidd only): multipliers, and rates by
-    )
-    # group of parameters, with which the best learning rate keeps as width and depth grow
+    model.parametrization = "standard"  # standard | completep (gidd only): multipliers, and rates
+    # by group of parameters, with which the best learning rate keeps as width and depth grow
     model.hidden_size = 768  # multiple of 2 * num_heads (rotary embedding turns pairs)
     model.num_layers = 12  # integer >= 1
     model.num_heads = 12  # integer >= 1

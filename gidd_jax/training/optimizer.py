@@ -68,9 +68,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run: clipping by global norm, then the chosen update rule.
 
-    Of the model's settings parametrization, width and depth count. The schedule reads the optimizer's own count, so the first update has the rate of step 0.
-    `update` takes the gradient's norm as `grad_norm`: beyond skip_above nothing changes, that
-    count included.
+    Of the model's settings parametrization, width and depth count. The schedule reads the
+    optimizer's own count, so the first update has the rate of step 0. `update` takes the gradient's
+    norm as `grad_norm`: beyond skip_above nothing changes, that count included.
     """
     rate = learning_rate(settings, num_steps)
     if model.parametrization == "completep":
