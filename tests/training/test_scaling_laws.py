@@ -6,7 +6,7 @@ import math
 
 import jax
 import pytest
-from conftest import DATA
+from conftest import GOLDEN_SCALING
 
 from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
@@ -18,7 +18,7 @@ from gidd_jax.training.optimizer import completep_group, completep_groups
 from gidd_jax.training.step import abstract_params
 
 VOCAB = 131_072
-GOLDEN = json.loads((DATA / "golden_scaling" / "s10_sizes_and_laws.json").read_text())
+GOLDEN = json.loads((GOLDEN_SCALING / "s10_sizes_and_laws.json").read_text())
 NAMES = {"3b": "unif-3b", "10b": "unif-10b"}
 GROUPS = {
     "bulk": "bulk_params",

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from gidd_jax.cli import load_config
+from gidd_jax.interchange.tensors import TorchTensors, gidd_format, params_from_torch
 from gidd_jax.loss import gidd_divergences, gidd_loss
 from gidd_jax.models.gidd import TimeFreeTransformer, sees_prompt
 from gidd_jax.process import LogSnrProcess, expand_time
@@ -20,6 +21,7 @@ from gidd_jax.training.optimizer import completep_group, make_optimizer
 
 VOCAB, MASK, WIDTH, DEPTH, HEADS, STEPS = 97, 3, 32, 2, 4, 12
 GROUPS = ("bulk", "norm", "bias", "embedding", "head")  # columns of the reference's norms
+FORMAT = gidd_format(HEADS, normed_heads=True, sink=True, mlp_bias=True, tie_embeddings=False)
 STARTS = {
     "init": "s08_init_weights.safetensors",
     "strong": "s01_hf_published/model.safetensors",
@@ -71,7 +73,7 @@ def optimizer_of(trace: Trace) -> optax.GradientTransformation:
 def run(trace: Trace, golden_scaling, name: str):
     """Return losses, norms of gradients and parameters, metrics by step, and both ends."""
     arrays = golden_scaling("s08_training_trace.npz")
-    start = gidd_params(golden_scaling(STARTS[trace.start]))
+    start = params_from_torch(golden_scaling(STARTS[trace.start]), FORMAT, DEPTH)
     params = jax.tree.map(lambda a: jnp.asarray(a, float), start)
     network = TimeFreeTransformer(
         VOCAB,
@@ -128,59 +130,6 @@ def group_norms(tree):
     return jnp.sqrt(jnp.stack([squares[group] for group in GROUPS]))
 
 
-# Where the reference's tensors are here, by layer and else; and the order of a layer's checksums.
-LAYER = {
-    "attn_layernorm.weight": "norm1/scale",
-    "mlp.down_proj.bias": "mlp_out/bias",
-    "mlp.down_proj.weight": "mlp_out/kernel",
-    "mlp.up_proj.bias": "mlp_in/bias",
-    "mlp.up_proj.weight": "mlp_in/kernel",
-    "mlp_layernorm.weight": "norm2/scale",
-    "self_attn.k_bias": "sink_key",
-    "self_attn.k_norm.weight": "key_norm/scale",
-    "self_attn.k_proj.weight": "key/kernel",
-    "self_attn.o_proj.weight": "attn_out/kernel",
-    "self_attn.q_norm.weight": "query_norm/scale",
-    "self_attn.q_proj.weight": "query/kernel",
-    "self_attn.v_bias": "sink_value",
-    "self_attn.v_proj.weight": "value/kernel",
-}
-SPLIT = {"attn_out": (HEADS, WIDTH // HEADS, WIDTH)} | dict.fromkeys(
-    ("query", "key", "value"), (WIDTH, HEADS, WIDTH // HEADS)
-)
-
-
-def gidd_params(tensors, num_layers=DEPTH):
-    """Return the reference's tensors as our parameters."""
-    blocks = {}
-    for name, place in LAYER.items():
-        module, *leaf = place.split("/")
-        layers = [tensors[f"model.layers.{i}.{name}"] for i in range(num_layers)]
-        if leaf == ["kernel"]:
-            layers = [a.T.reshape(SPLIT.get(module, a.T.shape)) for a in layers]
-        target = blocks.setdefault(module, {}) if leaf else blocks
-        target[leaf[0] if leaf else module] = np.stack(layers)
-    return {
-        "vocab_embed": {"embedding": tensors["model.embed_tokens.weight"]},
-        "blocks": blocks,
-        "final_norm": {"scale": tensors["model.norm.weight"]},
-        "output": {"kernel": tensors["lm_head.weight"].T},
-    }
-
-
-def checksums(params):
-    """Return sum and sum of squares of each of the reference's tensors, by name."""
-    leaves = [params["output"]["kernel"], params["vocab_embed"]["embedding"]]
-    for i in range(DEPTH):
-        for place in LAYER.values():
-            leaf = params["blocks"]
-            for key in place.split("/"):
-                leaf = leaf[key]
-            leaves.append(leaf[i])
-    leaves.append(params["final_norm"]["scale"])
-    return np.array([(np.sum(a), np.sum(np.square(a))) for a in map(np.float64, leaves)])
-
-
 def with_floor(process, log_x_hat, x, z_t, t):
     """The divergences with the reference's 1e-12 on the model's probability of z_t.
 
@@ -210,21 +159,19 @@ def test_trace_is_the_scaling_papers(golden_scaling, monkeypatch, name):
     }.items():
         want = arrays[f"{name}/{key}/f64"]
         np.testing.assert_allclose(value, want, rtol=1e-9, atol=1e-11, err_msg=key)
+    tensors = TorchTensors(params)
+    sums = [(np.sum(a), np.sum(np.square(a))) for a in map(tensors.get, sorted(tensors))]
     want = arrays[f"{name}/final_checksum/f64"]
-    np.testing.assert_allclose(checksums(params), want, rtol=1e-9, atol=1e-11)
-    if name == "strong_hybrid":
-        final = gidd_params(golden_scaling("s08_strong_hybrid_final.safetensors"))
+    np.testing.assert_allclose(sums, want, rtol=1e-9, atol=1e-11)
+    if name == "strong_hybrid":  # the only one of which numbers are stored, in float32
         prefix, suffix = f"{name}/grad0/", "/f64"
-        grads = {k.removeprefix(prefix).removesuffix(suffix): v for k, v in arrays.items()}
-        stored = gidd_params(grads, num_layers=1)  # of the second there are none
-        first = first | {"blocks": jax.tree.map(lambda a: a[:1], first["blocks"])}
-        for found, wanted in ((params, final), (first, stored)):
-            jax.tree.map(are_stored_as, found, wanted)
-
-
-def are_stored_as(found, wanted):
-    """Fails unless these are the numbers that were stored in float32."""
-    np.testing.assert_allclose(found, wanted, rtol=2e-7, atol=1e-9)
+        names = [n for n in arrays if n.startswith(prefix)]
+        grads = {n.removeprefix(prefix).removesuffix(suffix): arrays[n] for n in names}
+        final = golden_scaling("s08_strong_hybrid_final.safetensors")
+        for found, wanted in ((tensors, final), (TorchTensors(first), grads)):
+            assert len(wanted) > 15
+            for key, value in wanted.items():
+                np.testing.assert_allclose(found[key], value, rtol=2e-7, atol=1e-9, err_msg=key)
 
 
 @pytest.mark.parametrize("name", TRACES)
