@@ -44,9 +44,7 @@ def get_config() -> ConfigDict:
     process.max_log_snr = 9.0  # log_snr: greater than min_log_snr
     process.stratified = True  # times spread over the global batch (True) or independent (False)
     # In training alone, validation has one time a row:
-    process.by_position = (
-        0.0  # share of the rows in which each position has its own time, in [0, 1]
-    )
+    process.by_position = 0.0  # share of rows in which each position has its own time, in [0, 1]
     process.ascending = 0.0  # share in which times rise along the row, clean to noisy, in [0, 1];
     # with by_position at most 1
     process.uniform_ids = "others"  # hybrid, log_snr: uniform noise is of all tokens but the mask
@@ -109,6 +107,8 @@ def get_config() -> ConfigDict:
     train.max_weight = 2.0  # >= min_weight
     train.aggregation = "mean"  # gradients are of the mean of the losses of a batch's positions
     # (mean) | of their sum (sum): clip_norm and eps of the optimizer then are a sum's
+    train.block_length = 0  # gidd only: a model by blocks of so many tokens, of which each sees the
+    # clean ones before it; a divisor of model.max_seq_len; 0 is a model of whole rows
     train.mask_padding = False  # True: padding tokens do not count in the loss
     train.align_mask_to_input = False  # autoregressive: True masks by the input token, not the
     # target, as the original does
