@@ -32,7 +32,8 @@ def objective_of(process, block_length, width=16, **changes):
     network = TimeFreeTransformer(
         process.vocab_size, width, 2, 2, max_seq_len=LENGTH, block_length=block_length
     )
-    plain = Objective(network, process, "elbo", 0.0, 1e3, True, False, False, False)
+    weighting = "elbo" if isinstance(process, MaskedProcess) else "dynamic"
+    plain = Objective(network, process, weighting, 0.0, 2.0, True, False, False, False)
     return dataclasses.replace(plain, noising=Noising(block_length=block_length), **changes)
 
 
