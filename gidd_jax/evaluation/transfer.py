@@ -187,7 +187,7 @@ HEADER = _columns("", "width", "depth", "block", "change", "logits", "change")
 
 
 def _settings(parametrization: str, width: int, depth: int) -> Settings:
-    config = load_config("base")
+    config: Any = load_config("base")
     config.model.update(
         name="gidd",
         parametrization=parametrization,

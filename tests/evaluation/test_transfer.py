@@ -1,4 +1,4 @@
-"""The coordinate check: flat under CompleteP, growing without it or where a rule of it is broken."""
+"""The coordinate check: flat under CompleteP, growing without it or with a rule of it broken."""
 
 import json
 import subprocess
