@@ -107,6 +107,8 @@ def _settings(folder: Path) -> Any:
         mode="packed",
         num_workers=0,
         givens=0.0,
+        givens_kind="mixed",
+        empty_tokens=0.0,
         frame="ends",
         marked=False,
     )

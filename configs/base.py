@@ -43,6 +43,14 @@ def get_config() -> ConfigDict:
     process.min_log_snr = -9.0  # log_snr: less than max_log_snr
     process.max_log_snr = 9.0  # log_snr: greater than min_log_snr
     process.stratified = True  # times spread over the global batch (True) or independent (False)
+    # In training alone, validation has one time a row:
+    process.by_position = (
+        0.0  # share of the rows in which each position has its own time, in [0, 1]
+    )
+    process.ascending = 0.0  # share in which times rise along the row, clean to noisy, in [0, 1];
+    # with by_position at most 1
+    process.uniform_ids = "others"  # hybrid, log_snr: uniform noise is of all tokens but the mask
+    # (others) | of the mask, too (all), as in the scaling paper's code
 
     config.data = data = ConfigDict()
     data.path = "embedded"  # embedded | file | folder | glob | comma list of them
@@ -62,9 +70,13 @@ def get_config() -> ConfigDict:
     data.frame = "ends"  # ends (texts begin and end with a token, as mode says) | none (dit only:
     # rows of max_seq_len tokens and nothing else, of arrays or of texts end to end; mode is unread)
     data.givens = 0.0  # share of the training rows in which some tokens are given, as in a prompt:
-    # clean, at time 0, without loss; in [0, 1], dit only; 0 is a network with one time a row
+    # clean, at time 0, without loss; in [0, 1], not for llama
+    data.givens_kind = "mixed"  # mixed (a third each: a beginning, all but a span, scattered; as
+    # many as you like) | prompt (a beginning) | infilling (scattered), mostly about half of a row
     data.marked = False  # arrays mark given positions (`given` in a .npz); training sets it to what
     # they do, so that it is known of the model
+    data.empty_tokens = 0.0  # largest share of a training row that is padding tokens, put between
+    # the others at random places; in [0, 0.5], frame ends only; each row draws its share
     data.num_workers = 0  # processes that prepare batches, integer >= 0; 0 uses threads
 
     config.optimizer = optimizer = ConfigDict()
@@ -95,6 +107,8 @@ def get_config() -> ConfigDict:
     train.weighting = "dynamic"  # elbo | clip | dynamic | dynamic_v1_1 (the released code's)
     train.min_weight = 0.0  # loss weights are clipped to [min_weight, max_weight], >= 0
     train.max_weight = 2.0  # >= min_weight
+    train.aggregation = "mean"  # gradients are of the mean of the losses of a batch's positions
+    # (mean) | of their sum (sum): clip_norm and eps of the optimizer then are a sum's
     train.mask_padding = False  # True: padding tokens do not count in the loss
     train.align_mask_to_input = False  # autoregressive: True masks by the input token, not the
     # target, as the original does

@@ -26,6 +26,18 @@ class NoiseMass(NamedTuple):
     uniform: jax.Array
 
 
+class NoiseDraws(NamedTuple):
+    """What noise is made of, each shaped as the ids: two uniforms in [0, 1), and token ids.
+
+    keep: the token stays where it is not below the noise mass; kind: the share of the noise mass
+    below which it is the mask; ids: what stands there otherwise.
+    """
+
+    keep: jax.Array
+    kind: jax.Array
+    ids: jax.Array
+
+
 def as_float(t: ArrayLike) -> jax.Array:
     """Return t as a float array of at least float32."""
     t = jnp.asarray(t)
@@ -170,16 +182,23 @@ class InterpolatingProcess:
         u = jax.random.uniform(key, shape)
         return jnp.searchsorted(cumulative, u, side="right").astype(jnp.int32)
 
+    def noise_draws(self, key: jax.Array, shape: Sequence[int]) -> NoiseDraws:
+        """Draw what noise on token ids of the given shape is made of, at whatever times."""
+        keep_key, kind_key, token_key = jax.random.split(key, 3)
+        keep, kind = (jax.random.uniform(k, shape) for k in (keep_key, kind_key))
+        return NoiseDraws(keep, kind, self.sample_background(token_key, shape))
+
     def sample(self, key: jax.Array, x: jax.Array, t: ArrayLike) -> jax.Array:
         """Draw z_t ~ q_t(.|x), ids of the shape of x [B, L]; no vocabulary-sized tensor."""
+        return self.corrupt(x, t, self.noise_draws(key, x.shape))
+
+    def corrupt(self, x: jax.Array, t: ArrayLike, draws: NoiseDraws) -> jax.Array:
+        """Return x [B, L] with noise at times t, made of the given draws."""
         t = expand_time(t, x)
         mass = self.beta_pi(t)
         noise_mass = mass.mask + self.num_noise_tokens * mass.uniform
-        keep_key, mask_key, token_key = jax.random.split(key, 3)
-        keep = jax.random.uniform(keep_key, x.shape) >= noise_mass
-        is_mask = jax.random.uniform(mask_key, x.shape) * noise_mass < mass.mask
-        noise = jnp.where(is_mask, self.mask_id, self.sample_background(token_key, x.shape))
-        return jnp.where(keep, x, noise).astype(x.dtype)
+        noise = jnp.where(draws.kind * noise_mass < mass.mask, self.mask_id, draws.ids)
+        return jnp.where(draws.keep >= noise_mass, x, noise).astype(x.dtype)
 
     def prior(self) -> NoiseMass:
         """Return the noise distribution at the noisiest time, where sampling starts."""

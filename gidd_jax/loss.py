@@ -124,7 +124,8 @@ def gidd_loss(
 ) -> GiddLoss:
     """Return the GIDD loss of any interpolating process (paper, theorem 2 and section 4.4).
 
-    logits [B, L, C], x and z_t int [B, L], t [B]. Raises InputError for an unknown weighting.
+    logits [B, L, C], x and z_t int [B, L], t [B] or [B, L]. Raises InputError for an unknown
+    weighting.
     """
     log_x_hat = jax.nn.log_softmax(masked_logits(process, logits, keep_padding_columns))
     kl, is_div = gidd_divergences(process, log_x_hat, x, z_t, t)
@@ -136,7 +137,10 @@ def gidd_loss(
 
 
 def mdlm_weights(process: InterpolatingProcess, z_t: jax.Array, t: jax.Array) -> jax.Array:
-    """Return MDLM's weight of -log x_hat_x, -alpha'/(1-alpha) on masks and 0 elsewhere, [B, L]."""
+    """Return MDLM's weight of -log x_hat_x, -alpha'/(1-alpha) on masks and 0 elsewhere, [B, L].
+
+    t [B] or [B, L].
+    """
     t = expand_time(t, z_t)
     # All noise is the mask: 1 - alpha is its mass.
     mass, d_mass = jax.jvp(lambda time: process.beta_pi(time).mask, (t,), (jnp.ones_like(t),))

@@ -28,6 +28,7 @@ from gidd_jax.errors import InputError
 from gidd_jax.interpolation import (
     WEIGHTINGS,
     InterpolatingProcess,
+    NoiseDraws,
     NoiseMass,
     as_float,
     expand_time,
@@ -40,6 +41,7 @@ __all__ = [
     "InterpolatingProcess",
     "LogSnrProcess",
     "MaskedProcess",
+    "NoiseDraws",
     "NoiseMass",
     "as_float",
     "expand_time",

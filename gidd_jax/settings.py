@@ -7,7 +7,6 @@ is made, and a wrong key, type or value raises InputError that names it and says
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -29,7 +28,10 @@ from gidd_jax.sections import (
     not_empty,
     of_kind,
     one_of,
+    share,
+    split_own_process,
 )
+from gidd_jax.together import WEIGHTINGS, check_together
 
 # What may differ when a run continues in its workdir: none of these changes the numbers of a step,
 # except that a new run length stretches the learning-rate schedule from there on.
@@ -64,14 +66,8 @@ class ModelSettings(Section):
     keep_padding_columns: bool
 
 
-def split_own_process(name: str) -> tuple[str, str] | None:
-    """Return FILE.py and CLASS of 'FILE.py:CLASS'; None for what is no such name."""
-    match = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", name)
-    return (match[1], match[2]) if match and name.isprintable() else None
-
-
 def _is_process(name: str) -> bool:
-    return name in _WEIGHTINGS or split_own_process(name) is not None
+    return name in WEIGHTINGS or split_own_process(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +86,14 @@ class ProcessSettings(Section):
     min_log_snr: float
     max_log_snr: float
     stratified: bool
+    by_position: float = share()
+    ascending: float = share()
+    uniform_ids: str = one_of("others", "all")
+
+    @property
+    def has_position_times(self) -> bool:
+        """Whether in some rows of the training positions have times of their own."""
+        return self.by_position + self.ascending > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +111,10 @@ class DataSettings(Section):
     txt_documents: str = one_of("file", "line", "blank_line")
     mode: str = one_of("crop", "packed", "padded")
     frame: str = one_of("ends", "none")
-    givens: float = legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    givens: float = share()
+    givens_kind: str = one_of("mixed", "prompt", "infilling")
     marked: bool
+    empty_tokens: float = legal(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")
     num_workers: int = at_least(0)
 
     @property
@@ -137,7 +143,7 @@ class OptimizerSettings(Section):
     warmup_steps: int = at_least(0)
     cooldown_steps: int = at_least(0)
     schedule: str = one_of("cosine", "linear", "constant", "wsd")
-    final_lr_ratio: float = legal(lambda value: 0 <= value <= 1, "in [0, 1]")
+    final_lr_ratio: float = share()
     ema_decay: float = fraction()
 
 
@@ -149,6 +155,7 @@ class TrainSettings(Section):
     weighting: str = one_of("elbo", "clip", "dynamic", "dynamic_v1_1")
     min_weight: float = at_least(0)
     max_weight: float = at_least(0)
+    aggregation: str = one_of("mean", "sum")
     mask_padding: bool
     align_mask_to_input: bool
     eval_every: int = at_least(0)
@@ -204,7 +211,16 @@ class Settings:
     def __post_init__(self) -> None:
         if of_kind("seed", self.seed, int) < 0:
             raise InputError(f"seed = {self.seed}: must be >= 0")
-        _check_together(self)
+        check_together(self)
+
+    @property
+    def position_times(self) -> bool:
+        """Whether the network is told the times of positions: of all, or of what is given.
+
+        The time-free network is told which tokens are a prompt, and nothing where none is.
+        """
+        by_position = self.process.has_position_times and self.model.name != "gidd"
+        return by_position or self.data.has_givens
 
     @classmethod
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> Self:
@@ -271,105 +287,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _check_together(settings: Settings) -> None:
-    """Refuse values that are legal alone but not together."""
-    model, process, train, mesh = settings.model, settings.process, settings.train, settings.mesh
-    if model.hidden_size % (2 * model.num_heads):
-        raise InputError(
-            f"model.hidden_size = {model.hidden_size}: must be a multiple of 2 * model.num_heads = "
-            f"{2 * model.num_heads} (rotary embedding needs an even width per head)"
-        )
-    if (model.name == "llama") != (process.name == "autoregressive"):
-        raise InputError(
-            f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
-            "autoregressive, and dit or gidd with every other process"
-        )
-    if model.name == "llama" and settings.data.givens:
-        raise InputError(
-            f"data.givens = {settings.data.givens}: only diffusion fills in beside given tokens: "
-            "set it to 0"
-        )
-    if model.name == "llama" and settings.data.frame == "none":
-        raise InputError(
-            "data.frame = none: llama predicts the tokens after one that begins a row: set it to "
-            "ends, or take a diffusion model"
-        )
-    if settings.data.marked and settings.data.frame == "ends":
-        raise InputError("data.marked = True: only rows without a frame do: set data.frame=none")
-    if model.parametrization == "completep" and model.name != "gidd":
-        raise InputError(
-            f"model.parametrization = completep: model.name = {model.name} has no multipliers for "
-            "it: use gidd, or standard"
-        )
-    _check_optimizer(settings.optimizer, model, train)
-    own = split_own_process(process.name) is not None
-    if process.options and not own:
-        raise InputError(
-            f"process.options = {process.options}: belong to a process of your own, FILE.py:CLASS; "
-            f"process.name = {process.name} has keys of the section process"
-        )
-    if process.min_log_snr >= process.max_log_snr:
-        raise InputError(
-            f"process.min_log_snr = {process.min_log_snr}: must be less than "
-            f"process.max_log_snr = {process.max_log_snr}"
-        )
-    if train.batch_size % train.micro_batches:
-        raise InputError(
-            f"train.batch_size = {train.batch_size}: must be a multiple of train.micro_batches = "
-            f"{train.micro_batches}"
-        )
-    if train.min_weight > train.max_weight:
-        raise InputError(
-            f"train.min_weight = {train.min_weight}: must be at most train.max_weight = "
-            f"{train.max_weight}"
-        )
-    weightings = _OWN_WEIGHTINGS if own else _WEIGHTINGS[process.name]
-    if train.weighting not in weightings:
-        raise InputError(
-            f"train.weighting = {train.weighting}: process.name = {process.name} has "
-            + " and ".join(weightings)
-        )
-    if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
-        raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
-
-
-def _check_optimizer(
-    optimizer: OptimizerSettings, model: ModelSettings, train: TrainSettings
-) -> None:
-    """Refuse an optimizer that the parametrization does not have, and keys that nothing reads."""
-    completep = model.parametrization == "completep"
-    if completep and optimizer.name not in ("adamw", "laprop"):
-        raise InputError(
-            f"optimizer.name = {optimizer.name}: model.parametrization = completep has rates for "
-            "adamw and laprop: use one of them, or standard"
-        )
-    for key in ("norm_decay", "bias_decay"):
-        if getattr(optimizer, key) and not completep:
-            raise InputError(
-                f"optimizer.{key} = {getattr(optimizer, key)}: only model.parametrization = "
-                "completep has it; otherwise optimizer.weight_decay acts on every parameter: set "
-                "it to 0"
-            )
-    cooldown = optimizer.cooldown_steps
-    if cooldown and optimizer.schedule != "wsd":
-        raise InputError(
-            f"optimizer.cooldown_steps = {cooldown}: only optimizer.schedule = wsd has a cooldown: "
-            "set it to 0"
-        )
-    if optimizer.schedule == "wsd" and optimizer.warmup_steps + cooldown > train.num_steps:
-        raise InputError(
-            f"optimizer.warmup_steps + optimizer.cooldown_steps = "
-            f"{optimizer.warmup_steps + cooldown}: must be at most train.num_steps = "
-            f"{train.num_steps} with optimizer.schedule = wsd"
-        )
-
-
-_WEIGHTINGS = {
-    "hybrid": ("elbo", "clip", "dynamic", "dynamic_v1_1"),
-    "log_snr": ("elbo", "clip", "dynamic"),
-    "masked": ("elbo",),  # the MDLM loss is its bound
-    "autoregressive": ("elbo",),  # the exact likelihood
-}
-_OWN_WEIGHTINGS = ("elbo", "clip", "dynamic")

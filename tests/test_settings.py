@@ -89,6 +89,24 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
         ({"data__tokenizer": "chars:"}, "chars:FILE, or ids:VOCAB with VOCAB from 2 on"),
         ({"data__frame": "bos"}, "data.frame = 'bos': must be ends | none"),
         ({"data__marked": True}, "data.marked = True: only rows without a frame do"),
+        ({"process__by_position": 1.5}, "process.by_position = 1.5: must be in [0, 1]"),
+        (
+            {"process__by_position": 0.75, "process__ascending": 0.5},
+            "process.ascending = 0.5: must be at most 1 - process.by_position = 0.25",
+        ),
+        ({"process__uniform_ids": "mask"}, "must be others | all"),
+        (
+            {"process__name": "masked", "train__weighting": "elbo", "process__uniform_ids": "all"},
+            "process.uniform_ids = all: process.name = masked does not read it",
+        ),
+        ({"data__givens_kind": "prompt"}, "data.givens_kind = prompt: nothing is given with"),
+        ({"data__givens_kind": "prompts"}, "must be mixed | prompt | infilling"),
+        ({"data__empty_tokens": 0.6}, "data.empty_tokens = 0.6: must be in [0, 0.5]"),
+        (
+            {"data__empty_tokens": 0.1, "data__frame": "none"},
+            "data.empty_tokens = 0.1: rows without",
+        ),
+        ({"train__aggregation": "max"}, "must be mean | sum"),
     ],
 )
 def test_illegal_values_are_named_with_what_is_legal(change, message):
@@ -112,6 +130,11 @@ def test_rows_without_a_frame_are_of_diffusion_and_read_no_mode():
     assert make(data__mode="padded").data.row_mode == "padded"
     with pytest.raises(InputError, match=r"data\.frame = none: llama predicts the tokens after"):
         make("ar", data__frame="none")
+
+
+def test_only_diffusion_has_times_of_positions():
+    with pytest.raises(InputError, match=r"process\.by_position = 0\.5, process\.ascending = 0\.0"):
+        make("ar", process__by_position=0.5)
 
 
 def test_a_missing_key_is_named():

@@ -53,6 +53,8 @@ def settings(path, **changes) -> DataSettings:
         "marked": False,
         "num_workers": 0,
         "givens": 0.0,
+        "givens_kind": "mixed",
+        "empty_tokens": 0.0,
     }
     return DataSettings(**{**values, **changes})
 

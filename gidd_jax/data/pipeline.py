@@ -56,6 +56,12 @@ class TrainBatches:
         is_lazy = any(isinstance(s.records, TokenisedOnTheFly) for s in self._sources)
         self._num_workers = settings.num_workers if is_lazy else 0
         self._is_cropped = settings.row_mode == "crop"
+        self._empty_share = settings.empty_tokens
+        if self._empty_share > 0 and tokenizer.pad_id == tokenizer.eos_id:
+            raise InputError(
+                f"data.empty_tokens = {settings.empty_tokens}: tokenizer {tokenizer.name!r} pads "
+                "with the token that ends a text: set it to 0, or give the tokenizer a pad_token"
+            )
         self._has_givens = any(source.given is not None for source in self._sources)
         self._seq_len = seq_len
         self._pad_id = tokenizer.pad_id
@@ -149,6 +155,9 @@ class TrainBatches:
         dataset = dataset.repeat(_NUM_ROWS // len(records) + 1)
         if self._is_cropped:  # before the slices: the crop depends on the global index alone
             dataset = dataset.random_map(_Crop(self._seq_len))
+        if self._empty_share > 0:
+            empty = _InsertEmpty(self._seq_len, self._pad_id, self._empty_share)
+            dataset = dataset.random_map(empty)
         return dataset
 
 
@@ -291,6 +300,14 @@ class _Crop:
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return rows.crop(ids, self._seq_len, rng)
+
+
+class _InsertEmpty:
+    def __init__(self, seq_len: int, pad_id: int, share: float):
+        self._options = (seq_len, pad_id, share)
+
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return rows.with_empty_tokens(ids, *self._options, rng)
 
 
 class _Marked:

@@ -5,6 +5,7 @@ shorter. 'padded': the beginning of a document, padded. 'packed': windows of all
 end. Rows without a frame ('none') are such windows, too, with nothing around the documents.
 """
 
+import math
 from itertools import pairwise
 from typing import Protocol
 
@@ -100,6 +101,34 @@ def pad(
     tokens[: len(ids)] = ids
     row = {"tokens": tokens, "mask": np.arange(seq_len) < len(ids)}
     return row if given is None else row | {"given": np.pad(given, (0, seq_len - len(given)))}
+
+
+def with_empty_tokens(
+    ids: np.ndarray, seq_len: int, pad_id: int, share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Put padding tokens at random places of a row, as many as make up a share of it in [0, share].
+
+    What then is beyond seq_len is cut. The share is drawn for each row (arXiv 2512.10858).
+    """
+    count = num_empty(len(ids), share * rng.random())
+    length = min(len(ids) + count, seq_len)
+    return insert_empty(ids, rng.permutation(length)[:count], length, pad_id)
+
+
+def num_empty(num_tokens: int, share: float) -> int:
+    """How many tokens beside num_tokens others make up a share of all, rounded up."""
+    return math.ceil(num_tokens * share / (1 - share))
+
+
+def insert_empty(ids: np.ndarray, places: np.ndarray, length: int, pad_id: int) -> np.ndarray:
+    """A row of `length` with padding tokens at some places, and the first of ids at the others."""
+    # The paper's code makes a buffer of a length that can be too short, and then has the last token
+    # of the row at its position 0.
+    row = np.full(length, pad_id, ids.dtype)
+    others = np.ones(length, bool)
+    others[places] = False
+    row[others] = ids[: others.sum()]
+    return row
 
 
 class TokenisedDocuments:

@@ -224,10 +224,10 @@ def fused_loss(
     """Return sum(coefficient * (kl + is_div)), differentiable by h, kernel and bias, and its terms.
 
     h [B, L, D] features, kernel [D, C], bias [C] or None; x, z_t int32 and coefficient float32
-    [B, L]; t [B]. With `cross_entropy` the term is -log x_hat_x (MDLM, autoregressive), otherwise
-    KL and IS of the process. Axes of the current mesh over which batch and columns are split may
-    be named; the sums over them are made here. by_rows: whether a kernel goes through each chunk's
-    logits row by row (`loss_by_rows`); None: where that suits.
+    [B, L]; t [B] or [B, L]. With `cross_entropy` the term is -log x_hat_x (MDLM, autoregressive),
+    otherwise KL and IS of the process. Axes of the current mesh over which batch and columns are
+    split may be named; the sums over them are made here. by_rows: whether a kernel goes through
+    each chunk's logits row by row (`loss_by_rows`); None: where that suits.
     """
     backend = jax.default_backend()
     mesh = jax.sharding.get_abstract_mesh()

@@ -25,7 +25,8 @@ from gidd_jax.planning.roofline import Topology
 from gidd_jax.settings import ModelSettings, Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import compile_step, state_maker
-from gidd_jax.training.objective import Noised, Objective
+from gidd_jax.training.noising import Noised
+from gidd_jax.training.objective import Objective
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
 from gidd_jax.training.step import TrainState, abstract_params
 
@@ -208,9 +209,11 @@ def _residuals(build: Builder, rows: int) -> list[Any]:
     objective = build.objective("xla")
     shape = (rows, build.settings.model.max_seq_len)
     tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
-    times: Any = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    # Of times of positions the network keeps more than of rows'.
+    by_position = build.settings.process.has_position_times
+    times: Any = jax.ShapeDtypeStruct(shape if by_position else shape[:1], jnp.float32)
     given: Any = None
-    if build.settings.data.has_givens:  # times of positions: the network keeps more of them
+    if build.settings.data.has_givens:
         given = jax.ShapeDtypeStruct(shape, jnp.bool_)
     autoregressive = objective.process is None
     losses = jax.ShapeDtypeStruct((rows, shape[1] - autoregressive), jnp.float32)

@@ -1,5 +1,7 @@
 """From settings to the objects of a run: process, network, objective."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from gidd_jax.models import gidd
@@ -9,6 +11,7 @@ from gidd_jax.models.llama import Llama
 from gidd_jax.own_process import Source, make
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import ModelSettings, ProcessSettings, Settings
+from gidd_jax.training.noising import Noising
 from gidd_jax.training.objective import Objective
 
 
@@ -46,7 +49,7 @@ def build_model(
 ) -> DiT | TimeFreeTransformer | Llama:
     """Return the network (a Linen module without parameters).
 
-    position_times: it is trained with given tokens, and told where they are.
+    position_times: it is told the times of positions, as `Settings.position_times` says.
     """
     shared = {
         "vocab_size": vocab_size,
@@ -68,7 +71,7 @@ def build_model(
     return DiT(cond_dim=settings.cond_dim, position_times=position_times, **shared)
 
 
-def _parametrization(settings: ModelSettings) -> dict[str, float]:
+def _parametrization(settings: ModelSettings) -> dict[str, Any]:
     """Return the multipliers and initial sizes of the time-free transformer.
 
     CompleteP's are those of the scaling paper: they, and the optimizer's groups, keep the best
@@ -95,7 +98,7 @@ def build_objective(
 ) -> Objective:
     """Return what the network is trained on; `own` as in `build_process`."""
     return Objective(
-        model=build_model(settings.model, vocab_size, settings.data.has_givens),
+        model=build_model(settings.model, vocab_size, settings.position_times),
         process=build_process(settings.process, vocab_size, mask_id, own),
         weighting=settings.train.weighting,
         min_weight=settings.train.min_weight,
@@ -104,5 +107,12 @@ def build_objective(
         mask_padding=settings.train.mask_padding,
         align_mask_to_input=settings.train.align_mask_to_input,
         keep_padding_columns=settings.model.keep_padding_columns,
-        givens=settings.data.givens,
+        aggregation=settings.train.aggregation,
+        noising=Noising(
+            by_position=settings.process.by_position,
+            ascending=settings.process.ascending,
+            givens=settings.data.givens,
+            givens_kind=settings.data.givens_kind,
+            whole_vocabulary=settings.process.uniform_ids == "all",
+        ),
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +15,11 @@ from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
 from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
 from gidd_jax.sampling.times import told
-from gidd_jax.training.givens import draw_givens
+from gidd_jax.training.noising import PLAIN, Noised, Noising
 
 Params = Any
 # tokens int32 [B, L], mask bool [B, L] (False on padding); given bool [B, L], where rows mark some
 Batch = Mapping[str, jax.Array]
-
-
-class Noised(NamedTuple):
-    """Noisy tokens z_t int32 [B, L] and their times t float32 [B]; bool [B, L] where a token is
-    given instead, clean and without loss (None: nowhere)."""
-
-    z_t: jax.Array
-    t: jax.Array
-    given: jax.Array | None = None
-
-    @property
-    def times(self) -> jax.Array:
-        """The times of positions, [B], or [B, L] with 0 at what is given."""
-        return self.t if self.given is None else jnp.where(self.given, 0.0, self.t[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +35,8 @@ class Objective:
     mask_padding: bool
     align_mask_to_input: bool
     keep_padding_columns: bool
-    givens: float = 0.0  # share of the rows in which some tokens are given
+    aggregation: str = "mean"  # of the losses of positions: mean | sum
+    noising: Noising = PLAIN
 
     def apply(self, params: Params, *inputs: jax.Array) -> jax.Array:
         """Return the network's logits."""
@@ -70,22 +57,20 @@ class Objective:
         mask: jax.Array | None = None,
         marked: jax.Array | None = None,
     ) -> Noised:
-        """Draw a time per sequence and noisy tokens for the whole (global) batch.
+        """Draw times and noisy tokens for the whole (global) batch.
 
-        mask bool [B, L]: the real tokens, of which training gives some if it is told to; None: none
-        is drawn. marked bool [B, L]: tokens that are given in any case; None: none.
+        mask bool [B, L]: the real tokens of rows to train on, with what `noising` says; None: each
+        row has one time. marked bool [B, L]: tokens that are given in any case; None: none.
         """
         if self.process is None:
             return Noised(z_t=x, t=jnp.zeros(x.shape[0], jnp.float32))
+        how = PLAIN if mask is None else self.noising
         t_key, z_key = jax.random.split(key)
         t = self.process.sample_t(t_key, x.shape[0], self.stratified)
-        z_t = self.process.sample(z_key, x, t)
-        given = marked
-        if mask is not None and self.givens > 0:
-            given = draw_givens(jax.random.fold_in(key, 1), mask, self.givens, marked)
-        if given is None:
-            return Noised(z_t, t)
-        return Noised(jnp.where(given, x, z_t), t, given)
+        t = how.times(self.process, jax.random.fold_in(key, 2), t, x.shape[1])
+        z_t = how.noisy(self.process, z_key, x, t)
+        given = how.given(jax.random.fold_in(key, 1), mask, marked)
+        return Noised(z_t if given is None else jnp.where(given, x, z_t), t, given)
 
     def losses(self, params: Params, x: jax.Array, noised: Noised) -> GiddLoss:
         """Return the per-token losses, [B, L] ([B, L-1] if autoregressive)."""

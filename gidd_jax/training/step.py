@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from gidd_jax.likelihood import autoregressive_nelbo, nelbo
-from gidd_jax.training.objective import Batch, Noised, Objective, Params
+from gidd_jax.training.noising import Noised
+from gidd_jax.training.objective import Batch, Objective, Params
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -55,18 +56,20 @@ def split_micro_batches(tree: Any, count: int) -> Any:
 def loss_and_grads(
     objective: Objective, params: Params, batch: Batch, noised: Noised, micro_batches: int
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Return gradients and metrics of the mean loss over the whole batch.
+    """Return gradients and metrics of the loss over the whole batch, its mean or its sum.
 
-    The batch is worked on in `micro_batches` parts; numerators and denominators are those of the
-    whole batch, so the parts' sums are its values whatever their number.
+    The metrics are means whatever the gradients are of. The batch is worked on in `micro_batches`
+    parts; numerators and denominators are those of the whole batch, so the parts' sums are its
+    values whatever their number.
     """
     masks = batch["mask"], noised.given
     loss_count = jnp.maximum(jnp.sum(objective.loss_mask(*masks)), 1).astype(jnp.float32)
+    divisor = loss_count if objective.aggregation == "mean" else jnp.ones_like(loss_count)
     token_count = jnp.maximum(jnp.sum(objective.metric_mask(*masks)), 1).astype(jnp.float32)
 
     def part_loss(params: Params, part: tuple[Batch, Noised]):
         tokens, masks = part[0]["tokens"], (part[0]["mask"], part[1].given)
-        coefficient = objective.loss_mask(*masks) / loss_count
+        coefficient = objective.loss_mask(*masks) / divisor
         loss, terms = objective.summed_loss(params, tokens, part[1], coefficient)
         # The two parts of the loss: each divergence with the training weight of its token.
         both = terms.kl + terms.is_div
@@ -77,7 +80,7 @@ def loss_and_grads(
             name: jnp.sum(jnp.where(real, value, 0.0)) / token_count
             for name, value in parts.items()
         }
-        return loss, {"loss": loss, **means}
+        return loss, {"loss": loss * (divisor / loss_count), **means}
 
     grad = jax.grad(part_loss, has_aux=True)
     if micro_batches == 1:

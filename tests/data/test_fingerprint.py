@@ -45,6 +45,8 @@ def batches(tokenizer, path, index=0, count=1, validation="last:2") -> TrainBatc
         mode="padded",
         num_workers=0,
         givens=0.0,
+        givens_kind="mixed",
+        empty_tokens=0.0,
         frame="ends",
         marked=False,
     )

@@ -1,5 +1,6 @@
 """Batches of training and validation: exact contents, coverage, resumption, errors."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -100,6 +101,34 @@ def test_order_does_not_depend_on_the_number_of_processes(tmp_path, tokenizer, m
             for step in range(7)
         ]
         assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("mode", rows.MODES)
+def test_empty_tokens_are_put_between_the_same_rows(tmp_path, tokenizer, mode):
+    """The same on any number of processes; they are part of the text, and never in validation."""
+    file = write_jsonl(tmp_path / "a.jsonl")
+    plain, config = (settings(file, mode=mode, empty_tokens=share) for share in (0.0, 0.4))
+    whole = first_batches(TrainBatches(config, tokenizer, SEQ_LEN, 8, seed=1), 7)
+    parts = [first_batches(TrainBatches(config, tokenizer, SEQ_LEN, 8, 1, i, 2), 7) for i in (0, 1)]
+    joined = [{k: np.concatenate([p[n][k] for p in parts]) for k in whole[0]} for n in range(7)]
+    assert_same(joined, whole)
+    without = first_batches(TrainBatches(plain, tokenizer, SEQ_LEN, 8, seed=1), 7)
+    changed = 0
+    for batch, other in zip(whole, without, strict=True):
+        columns = [b[k] for b in (batch, other) for k in ("tokens", "mask")]
+        for ids, mask, text, real in zip(*columns, strict=True):
+            empty = mask & (ids == tokenizer.pad_id)
+            kept = ids[mask & ~empty]
+            if mode != "crop":  # windows of crops are their own
+                np.testing.assert_array_equal(kept, text[real][: len(kept)])
+            assert mask.sum() == min(len(kept) + empty.sum(), SEQ_LEN)
+            changed += empty.any()
+    assert changed > 40
+    judged = [list(validation_batches(c, tokenizer, SEQ_LEN, 4)) for c in (plain, config)]
+    assert_same(*judged)
+    pads_with_end = dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id)
+    with pytest.raises(InputError, match=r"data\.empty_tokens = 0\.4: tokenizer .* pads with"):
+        TrainBatches(config, pads_with_end, SEQ_LEN, 8, seed=1)
 
 
 @pytest.mark.parametrize("mode", rows.MODES)

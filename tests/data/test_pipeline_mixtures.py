@@ -61,6 +61,8 @@ def settings(path: str, **changes) -> DataSettings:
         "mode": "padded",
         "num_workers": 0,
         "givens": 0.0,
+        "givens_kind": "mixed",
+        "empty_tokens": 0.0,
         "frame": "ends",
         "marked": False,
     }

@@ -65,3 +65,46 @@ def test_rows_of_each_mode(tokenizer):
     starts = rows.window_starts(len(stream), 4)
     assert [packed[i].tolist() for i in range(len(packed))] == [stream[s : s + 4] for s in starts]
     assert packed.sums(tokenised.num_bytes)[0] == len(tokenizer.decode(packed[0], True))
+
+
+@pytest.mark.parametrize("largest", [0.2, 0.5])
+def test_empty_tokens_are_the_references(golden_scaling, largest):
+    data = golden_scaling("s05_noising.npz")
+    want, labels = data[f"empty_tokens/{largest}"], data["labels"]
+    counts = []
+    for row, ids in enumerate(labels):
+        share = np.float32(data["u_empty_frac"][row] * np.float32(largest))
+        count = rows.num_empty(13, float(share))
+        places = data["empty_permutation"][row][:count]
+        found = rows.insert_empty(ids, places, min(13 + count, 13), pad_id=2)
+        # With four of them at 0.2 its buffer is too short: position 0 has the last token, not its.
+        start = int(largest == 0.2 and count == 4)
+        np.testing.assert_array_equal(found[start:], want[row][start:])
+        if start:
+            assert want[row][0] == ids[-1]
+            assert found[0] == 2
+        counts.append(count)
+    assert counts == ([0, 4, 3, 4, 1] if largest == 0.2 else [0, 13, 11, 13, 1])
+
+
+@pytest.mark.parametrize("num_tokens", [40, 30, 1])
+def test_empty_tokens_stand_anywhere_between_the_others(num_tokens):
+    """A row of 40 with up to a quarter of them; the text keeps its order and loses its end."""
+    ids, rng = np.arange(1, num_tokens + 1), np.random.default_rng(0)
+    shares, places, lengths = [], np.zeros(40), set()
+    for _ in range(2000):
+        row = rows.with_empty_tokens(ids, 40, 0, 0.25, rng)
+        text = row[row != 0]
+        np.testing.assert_array_equal(text, ids[: len(text)])
+        shares.append(np.mean(row == 0))
+        places[: len(row)] += row == 0
+        lengths.add(len(row))
+        # Nothing is cut while there is room.
+        assert len(row) == 40 or len(text) == num_tokens
+    assert max(shares) <= 0.25 + 1 / min(lengths) if num_tokens < 40 else max(shares) <= 14 / 40
+    if num_tokens == 40:
+        # ceil(40 f / (1 - f)) of 40, f uniform in [0, 0.25]: f / (1 - f) is log(4 / 3) / 0.25 - 1
+        wanted = np.log(1 / 0.75) / 0.25 - 1 + 0.5 / 40
+        np.testing.assert_allclose(np.mean(shares), wanted, atol=0.01)
+        np.testing.assert_allclose(places / 2000, wanted, atol=0.04)
+    np.testing.assert_array_equal(rows.with_empty_tokens(ids, 40, 0, 0.0, rng), ids)

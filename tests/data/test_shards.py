@@ -27,6 +27,8 @@ def settings(path, mode="padded") -> DataSettings:
         mode=mode,
         num_workers=0,
         givens=0.0,
+        givens_kind="mixed",
+        empty_tokens=0.0,
         frame="ends",
         marked=False,
     )

@@ -22,6 +22,7 @@ from gidd_jax.sampling.options import EstimatorOptions
 from gidd_jax.sampling.times import row_times
 from gidd_jax.training.givens import draw_givens
 from gidd_jax.training.loop import train
+from gidd_jax.training.noising import Noising
 from gidd_jax.training.objective import Objective
 from gidd_jax.training.step import evaluation_step, loss_and_grads
 
@@ -92,7 +93,7 @@ def dit_objective(givens, position_times=None):
         mask_padding=True,
         align_mask_to_input=False,
         keep_padding_columns=False,
-        givens=givens,
+        noising=Noising(givens=givens),
     )
 
 

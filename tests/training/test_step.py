@@ -18,7 +18,8 @@ from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import Settings
-from gidd_jax.training.objective import Noised, Objective
+from gidd_jax.training.noising import Noised
+from gidd_jax.training.objective import Objective
 from gidd_jax.training.optimizer import make_optimizer
 from gidd_jax.training.step import TrainState, evaluation_step, loss_and_grads, train_step, update
 

@@ -1,0 +1,96 @@
+"""How noise in training departs from one time a row on every token: times of positions, givens.
+
+Each option is a share of the rows; none by default. The evaluation knows nothing of them: its bound
+is that of the process.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.process import InterpolatingProcess
+from gidd_jax.training.givens import draw_givens
+
+
+class Noised(NamedTuple):
+    """Noisy tokens z_t int32 [B, L] and their times t, float32 [B] or [B, L]; bool [B, L] where a
+    token is given instead, clean and without loss (None: nowhere)."""
+
+    z_t: jax.Array
+    t: jax.Array
+    given: jax.Array | None = None
+
+    @property
+    def times(self) -> jax.Array:
+        """The times of positions, [B] or [B, L], and [B, L] with 0 where some are given."""
+        if self.given is None:
+            return self.t
+        return jnp.where(self.given, 0.0, self.t if self.t.ndim == 2 else self.t[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Noising:
+    """Shares of the rows with times by position, ascending times, given tokens of a kind.
+
+    whole_vocabulary: noise that is not the mask is drawn from all ids, the mask among them, as in
+    the scaling paper's code; the process has it from the others.
+    """
+
+    by_position: float = 0.0
+    ascending: float = 0.0
+    givens: float = 0.0
+    givens_kind: str = "mixed"
+    whole_vocabulary: bool = False
+
+    def times(self, process: InterpolatingProcess, key: jax.Array, rows: jax.Array, length: int):
+        """Return the times of positions, [B, length], of rows at times [B]; [B] if no share is."""
+        if self.by_position == self.ascending == 0:
+            return rows
+        time_key, choice_key = jax.random.split(key)
+        u = jax.random.uniform(time_key, (len(rows), length))
+        choice = jax.random.uniform(choice_key, rows.shape)
+        return position_times(process, rows, u, choice, self.by_position, self.ascending)
+
+    def noisy(
+        self, process: InterpolatingProcess, key: jax.Array, x: jax.Array, t: jax.Array
+    ) -> jax.Array:
+        """Draw z_t, ids of the shape of x [B, L], at times [B] or [B, L]."""
+        if not self.whole_vocabulary:
+            return process.sample(key, x, t)
+        ids = jax.random.randint(jax.random.fold_in(key, 1), x.shape, 0, process.vocab_size)
+        return process.corrupt(x, t, process.noise_draws(key, x.shape)._replace(ids=ids))
+
+    def given(
+        self, key: jax.Array, mask: jax.Array | None, marked: jax.Array | None
+    ) -> jax.Array | None:
+        """Return which positions are given, bool [B, L], some of the mask and the marked ones."""
+        if mask is None or self.givens == 0:
+            return marked
+        return draw_givens(key, mask, self.givens, marked, self.givens_kind)
+
+
+PLAIN = Noising()  # one time a row, nothing given but what rows mark
+
+
+def position_times(
+    process: InterpolatingProcess,
+    rows: jax.Array,
+    u: jax.Array,
+    choice: jax.Array,
+    by_position: float,
+    ascending: float = 0.0,
+) -> jax.Array:
+    """Return times [B, L] of positions: their own in some rows, ascending in some, else the row's.
+
+    rows [B] the times of rows; u [B, L] and choice [B] uniforms in [0, 1): the position's own time,
+    and which rows are which.
+    """
+    own = process.t_min + (process.t_max - process.t_min) * u
+    length = u.shape[-1]
+    ramp = jnp.arange(1, length + 1, dtype=u.dtype)[None] / (length + 1)
+    ramp = jnp.clip(ramp, process.t_min, process.t_max)
+    choice = choice[:, None]
+    rest = jnp.where(choice < by_position + ascending, ramp, rows[:, None])
+    return jnp.where(choice < by_position, own, rest)
