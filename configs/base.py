@@ -44,9 +44,7 @@ def get_config() -> ConfigDict:
     process.max_log_snr = 9.0  # log_snr: greater than min_log_snr
     process.stratified = True  # times spread over the global batch (True) or independent (False)
     # In training alone, validation has one time a row:
-    process.by_position = (
-        0.0  # share of the rows in which each position has its own time, in [0, 1]
-    )
+    process.by_position = 0.0  # share of rows in which each position has its own time, in [0, 1]
     process.ascending = 0.0  # share in which times rise along the row, clean to noisy, in [0, 1];
     # with by_position at most 1
     process.uniform_ids = "others"  # hybrid, log_snr: uniform noise is of all tokens but the mask
