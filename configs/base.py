@@ -107,6 +107,8 @@ def get_config() -> ConfigDict:
     train.max_weight = 2.0  # >= min_weight
     train.aggregation = "mean"  # gradients are of the mean of the losses of a batch's positions
     # (mean) | of their sum (sum): clip_norm and eps of the optimizer then are a sum's
+    train.block_length = 0  # gidd only: a model by blocks of so many tokens, of which each sees the
+    # clean ones before it; a divisor of model.max_seq_len; 0 is a model of whole rows
     train.mask_padding = False  # True: padding tokens do not count in the loss
     train.align_mask_to_input = False  # autoregressive: True masks by the input token, not the
     # target, as the original does

@@ -156,6 +156,7 @@ class TrainSettings(Section):
     min_weight: float = at_least(0)
     max_weight: float = at_least(0)
     aggregation: str = one_of("mean", "sum")
+    block_length: int = at_least(0)
     mask_padding: bool
     align_mask_to_input: bool
     eval_every: int = at_least(0)

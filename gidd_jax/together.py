@@ -57,6 +57,7 @@ def check_together(settings: "Settings") -> None:
             "it: use gidd, or standard"
         )
     _check_optimizer(settings.optimizer, model, train)
+    _check_blocks(train, model)
     own = split_own_process(process.name) is not None
     if process.options and not own:
         raise InputError(
@@ -86,6 +87,19 @@ def check_together(settings: "Settings") -> None:
         )
     if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
         raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
+
+
+def _check_blocks(train: "TrainSettings", model: "ModelSettings") -> None:
+    if train.block_length and model.name != "gidd":
+        raise InputError(
+            f"train.block_length = {train.block_length}: model.name = {model.name} knows no "
+            "blocks: use gidd, or set it to 0"
+        )
+    if train.block_length and model.max_seq_len % train.block_length:
+        raise InputError(
+            f"train.block_length = {train.block_length}: must divide model.max_seq_len = "
+            f"{model.max_seq_len}"
+        )
 
 
 def _check_noising(process: "ProcessSettings", data: "DataSettings") -> None:

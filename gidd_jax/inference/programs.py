@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gidd_jax import likelihood
 from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.models.gidd import blocks_of
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import sample_autoregressive
 from gidd_jax.sampling.correction import Correction, proposals, self_correct
@@ -68,11 +69,15 @@ def within(batch: Batch) -> jax.Array | None:
 
 
 def denoiser(network: Any, process: InterpolatingProcess, batch: Batch) -> likelihood.Denoiser:
-    """Return the network as a function of noisy ids and their times."""
+    """Return the network as a function of noisy ids and their times, about the rows of a batch.
+
+    A model by blocks sees the blocks before each as they are in the rows.
+    """
+    context = (batch.ids,) if blocks_of(network) else ()
 
     def logits(z_t: jax.Array, times: jax.Array) -> jax.Array:
         t = told(network, process, times, within(batch))
-        return network.apply({"params": batch.params}, z_t, t, batch.lengths)
+        return network.apply({"params": batch.params}, z_t, t, batch.lengths, *context)
 
     return logits
 

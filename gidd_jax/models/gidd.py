@@ -347,3 +347,8 @@ def sees_blocks(length: int, block_length: int) -> Array:
     same, before = block[:, None] == block[None], block[:, None] > block[None]
     nothing = jnp.zeros((length, length), bool)
     return jnp.block([[same, before], [nothing, same | before]])
+
+
+def blocks_of(network: Any) -> int:
+    """Return the length of a network's blocks, which see clean tokens before them; 0: none."""
+    return getattr(network, "block_length", 0)

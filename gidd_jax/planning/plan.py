@@ -162,9 +162,11 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
         kept=kept_bytes(build, topology, mesh),
     )
     tokens = settings.train.batch_size * settings.model.max_seq_len
-    flops = flops_per_token(settings.model, vocab_size)
+    by_blocks = settings.train.block_length > 0
+    flops = flops_per_token(settings.model, vocab_size, by_blocks=by_blocks)
     keeps_attention = attention_form(settings.model, topology) == "splash"
-    computed = flops + recomputed_flops_per_token(settings.model, keeps_attention)
+    again = recomputed_flops_per_token(settings.model, keeps_attention, by_blocks=by_blocks)
+    computed = flops + again
     return Plan(
         topology=topology,
         mesh=dict(mesh.shape),

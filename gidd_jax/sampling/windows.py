@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax.errors import InputError
-from gidd_jax.models.gidd import TimeFreeTransformer
+from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
 from gidd_jax.sampling.options import SamplerOptions
 
 Cache = Any
@@ -125,7 +125,7 @@ def by_blocks(network: Any, options: SamplerOptions) -> SamplerOptions:
 
     Raises InputError for options that it, or a model of whole rows, has no use for.
     """
-    length = getattr(network, "block_length", 0)
+    length = blocks_of(network)
     if length and options.block_length not in (0, length):
         raise InputError(
             f"block_length = {options.block_length}: this model was trained by blocks of {length}: "

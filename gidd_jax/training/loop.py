@@ -122,7 +122,11 @@ def train(
             num_steps,
             first,
             tokens_per_step=batch_size * seq_len,
-            flops_per_token=flops_per_token(settings.model, tokenizer.vocab_size),
+            flops_per_token=flops_per_token(
+                settings.model,
+                tokenizer.vocab_size,
+                by_blocks=settings.train.block_length > 0,
+            ),
         )
         stack.enter_context(contextlib.closing(progress))
         reporter = Reporter(settings, writer, progress, checkpointer, workdir)
