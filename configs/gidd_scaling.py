@@ -47,9 +47,9 @@ def get_config(argument: str = "25M") -> ConfigDict:
     config.model.update(
         name="gidd", parametrization="completep", max_seq_len=SEQ_LEN, remat="full", **shape
     )
-    config.process.update(name="log_snr", shift=1000.0, stratified=False)
-    # The noise of rows in training (prompts, times of positions) has its place here.
-    config.data.mode = "packed"
+    # The noise of rows is the paper's; its released code had by_position 0.2 and no empty tokens.
+    config.process.update(name="log_snr", shift=1000.0, stratified=False, by_position=0.5)
+    config.data.update(mode="packed", givens=0.2, givens_kind="prompt", empty_tokens=0.2)
     config.optimizer.update(
         name="laprop",
         learning_rate=best_rate(rows * SEQ_LEN),
@@ -62,7 +62,12 @@ def get_config(argument: str = "25M") -> ConfigDict:
         cooldown_steps=int(COOLDOWN * steps),
     )
     config.train.update(
-        num_steps=steps, batch_size=rows, weighting="dynamic", max_weight=1000.0, eval_every=1000
+        num_steps=steps,
+        batch_size=rows,
+        weighting="dynamic",
+        max_weight=1000.0,
+        aggregation="sum",
+        eval_every=1000,
     )
     config.checkpoint.every = 1000
     return config

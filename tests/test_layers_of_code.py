@@ -47,6 +47,7 @@ OF_WHOLE_ROOMS = {
     "checkpoints/remote",
     "inference/log_likelihood",
     "inference/sudoku",
+    "training/scaling_trace",
 }
 ROOMS = sorted(f.parent.name for f in PACKAGE.glob("*/__init__.py"))
 TOP = len(FLOORS)

@@ -92,13 +92,14 @@ def measure(parametrization: str, width: int, depth: int, num_updates: int = UPD
     init_key, seen_key, key = jax.random.split(jax.random.key(0), 3)
 
     def activations(params: Any, z_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, kept = objective.model.apply(
+        seen: Any = objective.model.apply(
             {"params": params},
             z_t,
             t,
             capture_intermediates=lambda part, name: isinstance(part, Block) and name == "__call__",
             mutable=["intermediates"],
         )
+        logits, kept = seen
         outputs, _ = kept["intermediates"]["blocks"]["__call__"][0]
         return outputs, logits  # [depth, rows, length, width], [rows, length, columns]
 
@@ -187,7 +188,7 @@ HEADER = _columns("", "width", "depth", "block", "change", "logits", "change")
 
 
 def _settings(parametrization: str, width: int, depth: int) -> Settings:
-    config = load_config("base")
+    config: Any = load_config("base")
     config.model.update(
         name="gidd",
         parametrization=parametrization,
