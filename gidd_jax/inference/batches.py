@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
@@ -29,18 +30,34 @@ def by_batches(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1: {batch_size}")
     # Kernels run on each device's rows only where they know the mesh that splits them.
-    with sharding.activate(sharding.local_mesh()) as mesh:
+    with sharding.activate(mesh_of(params)) as mesh:
         batches = _split_rows(mesh, params, rows, batch_size, seed, names)
         parts = [jax.tree.map(np.asarray, run(batch)) for batch in batches]
     return sharding.gather_batches(parts)
+
+
+def mesh_of(params: Any) -> Mesh:
+    """Return the mesh that parameters are split over; of those on one device, all local devices."""
+    return _first_sharding(params).mesh if _is_split(params) else sharding.local_mesh()
+
+
+def _is_split(params: Any) -> bool:
+    layout = _first_sharding(params)
+    return isinstance(layout, NamedSharding) and layout.mesh.axis_names == sharding.MESH_AXES
+
+
+def _first_sharding(params: Any) -> Any:
+    return getattr(jax.tree.leaves(params)[0], "sharding", None)
 
 
 def _split_rows(
     mesh: Any, params: Any, rows: Rows, batch_size: int, seed: int, names: np.ndarray | None
 ) -> Iterator[Batch]:
     """Yield this process's share of the rows in batches of one size, split over its devices."""
-    params = jax.device_put(params, sharding.replicated(mesh))
-    size = -(-min(batch_size, len(rows.ids)) // mesh.size) * mesh.size
+    if not _is_split(params):
+        params = jax.device_put(params, sharding.replicated(mesh))
+    ways = sharding.batch_ways(mesh)
+    size = -(-min(batch_size, len(rows.ids)) // ways) * ways
     for batch in sharding.own_batches(-(-len(rows.ids) // size)):
         # What repeats the last row draws as it does: it causes no network call of its own.
         numbers = np.minimum(np.arange(size) + batch * size, len(rows.ids) - 1)

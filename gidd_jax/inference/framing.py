@@ -7,6 +7,8 @@ brings them to one of a few widths, so that prompts of many lengths share compil
 was added is not returned. To rows without a frame, which are full, nothing is added.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gidd_jax.data.rows import NO_FRAME
@@ -65,6 +67,25 @@ def unframed(ids: np.ndarray, rows: Rows, tokenizer: Tokenizer) -> np.ndarray:
     width = rows.ids.shape[1]
     inside = np.arange(width)[None] < rows.lengths[:, None]
     return np.where(inside, ids[:, :width], tokenizer.pad_id).astype(ids.dtype)
+
+
+def decoded(ids: np.ndarray, rows: Rows, tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of ids [N, L] as long as their rows, without special tokens."""
+    lengths = zip(ids, rows.lengths, strict=True)
+    return [tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in lengths]
+
+
+def revised(
+    texts: Sequence[str] | np.ndarray | Rows, rows: Rows, ids: np.ndarray, tokenizer: Tokenizer
+) -> list[str]:
+    """Return the texts with ids [N, L] in place of those of the rows; the rest stays."""
+    if isinstance(texts, np.ndarray | Rows):
+        return decoded(ids, rows, tokenizer)
+    of_text = zip(texts, rows.free, strict=True)
+    return [
+        tokenizer.revise(text, rows.ids[number, free], ids[number, free])
+        for number, (text, free) in enumerate(of_text)
+    ]
 
 
 def trace_of(

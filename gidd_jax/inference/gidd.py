@@ -18,13 +18,22 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gidd_jax.data.rows import NO_FRAME
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.inference import programs, scores
 from gidd_jax.inference.batches import by_batches, check_numbers, check_trace
-from gidd_jax.inference.framing import framed, scheduled_tokens, trace_of, unframed, widened
+from gidd_jax.inference.framing import (
+    decoded,
+    framed,
+    revised,
+    scheduled_tokens,
+    trace_of,
+    unframed,
+    widened,
+)
 from gidd_jax.inference.programs import Batch, SpecialIds
 from gidd_jax.inference.prompts import (
     Piece,
@@ -83,19 +92,27 @@ class Gidd:
         allow_code: bool = False,
         process: str | None = None,
         row_mode: str | None = None,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
     ) -> Self:
         """Load a workdir or step of `gidd_jax.train`, a published folder, or a hub name.
 
         ema: the moving average of the parameters; allow_code, process: whose code may run where
         the model has a process of its own; row_mode: how training framed the rows of a published
-        folder that does not say. Raises InputError when there is no model, or it is damaged (see
+        folder that does not say; dtype: "bfloat16" for half the memory; mesh: split the parameters
+        of a published folder over it. Raises InputError when there is no model, or it is damaged (see
         `interchange.load`).
         """
-        return cls(
-            *load_pretrained(
-                path, ema=ema, allow_code=allow_code, process=process, row_mode=row_mode
-            )
+        loaded = load_pretrained(
+            path,
+            ema=ema,
+            allow_code=allow_code,
+            process=process,
+            row_mode=row_mode,
+            dtype=dtype,
+            mesh=mesh,
         )
+        return cls(*loaded)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a new folder in the published Hugging Face format (see `interchange.save`).
@@ -214,7 +231,7 @@ class Gidd:
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
         check_numbers(result.initial_accuracy, result.final_accuracy)
         ids = unframed(result.ids, rows, self.tokenizer)
-        texts_out = self._revised(texts, rows, ids)
+        texts_out = revised(texts, rows, ids, self.tokenizer)
         fields = result._asdict() | {"ids": ids, "texts": texts_out, "network_calls": calls}
         del fields["frames"]
         if trace:
@@ -249,10 +266,10 @@ class Gidd:
         whole_rows = self._framed(rows, ends=ends)
         found, calls = scores.suspicion(self, whole_rows, settings, batch_size)
         check_numbers(found[0])
-        texts_out = self._decode_rows(rows.ids, rows)
+        texts_out = decoded(rows.ids, rows, self.tokenizer)
         if not given:
             pairs = zip(texts, texts_out, strict=True)
-            texts_out = [text if isinstance(text, str) else decoded for text, decoded in pairs]
+            texts_out = [text if isinstance(text, str) else found for text, found in pairs]
         found = [leaf[:, : rows.ids.shape[1]] for leaf in found]
         return Suspicions(rows.ids, texts_out, rows.free, *found, network_calls=calls)
 
@@ -330,21 +347,6 @@ class Gidd:
         """Return the text of one sequence of ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _decode_rows(self, ids: np.ndarray, rows: Rows) -> list[str]:
-        return [self.decode(row[:length]) for row, length in zip(ids, rows.lengths, strict=True)]
-
-    def _revised(
-        self, texts: Sequence[str] | np.ndarray | Rows, rows: Rows, ids: np.ndarray
-    ) -> list[str]:
-        """Return the texts with ids [N, L] in place of those of the rows; the rest stays."""
-        if isinstance(texts, np.ndarray | Rows):
-            return self._decode_rows(ids, rows)
-        of_text = zip(texts, rows.free, strict=True)
-        return [
-            self.tokenizer.revise(text, rows.ids[number, free], ids[number, free])
-            for number, (text, free) in enumerate(of_text)
-        ]
-
     def _draw(
         self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
     ) -> Samples:
@@ -382,7 +384,7 @@ class Gidd:
         check_numbers(log_probs)
         ids = unframed(ids, rows, self.tokenizer)
         log_probs, drawn_at = (leaf[:, : ids.shape[1]] for leaf in (log_probs, drawn_at))
-        texts, noted = self._decode_rows(ids, rows), None
+        texts, noted = decoded(ids, rows, self.tokenizer), None
         if trace:
             noted = trace_of(traced, rows, ~rows.free, texts, self.tokenizer)
         return Samples(ids, texts, log_probs, drawn_at, calls, stopped_at, noted)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gidd_jax.errors import InputError
+
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +53,11 @@ class Fields:
 
     def error(self, message: str) -> InputError:
         return InputError(f"{self.file}: {message}")
+
+
+def checked(file: Path, make: Callable[[], Made]) -> Made:
+    """Return make(), with the name of the file before what its InputError says."""
+    try:
+        return make()
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error

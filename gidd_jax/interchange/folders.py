@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,23 +13,17 @@ from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.rows import check_mode
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
-from gidd_jax.interchange.fields import Fields
+from gidd_jax.interchange.fields import Fields, checked
+from gidd_jax.interchange.gidd_config import gidd_network, gidd_process
+from gidd_jax.interchange.placing import Target, place
 from gidd_jax.interchange.pretrained import Pretrained
-from gidd_jax.interchange.tensors import (
-    Shapes,
-    StateDict,
-    dit_params_from_torch,
-    dit_tensor_shapes,
-    llama_params_from_torch,
-    llama_tensor_shapes,
-)
+from gidd_jax.interchange.tensors import dit_format, gidd_format, llama_format
 from gidd_jax.interchange.weight_files import (
     WEIGHTS_FILE,
     read_safetensors,
     read_torch,
 )
 from gidd_jax.models.dit import ROTARY_BASE, DiT, padded_vocab_size
-from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.layers import Llama3RopeScaling, check_heads
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
@@ -39,7 +31,8 @@ from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess,
 PROCESSES = {"hybrid": HybridProcess, "masked": MaskedProcess, "log_snr": LogSnrProcess}
 
 
-def from_hugging_face(folder: Path) -> Pretrained:
+def from_hugging_face(folder: Path, target: Target) -> Pretrained:
+    """Load a folder in a Hugging Face format: GIDD of either paper, or a Llama."""
     file = folder / CONFIG_FILE
     try:
         values = json.loads(file.read_text("utf-8"))
@@ -51,13 +44,15 @@ def from_hugging_face(folder: Path) -> Pretrained:
         raise InputError(f"{file} holds no keys: fetch it again")
     fields = Fields(file, values)
     kind = fields.text("model_type")
-    if kind not in ("dit", "llama"):
-        raise fields.error(f"model_type = {kind!r}: only dit and llama can be loaded")
+    if kind not in ("dit", "gidd", "llama"):
+        raise fields.error(f"model_type = {kind!r}: only dit, gidd and llama can be loaded")
     if kind == "llama":
         llama = _hugging_face_llama(fields)
-        state_dict, weights = read_safetensors(folder)
-        return _llama(llama, state_dict, load_tokenizer(folder), weights)
-    state_dict, weights = read_safetensors(folder)
+        tensors, weights = read_safetensors(folder)
+        return _llama(llama, tensors, load_tokenizer(folder), weights, target)
+    if kind == "gidd":
+        return _framed(_gidd(fields, folder, target), fields)
+    tensors, weights = read_safetensors(folder)
     tokenizer = load_tokenizer(folder)
     rows = fields.size("vocab_size")
     _check_attention(fields)
@@ -71,27 +66,57 @@ def from_hugging_face(folder: Path) -> Pretrained:
         ("hidden_size", "num_hidden_layers", "num_attention_heads", "timestep_cond_dim"),
     )
     network = network.clone(position_times=fields.flag("position_times", False))
-    process = _published_process(fields, tokenizer)
-    model = _dit(network, rows, state_dict, tokenizer, process, weights)
+    if fields.has("process"):
+        process = written_process(fields, tokenizer)
+    else:
+        ids = tokenizer.vocab_size, tokenizer.mask_id
+        numbers = fields.number("p_uniform"), fields.number("t_eps")
+        process = checked(file, lambda: HybridProcess(*ids, numbers[0], t_eps=numbers[1]))
+    return _framed(_dit(network, rows, tensors, tokenizer, process, weights, target), fields)
+
+
+def _gidd(fields: Fields, folder: Path, target: Target) -> Pretrained:
+    network = gidd_network(fields)
+    tensors, weights = read_safetensors(folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(network.vocab_size, (tokenizer.vocab_size,), tokenizer, fields.file)
+    if fields.has("process"):
+        process = written_process(fields, tokenizer)
+    else:
+        process = gidd_process(fields, tokenizer.vocab_size, tokenizer.mask_id)
+
+    def put() -> Any:
+        form = gidd_format(
+            network.num_heads,
+            normed_heads=network.normed_heads,
+            sink=network.sink,
+            mlp_bias=network.mlp_bias,
+            tie_embeddings=network.tie_embeddings,
+        )
+        inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1)
+        return place(network, inputs, tensors, form, target)
+
+    return Pretrained(network, checked(weights, put), tokenizer, process, False)
+
+
+def _framed(model: Pretrained, fields: Fields) -> Pretrained:
+    """Return the model with how its rows were framed, where the config says so."""
     if not fields.has("row_mode"):
         return model
     mode = fields.text("row_mode")
-    _checked(file, lambda: check_mode(mode, "row_mode"))
+    checked(fields.file, lambda: check_mode(mode, "row_mode"))
     return model._replace(row_mode=mode)
 
 
-def _published_process(fields: Fields, tokenizer: Tokenizer) -> InterpolatingProcess:
-    """Return the process of a config: the paper's, or what `export` wrote beside it."""
+def written_process(fields: Fields, tokenizer: Tokenizer) -> InterpolatingProcess:
+    """Return the process that an export of ours wrote into a config."""
     ids = tokenizer.vocab_size, tokenizer.mask_id
-    if not fields.has("process"):
-        p_uniform, t_eps = fields.number("p_uniform"), fields.number("t_eps")
-        return _checked(fields.file, lambda: HybridProcess(*ids, p_uniform, t_eps=t_eps))
     section = fields.section("process")
     name = section.text("name")
     if name not in PROCESSES:
         raise fields.error(f"process {name!r} is unknown: use one of {', '.join(PROCESSES)}")
     values = {key: section.number(key) for key in process_fields(PROCESSES[name])}
-    return _checked(fields.file, lambda: PROCESSES[name](*ids, **values))
+    return checked(fields.file, lambda: PROCESSES[name](*ids, **values))
 
 
 def process_fields(kind: type[InterpolatingProcess]) -> list[str]:
@@ -106,7 +131,7 @@ def _hugging_face_llama(fields: Fields) -> Llama:
     _check_attention(fields)
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     num_kv_heads = fields.size("num_key_value_heads", num_heads)
-    _checked(fields.file, lambda: check_heads(hidden_size, num_heads, num_kv_heads))
+    checked(fields.file, lambda: check_heads(hidden_size, num_heads, num_kv_heads))
     theta, scaling = _rope(fields)
     return Llama(
         vocab_size=fields.size("vocab_size"),
@@ -160,7 +185,7 @@ def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
     )
 
 
-def from_original(folder: Path) -> Pretrained:
+def from_original(folder: Path, target: Target) -> Pretrained:
     """Load a folder of the original's training: model.pt, config.yaml and tokenizer files."""
     import yaml
 
@@ -187,11 +212,11 @@ def from_original(folder: Path) -> Pretrained:
     if kind == "diffusion":
         network = _dit_network(fields, _real_vocab_size(rows, tokenizer, weights), names)
         process = _original_process(fields, tokenizer)
-        model = _dit(network, rows, state_dict, tokenizer, process, weights)
+        model = _dit(network, rows, state_dict, tokenizer, process, weights, target)
         return model._replace(row_mode=row_mode)
     hidden_size, num_layers, num_heads = (fields.size(name) for name in names[:3])
     llama = Llama(rows, hidden_size, num_layers, num_heads, max_seq_len=fields.size("max_seq_len"))
-    return _llama(llama, state_dict, tokenizer, weights)._replace(row_mode=row_mode)
+    return _llama(llama, state_dict, tokenizer, weights, target)._replace(row_mode=row_mode)
 
 
 def _original_row_mode(file: Path, values: Mapping[str, Any]) -> str:
@@ -208,22 +233,28 @@ def _original_process(fields: Fields, tokenizer: Tokenizer) -> InterpolatingProc
     ids, t_eps = (tokenizer.vocab_size, tokenizer.mask_id), fields.number("t_eps")
     kind = fields.text("diffusion_process")
     if kind == "mdlm":
-        return _checked(fields.file, lambda: MaskedProcess(*ids, t_eps=t_eps))
+        return checked(fields.file, lambda: MaskedProcess(*ids, t_eps=t_eps))
     if kind != "gidd":
         raise fields.error(f"model.diffusion_process = {kind!r}: must be gidd or mdlm")
     p_uniform = fields.number("p_uniform")
-    return _checked(fields.file, lambda: HybridProcess(*ids, p_uniform, t_eps=t_eps))
+    return checked(fields.file, lambda: HybridProcess(*ids, p_uniform, t_eps=t_eps))
 
 
 def _real_vocab_size(rows: int, tokenizer: Tokenizer, file: Path) -> int:
     """Return the tokenizer's size where the model's `rows` are that many, or padded to 128s."""
     size = tokenizer.vocab_size
-    if rows not in (size, padded_vocab_size(size)):
-        raise InputError(
-            f"{file}: the model has {rows} tokens and the tokenizer beside it {size}, with its pad "
-            f"and mask tokens: put the model's own tokenizer files into {file.parent}"
-        )
+    check_vocabulary(rows, (size, padded_vocab_size(size)), tokenizer, file)
     return size
+
+
+def check_vocabulary(rows: int, legal: tuple[int, ...], tokenizer: Tokenizer, file: Path) -> None:
+    """Raise InputError unless a model has as many tokens as its tokenizer makes legal."""
+    if rows not in legal:
+        raise InputError(
+            f"{file}: the model has {rows} tokens and the tokenizer beside it "
+            f"{tokenizer.vocab_size}, with its pad and mask tokens: put the model's own tokenizer "
+            f"files into {file.parent}"
+        )
 
 
 def _dit_network(fields: Fields, vocab_size: int, names: tuple[str, str, str, str]) -> DiT:
@@ -235,43 +266,38 @@ def _dit_network(fields: Fields, vocab_size: int, names: tuple[str, str, str, st
 def _dit(
     network: DiT,
     rows: int,
-    state_dict: StateDict,
+    tensors: Mapping[str, Any],
     tokenizer: Tokenizer,
     process: InterpolatingProcess,
     file: Path,
+    target: Target,
 ) -> Pretrained:
-    def convert() -> Any:
-        shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1))
-        _check_layers(network, state_dict)
-        _check_shapes(state_dict, dit_tensor_shapes(shapes, rows))
-        return dit_params_from_torch(state_dict, network.num_layers, network.num_heads)
+    def put() -> Any:
+        inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1)
+        return place(network, inputs, tensors, dit_format(network.num_heads), target, rows)
 
-    params = jax.device_put(_checked(file, convert), jax.local_devices()[0])
+    params = checked(file, put)
     # The published softmax runs over all the rows that the weights have.
     return Pretrained(network, params, tokenizer, process, rows > network.vocab_size)
 
 
-def _llama(network: Llama, state_dict: StateDict, tokenizer: Tokenizer, file: Path) -> Pretrained:
-    def convert() -> Any:
-        shapes = _abstract(network, jnp.zeros((1, 1), jnp.int32))
-        _check_layers(network, state_dict)
-        _check_shapes(state_dict, llama_tensor_shapes(shapes))
-        table = state_dict.get("model.embed_tokens.weight", np.zeros(0))
-        head = state_dict.get("lm_head.weight", table)
-        if network.tie_embeddings and not np.array_equal(head, table):
-            raise InputError(
-                "tie_word_embeddings is true, and lm_head.weight is not the embeddings: set it to "
-                "false in the config"
-            )
-        return llama_params_from_torch(
-            state_dict,
-            network.num_layers,
-            network.num_heads,
-            network.num_kv_heads,
-            network.tie_embeddings,
-        )
+def _llama(
+    network: Llama, tensors: Mapping[str, Any], tokenizer: Tokenizer, file: Path, target: Target
+) -> Pretrained:
+    def put() -> Any:
+        names = "lm_head.weight", "model.embed_tokens.weight"
+        if network.tie_embeddings and all(name in tensors for name in names):
+            head, table = (tensors[name] for name in names)
+            if not np.array_equal(head, table):
+                raise InputError(
+                    "tie_word_embeddings is true, and lm_head.weight is not the embeddings: set it "
+                    "to false in the config"
+                )
+        heads = network.num_heads, network.num_kv_heads or network.num_heads
+        form = llama_format(*heads, network.tie_embeddings)
+        return place(network, (jnp.zeros((1, 1), jnp.int32),), tensors, form, target)
 
-    params = jax.device_put(_checked(file, convert), jax.local_devices()[0])
+    params = checked(file, put)
     tokenizer = _within(tokenizer, network.vocab_size, file)
     return Pretrained(network, params, tokenizer, None, False)
 
@@ -288,34 +314,3 @@ def _within(tokenizer: Tokenizer, rows: int, file: Path) -> Tokenizer:
     if tokenizer.pad_id < rows:
         return tokenizer
     return dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id)
-
-
-def _abstract(network: DiT | TimeFreeTransformer | Llama, *inputs: jax.Array) -> Any:
-    return nn.unbox(jax.eval_shape(network.init, jax.random.key(0), *inputs))["params"]
-
-
-def _check_layers(network: DiT | TimeFreeTransformer | Llama, state_dict: StateDict) -> None:
-    # Before all names of that many layers are made.
-    if network.num_layers > len(state_dict):
-        raise InputError(
-            f"the config has {network.num_layers} layers, and the weights have "
-            f"{len(state_dict)} tensors: use the config of these weights"
-        )
-
-
-def _check_shapes(state_dict: StateDict, expected: Shapes) -> None:
-    for name in sorted(expected.keys() & state_dict.keys()):
-        shape = tuple(state_dict[name].shape)
-        if shape != expected[name]:
-            raise InputError(
-                f"{name} has shape {list(shape)}, and the config asks for {list(expected[name])}: "
-                "use the config of these weights"
-            )
-
-
-def _checked(file: Path, make: Any) -> Any:
-    """Return make(), with the name of the file before what its InputError says."""
-    try:
-        return make()
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error

@@ -9,6 +9,9 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from gidd_jax.checkpoints.checkpoint import CHECKPOINTS, Checkpoint, find_checkpoint, load_params
 from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
@@ -16,6 +19,7 @@ from gidd_jax.data.rows import check_mode
 from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.folders import PROCESSES, from_hugging_face, from_original
+from gidd_jax.interchange.placing import Target, as_dtype
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.weight_files import (
     INDEX_FILE,
@@ -34,6 +38,7 @@ from gidd_jax.training.step import abstract_params
 
 # What a hub folder is asked for: no code, no pickles.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+DTYPES = ("float32", "bfloat16")
 _NOT_CAUSAL = "{} is a diffusion model: give an autoregressive one, it has an exact likelihood"
 _NOT_BUILT_IN = (
     "the process of {} is code of its own, {}, which no published format can hold: give a model "
@@ -50,19 +55,28 @@ def load_pretrained(
     row_mode: str | None = None,
     causal: bool = False,
     built_in: bool = False,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Pretrained:
     """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
 
-    Folders: GIDD in the published Hugging Face format, Hugging Face Llamas, and checkpoints of the
-    original's training (model.pt and config.yaml; needs PyTorch). ema: the moving average of the
-    parameters, which only `gidd_jax.train` keeps. A model with a process of its own is refused
-    unless allow_code (run the text recorded in the checkpoint) or process (run this FILE.py:CLASS
-    in its place) says otherwise. row_mode: how training framed the rows of a folder of others, one
-    of `data.rows.MODES`; None: as it says itself, or else packed. causal, built_in: only
-    autoregressive models, only processes of this package; runs with others are refused by their
-    settings, before any code runs. Raises InputError when no model is there, or it is damaged or of
-    an unknown architecture.
+    Folders: GIDD in the published Hugging Face formats of both papers, Hugging Face Llamas, and
+    checkpoints of the original's training (model.pt and config.yaml; needs PyTorch).
+
+    ema: the moving average of the parameters, which only `gidd_jax.train` keeps. A model with a
+    process of its own is refused unless allow_code (run the text recorded in the checkpoint) or
+    process (run this FILE.py:CLASS in its place) says otherwise. row_mode: how training framed the
+    rows of a folder of others, one of `data.rows.MODES`; None: as it says itself, or else packed.
+    causal, built_in: only autoregressive models, only processes of this package; runs with others
+    are refused by their settings, before any code runs. dtype, one of DTYPES: of parameters (but
+    scales of norms and what the time goes through) and of products; None: float32 parameters,
+    products as in training. mesh: folders of others are read straight into its layout, a tensor at
+    a time; None: onto the first local device.
+
+    Raises InputError when no model is there, or it is damaged or of an unknown architecture.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: legal values: {', '.join(DTYPES)}")
     consent = Consent(allow_code, process)
     if row_mode is not None:
         check_mode(row_mode, "row_mode")
@@ -78,7 +92,10 @@ def load_pretrained(
             raise InputError(_NOT_CAUSAL.format(checkpoint.folder))
         if built_in and split_own_process(name) is not None:
             raise InputError(_NOT_BUILT_IN.format(checkpoint.folder, name))
-        return _from_checkpoint(checkpoint, settings, ema, consent)
+        model = _from_checkpoint(checkpoint, settings, ema, consent)
+        if dtype is None:
+            return model
+        return _computing_in(model._replace(params=as_dtype(model.params, dtype)), dtype)
 
     if "://" in str(path):
         return of_run(find_checkpoint(path))
@@ -89,13 +106,19 @@ def load_pretrained(
     check_no_process_given(consent, path, "built in")
     if ema:
         raise InputError(f"{path} has no moving average of the parameters: load it without ema")
-    model = from_hugging_face(folder) if is_hugging_face else from_original(folder)
+    target = Target(mesh, dtype or "float32")
+    read = from_hugging_face if is_hugging_face else from_original
+    model = _computing_in(read(folder, target), target.dtype)
     if causal and model.process is not None:
         raise InputError(_NOT_CAUSAL.format(path))
     bad = not_numbers(model.params)
     if bad is not None:
         raise InputError(f"{path} is damaged ({bad}): fetch it again")
     return model if row_mode is None else _framed_as(model, row_mode, path)
+
+
+def _computing_in(model: Pretrained, dtype: str) -> Pretrained:
+    return model._replace(network=model.network.clone(dtype=jnp.dtype(dtype)))
 
 
 def _framed_as(model: Pretrained, row_mode: str, path: str | Path) -> Pretrained:

@@ -1,30 +1,30 @@
 """Models as Hugging Face folders: GIDD in the published format, Llamas for transformers."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.folders import PROCESSES, process_fields
+from gidd_jax.interchange.gidd_config import gidd_config, gidd_noise
 from gidd_jax.interchange.pretrained import Pretrained
-from gidd_jax.interchange.tensors import (
-    StateDict,
-    dit_params_to_torch,
-    dit_rotary_buffers,
-    llama_params_to_torch,
-)
-from gidd_jax.interchange.weight_files import WEIGHTS_FILE
+from gidd_jax.interchange.tensors import TorchTensors, dit_rotary_buffers
+from gidd_jax.interchange.weight_files import INDEX_FILE, WEIGHTS_FILE
 from gidd_jax.models.dit import DiT, padded_vocab_size
+from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.llama import Llama
-from gidd_jax.process import HybridProcess, InterpolatingProcess
+from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess
 
+MAX_SHARD_BYTES = 5_000_000_000  # of a file of weights, as the published ones have
 PAPERS_GAMMA = 1.0  # the only one that the published format can mean
 
 
@@ -39,52 +39,96 @@ def check_new_folder(path: str | Path) -> Path:
 
 
 def save_pretrained(model: Pretrained, path: str | Path) -> None:
-    """Write config.json, float32 model.safetensors and the tokenizer into a new folder.
+    """Write config.json, the weights and the tokenizer into a new folder.
 
-    Diffusion models get the tensor names and config keys of the published GIDD models (and a key
-    `process` where the process is not the paper's), Llamas those of transformers. The folder
-    appears when it is complete. Raises InputError if it exists, a parameter is not finite, or the
-    process is of the user's own making.
+    Weights have the dtypes of the parameters, in files of at most 5 GB. Diffusion models get the
+    tensor names and config keys of the published GIDD models of their paper (and a key `process`
+    where the process is not the paper's), Llamas those of transformers. The folder appears when it
+    is complete. Raises InputError if it exists, a parameter is not finite, or the process is of the
+    user's own making.
     """
     folder = check_new_folder(path)
     bad = not_numbers(model.params)
     if bad is not None:
         raise InputError(f"the model is damaged ({bad}): nothing was written to {folder}")
+    extra: dict[str, np.ndarray] = {}
+    tensors = TorchTensors(model.params)
     if isinstance(model.network, DiT):
-        config, state_dict = _published_dit(model, model.network)
+        rows = _rows(model, model.network)
+        config, tensors = (
+            _published_dit(model, model.network, rows),
+            TorchTensors(model.params, rows),
+        )
+        head_dim = model.network.hidden_size // model.network.num_heads
+        extra = dit_rotary_buffers(model.network.max_seq_len, head_dim)
+    elif isinstance(model.network, TimeFreeTransformer):
+        config = _published_gidd(model, model.network)
     else:
-        config, state_dict = _hugging_face_llama(model, model.network)
+        config = _hugging_face_llama(model, model.network)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     part.mkdir(parents=True)
     try:
-        _write(part, config, state_dict, model)
+        _write(part, config, tensors, extra, model)
         os.rename(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-def _write(folder: Path, config: dict[str, Any], state_dict: StateDict, model: Pretrained) -> None:
+def _write(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: TorchTensors,
+    extra: dict[str, np.ndarray],
+    model: Pretrained,
+) -> None:
     import transformers
-    from safetensors.numpy import save_file
 
-    config = {"dtype": "float32", "transformers_version": transformers.__version__, **config}
+    is_half = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(model.params))
+    dtype = "bfloat16" if is_half else "float32"
+    config = {"dtype": dtype, "transformers_version": transformers.__version__, **config}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    # transformers asks for the framework that the layout of the weights belongs to.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in state_dict.items()}
-    save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    _write_weights(folder, tensors, extra)
     model.tokenizer.save(folder)
 
 
-def _published_dit(model: Pretrained, network: DiT) -> tuple[dict[str, Any], StateDict]:
-    assert model.process is not None
+def _write_weights(folder: Path, tensors: TorchTensors, extra: dict[str, np.ndarray]) -> None:
+    """Write the weights, a file at a time: no more than one is held in memory."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.numpy import save_file
+
+    sizes = {
+        name: math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors
+    }
+    sizes |= {name: array.nbytes for name, array in extra.items()}
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern=WEIGHTS_FILE.replace(".", "{suffix}."),
+        max_shard_size=MAX_SHARD_BYTES,
+    )
+    for file, names in split.filename_to_tensors.items():
+        arrays = {name: extra[name] if name in extra else tensors[name] for name in names}
+        # transformers asks for the framework that the layout of the weights belongs to.
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(contiguous, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8"
+        )
+
+
+def _rows(model: Pretrained, network: DiT) -> int:
+    """Return the vocabulary rows that a published DiT has: those of its softmax."""
     rows = network.vocab_size
-    if model.keep_padding_columns:
-        rows = padded_vocab_size(rows)
-    state_dict = dit_params_to_torch(jax.device_get(model.params), vocab_size=rows)
-    head_dim = network.hidden_size // network.num_heads
+    return padded_vocab_size(rows) if model.keep_padding_columns else rows
+
+
+def _published_dit(model: Pretrained, network: DiT, rows: int) -> dict[str, Any]:
+    assert model.process is not None
     config = {
         "architectures": ["DIT"],
         "attention_dropout": 0.0,
@@ -96,15 +140,40 @@ def _published_dit(model: Pretrained, network: DiT) -> tuple[dict[str, Any], Sta
         "timestep_cond_dim": network.cond_dim,
         "vocab_size": rows,
         **_process_config(model.process),
+        **_row_mode(model),
     }
     if network.position_times:
         config["position_times"] = True
-    if model.row_mode != "packed":  # what a folder that does not say is taken for
-        config["row_mode"] = model.row_mode
-    return config, state_dict | dit_rotary_buffers(network.max_seq_len, head_dim)
+    return config
+
+
+def _published_gidd(model: Pretrained, network: TimeFreeTransformer) -> dict[str, Any]:
+    assert model.process is not None
+    noise = gidd_noise(model.process) if isinstance(model.process, LogSnrProcess) else None
+    tokenizer = model.tokenizer
+    return {
+        **gidd_config(network),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        **({"process": _process_section(model.process)} if noise is None else noise),
+        **_row_mode(model),
+    }
+
+
+def _row_mode(model: Pretrained) -> dict[str, str]:
+    # What a folder that does not say is taken for.
+    return {} if model.row_mode == "packed" else {"row_mode": model.row_mode}
 
 
 def _process_config(process: InterpolatingProcess) -> dict[str, Any]:
+    """Return the keys that say a process beside a DiT: the first paper's, or a section."""
+    section = _process_section(process)
+    if isinstance(process, HybridProcess) and process.gamma == PAPERS_GAMMA:
+        return {"t_eps": process.t_eps, "p_uniform": process.p_uniform}
+    return {"t_eps": process.t_eps, "process": section}
+
+
+def _process_section(process: InterpolatingProcess) -> dict[str, Any]:
     names = {kind: name for name, kind in PROCESSES.items()}
     kind = type(process)
     if kind not in names or process.background is not None:
@@ -112,17 +181,13 @@ def _process_config(process: InterpolatingProcess) -> dict[str, Any]:
             f"the process {kind.__name__} cannot be exported: the format knows "
             f"{', '.join(PROCESSES)}, with uniform noise"
         )
-    values = {"t_eps": process.t_eps}
-    if isinstance(process, HybridProcess) and process.gamma == PAPERS_GAMMA:
-        return values | {"p_uniform": process.p_uniform}
-    numbers = {name: getattr(process, name) for name in process_fields(kind)}
-    return values | {"process": {"name": names[kind], **numbers}}
+    return {"name": names[kind]} | {name: getattr(process, name) for name in process_fields(kind)}
 
 
-def _hugging_face_llama(model: Pretrained, network: Llama) -> tuple[dict[str, Any], StateDict]:
+def _hugging_face_llama(model: Pretrained, network: Llama) -> dict[str, Any]:
     scaling = network.rope_scaling
     tokenizer = model.tokenizer
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "bos_token_id": tokenizer.bos_id,
@@ -150,4 +215,3 @@ def _hugging_face_llama(model: Pretrained, network: Llama) -> tuple[dict[str, An
         "tie_word_embeddings": network.tie_embeddings,
         "vocab_size": network.vocab_size,
     }
-    return config, llama_params_to_torch(jax.device_get(model.params))

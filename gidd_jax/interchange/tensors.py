@@ -7,22 +7,23 @@ parameter tree of `models`. Nothing here imports torch.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from gidd_jax.errors import InputError
-from gidd_jax.models.dit import ROTARY_BASE, padded_vocab_size
+from gidd_jax.models.dit import ROTARY_BASE, VOCAB_MULTIPLE
 
 StateDict = dict[str, np.ndarray]
 Params = dict[str, Any]
-Shapes = dict[str, tuple[int, ...]]
-_DIT_VOCABULARY = (
-    "vocab_embed.embedding",
-    "output_layer.linear.weight",
-    "output_layer.linear.bias",
-)
+# Makes a parameter of its path and its tensors: one, or one for each of `count` layers, which may
+# be read as they are asked for.
+Place = Callable[[tuple[str, ...], Iterable[np.ndarray], int | None], Any]
+
+
+_TABLES = ("embedding", "sink_key", "sink_value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +32,24 @@ class _Tensor:
 
     `into` is the path under the layer stack or the root. A kernel is the transposed weight with
     its input axis split into (*in_split, rest) and its output axis into (*out_split, rest);
-    vectors are split like an output axis; a table [rows, width] is taken as it is.
+    vectors are split like an output axis; a table [rows, width] is taken as it is. Where tensors
+    have one row per token, zero rows fill them up to a multiple of `fill`.
     """
 
     into: tuple[str, ...]
     in_split: tuple[int, ...] = ()
     out_split: tuple[int, ...] = ()
+    fill: int = 1
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
-        array = np.asarray(array).astype(np.float32)
+        array = np.asarray(array)
+        extra = -len(array) % self.fill
+        if extra:
+            array = np.pad(array, [(0, extra)] + [(0, 0)] * (array.ndim - 1))
         if self.into[-1] == "kernel":
             inputs = _split(array.shape[1], self.in_split)
             return array.T.reshape(inputs + _split(array.shape[0], self.out_split))
-        if self.into[-1] == "embedding":
+        if self.into[-1] in _TABLES:
             return array
         return array.reshape(_split(array.shape[0], self.out_split))
 
@@ -52,14 +58,14 @@ class _Tensor:
         if self.into[-1] == "kernel":
             inputs = math.prod(array.shape[: len(self.in_split) + 1])
             return np.ascontiguousarray(array.reshape(inputs, -1).T)
-        return array if self.into[-1] == "embedding" else array.reshape(-1)
+        return array if self.into[-1] in _TABLES else array.reshape(-1)
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape there of a parameter of `shape` here."""
         if self.into[-1] == "kernel":
             inputs = math.prod(shape[: len(self.in_split) + 1])
             return (math.prod(shape) // inputs, inputs)
-        return shape if self.into[-1] == "embedding" else (math.prod(shape),)
+        return shape if self.into[-1] in _TABLES else (math.prod(shape),)
 
 
 def _split(size: int, split: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,10 +81,32 @@ def _linear(name: str, into: str, out_split: tuple[int, ...] = ()) -> dict[str, 
     }
 
 
-def _dit_tensors(num_heads: int) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:
-    """Names of the original DiT outside its blocks, and within one block."""
+class Format(NamedTuple):
+    """How a family of weights names its tensors: outside its layers, within one, what is before
+    the layer's number; and what may be there and is ignored, a pattern."""
+
+    root: Mapping[str, _Tensor]
+    block: Mapping[str, _Tensor]
+    prefix: str
+    ignored: str
+
+    def names(self, num_layers: int) -> dict[str, tuple[_Tensor, int | None]]:
+        """Return every tensor's place and layer."""
+        found: dict[str, tuple[_Tensor, int | None]] = {
+            name: (tensor, None) for name, tensor in self.root.items()
+        }
+        for i in range(num_layers):
+            found |= {f"{self.prefix}{i}.{name}": (t, i) for name, t in self.block.items()}
+        return found
+
+
+def dit_format(num_heads: int) -> Format:
+    """The original DiT's. Published weights have one row per token, the network multiples of 128.
+
+    Buffers (rotary caches, logit_bias) are ignored.
+    """
     root = {
-        "vocab_embed.embedding": _Tensor(("vocab_embed", "embedding")),
+        "vocab_embed.embedding": _Tensor(("vocab_embed", "embedding"), fill=VOCAB_MULTIPLE),
         **{
             name: dataclasses.replace(tensor, into=("time_embed", *tensor.into))
             for name, tensor in (
@@ -87,7 +115,10 @@ def _dit_tensors(num_heads: int) -> tuple[dict[str, _Tensor], dict[str, _Tensor]
         },
         "output_layer.norm_final.weight": _Tensor(("final_norm", "scale")),
         **_linear("output_layer.adaLN_modulation", "final_modulation", (2,)),
-        **_linear("output_layer.linear", "output"),
+        **{
+            name: dataclasses.replace(tensor, fill=VOCAB_MULTIPLE)
+            for name, tensor in _linear("output_layer.linear", "output").items()
+        },
     }
     block = {
         "norm1.weight": _Tensor(("norm1", "scale")),
@@ -98,19 +129,12 @@ def _dit_tensors(num_heads: int) -> tuple[dict[str, _Tensor], dict[str, _Tensor]
         **_linear("mlp.2", "mlp_out"),
         **_linear("adaLN_modulation", "modulation", (6,)),
     }
-    return root, block
+    return Format(root, block, "blocks.", r"rotary_emb\.(cos|sin)_cached|logit_bias")
 
 
-def _llama_tensors(
-    num_heads: int, num_kv_heads: int, tie_embeddings: bool
-) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:
-    """Names of transformers' LlamaForCausalLM outside its layers, and within one layer."""
-    root = {
-        "model.embed_tokens.weight": _Tensor(("vocab_embed", "embedding")),
-        "model.norm.weight": _Tensor(("final_norm", "scale")),
-    }
-    if not tie_embeddings:
-        root["lm_head.weight"] = _Tensor(("output", "kernel"))
+def llama_format(num_heads: int, num_kv_heads: int, tie_embeddings: bool) -> Format:
+    """That of transformers' LlamaForCausalLM."""
+    head = {} if tie_embeddings else {"lm_head.weight": _Tensor(("output", "kernel"))}
     block = {
         "input_layernorm.weight": _Tensor(("norm1", "scale")),
         "self_attn.q_proj.weight": _Tensor(("query", "kernel"), out_split=(num_heads,)),
@@ -122,50 +146,141 @@ def _llama_tensors(
         "mlp.up_proj.weight": _Tensor(("mlp_in", "kernel")),
         "mlp.down_proj.weight": _Tensor(("mlp_out", "kernel")),
     }
-    return root, block
+    ignored = r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tie_embeddings else "")
+    return Format(_TRANSFORMERS_ROOT | head, block, "model.layers.", ignored)
 
 
-def dit_params_from_torch(
-    state_dict: Mapping[str, np.ndarray], num_layers: int, num_heads: int
+def gidd_format(
+    num_heads: int, *, normed_heads: bool, sink: bool, mlp_bias: bool, tie_embeddings: bool
+) -> Format:
+    """The scaling paper's. A folder with tied embeddings may hold an output layer of no use."""
+    head = {} if tie_embeddings else {"lm_head.weight": _Tensor(("output", "kernel"))}
+    block = {
+        "attn_layernorm.weight": _Tensor(("norm1", "scale")),
+        "mlp_layernorm.weight": _Tensor(("norm2", "scale")),
+        **{
+            f"self_attn.{name[0]}_proj.weight": _Tensor((name, "kernel"), out_split=(num_heads,))
+            for name in ("query", "key", "value")
+        },
+        "self_attn.o_proj.weight": _Tensor(("attn_out", "kernel"), in_split=(num_heads,)),
+        "mlp.up_proj.weight": _Tensor(("mlp_in", "kernel")),
+        "mlp.down_proj.weight": _Tensor(("mlp_out", "kernel")),
+    }
+    if normed_heads:
+        block["self_attn.q_norm.weight"] = _Tensor(("query_norm", "scale"))
+        block["self_attn.k_norm.weight"] = _Tensor(("key_norm", "scale"))
+    if sink:
+        block["self_attn.k_bias"] = _Tensor(("sink_key",))
+        block["self_attn.v_bias"] = _Tensor(("sink_value",))
+    if mlp_bias:
+        block["mlp.up_proj.bias"] = _Tensor(("mlp_in", "bias"))
+        block["mlp.down_proj.bias"] = _Tensor(("mlp_out", "bias"))
+    ignored = r"lm_head\.weight" if tie_embeddings else ""
+    return Format(_TRANSFORMERS_ROOT | head, block, "model.layers.", ignored)
+
+
+_TRANSFORMERS_ROOT = {
+    "model.embed_tokens.weight": _Tensor(("vocab_embed", "embedding")),
+    "model.norm.weight": _Tensor(("final_norm", "scale")),
+}
+
+
+def format_of(params: Params) -> Format:
+    """Return the format that fits parameters (or jax.ShapeDtypeStruct) of one of our networks."""
+    block = params["blocks"]
+    if "qkv" in block:
+        return dit_format(block["qkv"]["kernel"].shape[3])
+    num_heads, num_kv_heads = (block[name]["kernel"].shape[2] for name in ("query", "key"))
+    is_tied = "output" not in params
+    if "mlp_gate" in block:
+        return llama_format(num_heads, num_kv_heads, is_tied)
+    return gidd_format(
+        num_heads,
+        normed_heads="query_norm" in block,
+        sink="sink_key" in block,
+        mlp_bias="bias" in block["mlp_in"],
+        tie_embeddings=is_tied,
+    )
+
+
+def on_host(path: tuple[str, ...], tensors: Iterable[np.ndarray], count: int | None) -> np.ndarray:
+    """Place a parameter as a float32 NumPy array; those of layers are stacked."""
+    del path
+    arrays = [np.asarray(array, np.float32) for array in tensors]
+    return arrays[0] if count is None else np.stack(arrays)
+
+
+def params_from_torch(
+    state_dict: Mapping[str, np.ndarray],
+    form: Format,
+    num_layers: int,
+    place: Place = on_host,
 ) -> Params:
-    """float32 parameters of `models.dit.DiT` from the original's training or published weights.
+    """Return the parameters that tensors of a format stand for, each made by `place`.
 
-    Published weights have one row per token; zero rows fill the vocabulary up to the model's
-    multiple of 128. Buffers (rotary caches, logit_bias) are ignored. Raises InputError naming
-    the tensors that are missing or unknown.
+    Raises InputError naming the tensors that are missing or unknown.
     """
-    tensors = _without(state_dict, r"rotary_emb\.(cos|sin)_cached|logit_bias")
-    root, block = _dit_tensors(num_heads)
-    params = _params(tensors, root, block, "blocks.", num_layers)
-    rows = params["vocab_embed"]["embedding"].shape[0]
-    extra = padded_vocab_size(rows) - rows
-    embed, output = params["vocab_embed"], params["output"]
-    embed["embedding"] = np.pad(embed["embedding"], ((0, extra), (0, 0)))
-    output["kernel"] = np.pad(output["kernel"], ((0, 0), (0, extra)))
-    output["bias"] = np.pad(output["bias"], (0, extra))
+    there = {name for name in state_dict if not re.fullmatch(form.ignored, name)}
+    expected = set(form.names(num_layers))
+    missing, unknown = expected - there, there - expected
+    if missing or unknown:
+        raise InputError(
+            f"the weights do not fit a model of {num_layers} layers: missing {_some(missing)}; "
+            f"unknown {_some(unknown)}. Check the checkpoint and its number of layers."
+        )
+    params: Params = {}
+    for name, tensor in form.root.items():
+        value = place(tensor.into, [tensor.from_torch(state_dict[name])], None)
+        _put(params, tensor.into, value)
+    for name, tensor in form.block.items():
+        path = "blocks", *tensor.into
+        numbered = (f"{form.prefix}{i}.{name}" for i in range(num_layers))
+        layers = (tensor.from_torch(state_dict[full]) for full in numbered)
+        _put(params, path, place(path, layers, num_layers))
     return params
 
 
-def dit_params_to_torch(params: Params, vocab_size: int | None = None) -> StateDict:
-    """State dict of the original's DiT, the inverse of dit_params_from_torch, without buffers.
+class TorchTensors(Mapping[str, np.ndarray]):
+    """The parameters of a network as the tensors of its format, each made when it is asked for.
 
-    With `vocab_size` only that many vocabulary rows are written, as in the published folders.
+    vocab_size: only that many vocabulary rows are there, as in the published folders; None: all.
     """
-    num_heads = params["blocks"]["qkv"]["kernel"].shape[3]
-    root, block = _dit_tensors(num_heads)
-    state_dict = _state_dict(params, root, block, "blocks.")
-    for name in _DIT_VOCABULARY:
-        state_dict[name] = state_dict[name][:vocab_size]
-    return state_dict
 
+    def __init__(self, params: Params, vocab_size: int | None = None) -> None:
+        form = format_of(params)
+        self._params, self._vocab_size = params, vocab_size
+        self._names = form.names(jax.tree.leaves(params["blocks"])[0].shape[0])
 
-def dit_tensor_shapes(params: Params, vocab_size: int | None = None) -> Shapes:
-    """Shapes of what dit_params_to_torch returns; `params` may be jax.ShapeDtypeStruct."""
-    root, block = _dit_tensors(params["blocks"]["qkv"]["kernel"].shape[3])
-    shapes = _shapes(params, root, block, "blocks.")
-    if vocab_size is not None:
-        shapes |= {name: (vocab_size, *shapes[name][1:]) for name in _DIT_VOCABULARY}
-    return shapes
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor, layer = self._names[name]
+        array = self._parameter(name)
+        made = tensor.to_torch(np.asarray(array if layer is None else array[layer]))
+        return made[: self._vocab_size] if tensor.fill > 1 else made
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without making it; parameters may be abstract."""
+        tensor, layer = self._names[name]
+        shape = tensor.torch_shape(tuple(self._parameter(name).shape[0 if layer is None else 1 :]))
+        if tensor.fill > 1 and self._vocab_size is not None:
+            return (self._vocab_size, *shape[1:])
+        return shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Return the dtype of a tensor."""
+        return np.dtype(self._parameter(name).dtype)
+
+    def _parameter(self, name: str) -> Any:
+        tensor, layer = self._names[name]
+        return _get(self._params, tensor.into if layer is None else ("blocks", *tensor.into))
+
+    def __contains__(self, name: object) -> bool:  # without making it
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def dit_rotary_buffers(max_seq_len: int, head_dim: int) -> StateDict:
@@ -182,96 +297,13 @@ def dit_rotary_buffers(max_seq_len: int, head_dim: int) -> StateDict:
     return {"rotary_emb.cos_cached": cos, "rotary_emb.sin_cached": sin}
 
 
-def llama_params_from_torch(
-    state_dict: Mapping[str, np.ndarray],
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    tie_embeddings: bool = False,
-) -> Params:
-    """float32 parameters of `models.llama.Llama` from a transformers Llama state dict.
-
-    With `tie_embeddings` an lm_head is ignored. Raises InputError naming the tensors that are
-    missing or unknown.
-    """
-    ignored = r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tie_embeddings else "")
-    root, block = _llama_tensors(num_heads, num_kv_heads or num_heads, tie_embeddings)
-    tensors = _without(state_dict, ignored)
-    return _params(tensors, root, block, "model.layers.", num_layers)
-
-
-def llama_params_to_torch(params: Params) -> StateDict:
-    """State dict of transformers' LlamaForCausalLM, the inverse of llama_params_from_torch."""
-    return _state_dict(params, *_llama_tensors_of(params), "model.layers.")
-
-
-def llama_tensor_shapes(params: Params) -> Shapes:
-    """Shapes of what llama_params_to_torch returns; `params` may be jax.ShapeDtypeStruct."""
-    return _shapes(params, *_llama_tensors_of(params), "model.layers.")
-
-
-def _llama_tensors_of(params: Params) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:
-    num_heads = params["blocks"]["query"]["kernel"].shape[2]
-    num_kv_heads = params["blocks"]["key"]["kernel"].shape[2]
-    return _llama_tensors(num_heads, num_kv_heads, "output" not in params)
-
-
-def _without(state_dict: Mapping[str, np.ndarray], ignored: str) -> StateDict:
-    return {name: a for name, a in state_dict.items() if not re.fullmatch(ignored, name)}
-
-
-def _params(
-    state_dict: StateDict,
-    root: Mapping[str, _Tensor],
-    block: Mapping[str, _Tensor],
-    prefix: str,
-    num_layers: int,
-) -> Params:
-    expected = set(root) | {f"{prefix}{i}.{name}" for i in range(num_layers) for name in block}
-    missing, unknown = expected - set(state_dict), set(state_dict) - expected
-    if missing or unknown:
-        raise InputError(
-            f"the weights do not fit a model of {num_layers} layers: missing {_some(missing)}; "
-            f"unknown {_some(unknown)}. Check the checkpoint and its number of layers."
-        )
-    params: Params = {}
-    for name, tensor in root.items():
-        _put(params, tensor.into, tensor.from_torch(state_dict[name]))
-    for name, tensor in block.items():
-        layers = [tensor.from_torch(state_dict[f"{prefix}{i}.{name}"]) for i in range(num_layers)]
-        _put(params, ("blocks", *tensor.into), np.stack(layers))
-    return params
-
-
-def _state_dict(
-    params: Params, root: Mapping[str, _Tensor], block: Mapping[str, _Tensor], prefix: str
-) -> StateDict:
-    state_dict = {name: tensor.to_torch(_get(params, tensor.into)) for name, tensor in root.items()}
-    for name, tensor in block.items():
-        stacked = np.asarray(_get(params, ("blocks", *tensor.into)))
-        for i, layer in enumerate(stacked):
-            state_dict[f"{prefix}{i}.{name}"] = tensor.to_torch(layer)
-    return state_dict
-
-
-def _shapes(
-    params: Params, root: Mapping[str, _Tensor], block: Mapping[str, _Tensor], prefix: str
-) -> Shapes:
-    shapes = {name: t.torch_shape(_get(params, t.into).shape) for name, t in root.items()}
-    for name, tensor in block.items():
-        num_layers, *shape = _get(params, ("blocks", *tensor.into)).shape
-        for i in range(num_layers):
-            shapes[f"{prefix}{i}.{name}"] = tensor.torch_shape(tuple(shape))
-    return shapes
-
-
 def _some(names: Iterable[str], limit: int = 5) -> str:
     names = sorted(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "nothing") + rest
 
 
-def _put(tree: Params, path: tuple[str, ...], value: np.ndarray) -> None:
+def _put(tree: Params, path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

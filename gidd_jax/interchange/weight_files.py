@@ -1,7 +1,9 @@
 """Files of named tensors: safetensors, whole or in shards, and those of torch.save."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,30 +15,86 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def read_safetensors(folder: Path) -> tuple[StateDict, Path]:
-    """Return the tensors of a folder, in one file or in shards with an index, and the main file."""
-    from safetensors.numpy import load_file
+class SafeTensors(Mapping[str, np.ndarray]):
+    """The tensors of safetensors files, each read when it is asked for.
 
-    index = folder / INDEX_FILE
-    is_sharded = index.is_file() and not (folder / WEIGHTS_FILE).is_file()
-    names = _shard_names(index) if is_sharded else [WEIGHTS_FILE]
-    state_dict: StateDict = {}
-    for name in names:
-        file = folder / name
-        if not file.is_file():
-            raise InputError(f"{file} is missing: weights are read from {WEIGHTS_FILE} alone")
+    Raises InputError for files that are damaged, or of a dtype that NumPy does not have.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """files: that of each tensor."""
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    def _slice(self, name: str) -> Any:
+        return self._file(self._files[name]).get_slice(name)
+
+    def _file(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = _opened(file)
+        return self._open[file]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self._files[name]
         try:
-            state_dict |= load_file(file)
+            return self._file(file).get_tensor(name)
+        except InputError:
+            raise
         except Exception as error:  # safetensors' own, or a dtype that NumPy does not have
             raise InputError(f"{file} is damaged ({first_line(error)}): fetch it again") from error
-    return state_dict, index if is_sharded else folder / WEIGHTS_FILE
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        return tuple(self._slice(name).get_shape())
+
+    def __contains__(self, name: object) -> bool:  # without making it
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
-def _shard_names(index: Path) -> list[str]:
+def _opened(file: Path) -> Any:
+    from safetensors import safe_open
+
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        if all(map(stays_in_folder, names)):
-            return names
+        return safe_open(file, framework="numpy")
+    except Exception as error:  # safetensors' own
+        raise InputError(f"{file} is damaged ({first_line(error)}): fetch it again") from error
+
+
+def read_safetensors(folder: Path) -> tuple[SafeTensors, Path]:
+    """Return the tensors of a folder, in one file or in shards with an index, and the main file.
+
+    Raises InputError for a shard that is missing or damaged, and an index that names tensors which
+    are not in their shard.
+    """
+    index, whole = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    if not index.is_file() or whole.is_file():
+        if not whole.is_file():
+            raise InputError(f"{whole} is missing: weights are read from {WEIGHTS_FILE} alone")
+        return SafeTensors(dict.fromkeys(_opened(whole).keys(), whole)), whole
+    shards = _shards(index)
+    for name in sorted(set(shards.values())):
+        file = folder / name
+        if not file.is_file():
+            raise InputError(f"{file} is missing, a shard that {INDEX_FILE} names: fetch it")
+        absent = {t for t, shard in shards.items() if shard == name} - set(_opened(file).keys())
+        if absent:
+            raise InputError(
+                f"{index} names {min(absent)} in {name}, where it is not: fetch both again"
+            )
+    return SafeTensors({tensor: folder / shard for tensor, shard in shards.items()}), index
+
+
+def _shards(index: Path) -> dict[str, str]:
+    try:
+        shards = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+        if all(map(stays_in_folder, shards.values())):
+            return shards
         reason = "a file of another folder"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = first_line(error)

@@ -94,9 +94,14 @@ def local_mesh() -> Mesh:
     return make_mesh(-1, 1, 1, devices=jax.local_devices())
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Return over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """InputError unless the global batch (of one micro batch) splits over data * fsdp."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = batch_ways(mesh)
     if batch_size % ways:
         raise InputError(
             f"the batch of {batch_size} rows does not split over mesh.data * mesh.fsdp = {ways} "

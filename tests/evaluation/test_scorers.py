@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers, processors
 from gidd_jax.data.texts import read_texts
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import generated, scorers
-from gidd_jax.interchange.tensors import llama_params_from_torch
+from gidd_jax.interchange.tensors import llama_format, params_from_torch
 from gidd_jax.models.llama import Llama
 
 pytestmark = pytest.mark.usefixtures("compile_all_quickly")
@@ -75,7 +75,9 @@ def rows(golden) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def exact(golden, rows) -> list[np.ndarray]:
     """-log p of each token but the first, row by row, straight from the network."""
-    params = llama_params_from_torch(golden("c06_llama_state_dict.safetensors"), 2, 4)
+    params = params_from_torch(
+        golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+    )
     network = Llama(67, 64, num_layers=2, num_heads=4, max_seq_len=32)
     padded = np.stack([np.pad(row, (0, 12 - len(row))) for row in rows])
     with jax.default_matmul_precision("highest"):

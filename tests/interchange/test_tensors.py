@@ -11,11 +11,11 @@ from conftest import GOLDEN
 
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.tensors import (
-    dit_params_from_torch,
-    dit_params_to_torch,
+    TorchTensors,
+    dit_format,
     dit_rotary_buffers,
-    llama_params_from_torch,
-    llama_params_to_torch,
+    llama_format,
+    params_from_torch,
 )
 from gidd_jax.models.dit import DiT
 
@@ -32,7 +32,7 @@ def assert_same(found, expected):
 def test_training_weights_round_trip_exactly(golden):
     state_dict = golden("c05_dit_strong_state_dict.safetensors")
     assert set(state_dict) > BUFFERS
-    back = dit_params_to_torch(dit_params_from_torch(state_dict, 3, 4))
+    back = TorchTensors(params_from_torch(state_dict, dit_format(4), 3))
     assert_same(back, {k: v for k, v in state_dict.items() if k not in BUFFERS})
 
 
@@ -42,7 +42,7 @@ def test_published_folders(golden, folder):
     state_dict = golden(f"{folder}/model.safetensors")
     config = json.loads((GOLDEN / folder / "config.json").read_text())
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    params = dit_params_from_torch(state_dict, layers, heads)
+    params = params_from_torch(state_dict, dit_format(heads), layers)
     model = DiT(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -59,7 +59,7 @@ def test_published_folders(golden, folder):
     np.testing.assert_allclose(real, io["logits"], atol=5e-6, rtol=0)
     np.testing.assert_array_equal(logits[..., config["vocab_size"] :], 0.0)
 
-    back = dit_params_to_torch(params, vocab_size=config["vocab_size"])
+    back = TorchTensors(params, vocab_size=config["vocab_size"])
     assert_same(back, {k: v for k, v in state_dict.items() if k not in BUFFERS})
 
 
@@ -74,7 +74,7 @@ def test_rotary_buffers_equal_the_original(golden):
 
 
 def test_tree_is_that_of_the_network(golden):
-    params = dit_params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), 3, 4)
+    params = params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), dit_format(4), 3)
     model = DiT(67, 64, num_layers=3, num_heads=4, cond_dim=32)
     inputs = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1,))
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
@@ -84,13 +84,15 @@ def test_tree_is_that_of_the_network(golden):
 def test_bfloat16_weights_become_float32(golden):
     state_dict = golden("c05_dit_strong_state_dict.safetensors")
     half = {name: array.astype(jnp.bfloat16) for name, array in state_dict.items()}
-    back = dit_params_to_torch(dit_params_from_torch(half, 3, 4))
+    back = TorchTensors(params_from_torch(half, dit_format(4), 3))
     assert_same(back, {k: half[k].astype(np.float32) for k in half if k not in BUFFERS})
 
 
 def test_llama_round_trips_exactly(golden):
     state_dict = golden("c06_llama_state_dict.safetensors")
-    assert_same(llama_params_to_torch(llama_params_from_torch(state_dict, 2, 4)), state_dict)
+    assert_same(
+        TorchTensors(params_from_torch(state_dict, llama_format(4, 4, False), 2)), state_dict
+    )
 
 
 def test_llama_with_grouped_heads_and_tied_embeddings(golden):
@@ -100,25 +102,25 @@ def test_llama_with_grouped_heads_and_tied_embeddings(golden):
             key = f"model.layers.{i}.self_attn.{name}.weight"
             state_dict[key] = state_dict[key][:32]
     state_dict["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-    params = llama_params_from_torch(state_dict, 2, 4, num_kv_heads=2, tie_embeddings=True)
+    params = params_from_torch(state_dict, llama_format(4, 2, True), 2)
     assert params["blocks"]["key"]["kernel"].shape == (2, 64, 2, 16)
     assert "output" not in params
     ignored = {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
-    back = llama_params_to_torch(params)
+    back = TorchTensors(params)
     assert_same(back, {k: v for k, v in state_dict.items() if k not in ignored})
 
 
 def test_wrong_names_are_named(golden):
     state_dict = golden("c05_dit_strong_state_dict.safetensors")
     with pytest.raises(InputError, match=r"missing nothing; unknown blocks\.2\..* and 5 more"):
-        dit_params_from_torch(state_dict, 2, 4)
+        params_from_torch(state_dict, dit_format(4), 2)
     del state_dict["blocks.1.norm1.weight"]
     state_dict["surprise"] = np.zeros(1, np.float32)
     with pytest.raises(InputError, match=r"missing blocks\.1\.norm1\.weight; unknown surprise"):
-        dit_params_from_torch(state_dict, 3, 4)
+        params_from_torch(state_dict, dit_format(4), 3)
     with pytest.raises(InputError, match="an axis of 192 does not split into"):
-        dit_params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), 3, 5)
+        params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), dit_format(5), 3)
     llama = golden("c06_llama_state_dict.safetensors")
     del llama["lm_head.weight"]
     with pytest.raises(InputError, match=r"missing lm_head\.weight; unknown nothing"):
-        llama_params_from_torch(llama, 2, 4)
+        params_from_torch(llama, llama_format(4, 4, False), 2)

@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN
 
 from gidd_jax.errors import InputError
-from gidd_jax.interchange.tensors import dit_params_from_torch, dit_params_to_torch
+from gidd_jax.interchange.tensors import TorchTensors, dit_format, params_from_torch
 from gidd_jax.loss import gidd_loss, token_mean
 from gidd_jax.models import dit
 from gidd_jax.models.dit import SIZES, DiT, padded_vocab_size, time_features
@@ -29,7 +29,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def params(golden):
     """The weights named 'strong' in the golden files: every path through the network matters."""
-    return dit_params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), 3, 4)
+    return params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), dit_format(4), 3)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_gradients_equal_the_original(params, golden, arrays, z_t, t):
 
     loss, gradient = jax.jit(jax.value_and_grad(loss_of))(params)
     np.testing.assert_allclose(loss, arrays["strong/loss_f64arith"], rtol=2e-6)
-    found, expected = dit_params_to_torch(gradient), golden("c05_dit_strong_grads.safetensors")
+    found, expected = TorchTensors(gradient), golden("c05_dit_strong_grads.safetensors")
     assert set(found) == set(expected)
     for name, array in expected.items():
         scale = np.abs(array).max()

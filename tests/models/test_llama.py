@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN
 
 from gidd_jax.errors import InputError
-from gidd_jax.interchange.tensors import llama_params_from_torch, llama_params_to_torch
+from gidd_jax.interchange.tensors import TorchTensors, llama_format, params_from_torch
 from gidd_jax.models.dit import SIZES
 from gidd_jax.models.layers import Llama3RopeScaling, rotary_frequencies
 from gidd_jax.models.llama import Llama
@@ -32,7 +32,9 @@ LAYER_TENSORS = (
 
 @pytest.fixture(scope="module")
 def params(golden):
-    return llama_params_from_torch(golden("c06_llama_state_dict.safetensors"), 2, 4)
+    return params_from_torch(
+        golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_loss_and_gradient_equal_the_original(params, arrays, ids):
     real = arrays["attention_mask"][:, :-1].astype(bool)
     np.testing.assert_allclose(nll[real], arrays["token_nll"][real], atol=1e-5)
     np.testing.assert_allclose(loss, arrays["loss"], rtol=1e-6)
-    by_name = llama_params_to_torch(gradient)
+    by_name = TorchTensors(gradient)
     manifest = [
         "model.embed_tokens.weight",
         *(f"model.layers.{i}.{name}.weight" for i in range(2) for name in LAYER_TENSORS),

@@ -8,7 +8,7 @@ from denoisers import chi_square
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
-from gidd_jax.interchange.tensors import llama_params_from_torch
+from gidd_jax.interchange.tensors import llama_format, params_from_torch
 from gidd_jax.models.llama import Llama
 from gidd_jax.sampling import autoregressive
 from gidd_jax.sampling.autoregressive import check_autoregressive, sample_autoregressive
@@ -34,7 +34,9 @@ def begin(rows: int, length: int, first: int = BOS) -> Prompt:
 @pytest.fixture(scope="module")
 def network(golden):
     model = Llama(**SMALL)
-    params = llama_params_from_torch(golden("c06_llama_state_dict.safetensors"), 2, 4)
+    params = params_from_torch(
+        golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+    )
 
     def decode(ids, cache, position):
         return model.apply({"params": params}, ids, cache, position, method="decode_step")

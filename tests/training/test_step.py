@@ -12,11 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from gidd_jax.interchange.tensors import (
-    dit_params_from_torch,
-    dit_params_to_torch,
-    llama_params_from_torch,
-)
+from gidd_jax.interchange.tensors import TorchTensors, dit_format, llama_format, params_from_torch
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
@@ -110,10 +106,12 @@ STEPS = 20
 
 def trace_start(run: str, golden: Callable[[str], dict[str, np.ndarray]]) -> Any:
     if run == "ar":
-        return llama_params_from_torch(golden("c06_llama_state_dict.safetensors"), 2, 4)
+        return params_from_torch(
+            golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+        )
     if run in ("strong", "clip"):
-        return dit_params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), 3, 4)
-    return dit_params_from_torch(of_prefix(golden("c11_init_states.npz"), "init/"), 3, 4)
+        return params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), dit_format(4), 3)
+    return params_from_torch(of_prefix(golden("c11_init_states.npz"), "init/"), dit_format(4), 3)
 
 
 def of_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -177,7 +175,7 @@ def test_traces_of_the_original(golden, run):
 
 def assert_final_parameters(params: Any, states: Mapping[str, np.ndarray]) -> None:
     """The change of every parameter over the run: up to 5e-3, kept in float16."""
-    final, start = dit_params_to_torch(params), of_prefix(states, "init/")
+    final, start = TorchTensors(params), of_prefix(states, "init/")
     changes = of_prefix(states, "change/")
     assert changes.keys() == final.keys()
     assert max(np.abs(change).max() for change in changes.values()) > 5e-3

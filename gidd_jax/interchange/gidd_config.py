@@ -1,0 +1,116 @@
+"""The config.json of the scaling paper's models, read and written (model_type "gidd")."""
+
+from typing import Any
+
+from gidd_jax.interchange.fields import Fields, checked
+from gidd_jax.models.gidd import AUX_STD, MLP_RATIO, ROTARY_BASE, TimeFreeTransformer
+from gidd_jax.models.layers import check_heads
+from gidd_jax.process import LogSnrProcess
+
+FACTORS = ("fan_in", "fan_out")  # what weight_scaling may be beside a number
+
+
+def gidd_network(fields: Fields) -> TimeFreeTransformer:
+    """Return the network of a config; raises InputError for what it does not compute."""
+    hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    checked(fields.file, lambda: check_heads(hidden_size, num_heads, num_heads))
+    if fields.has("head_dim") and fields.size("head_dim") * num_heads != hidden_size:
+        raise fields.error(
+            f"head_dim = {fields.size('head_dim')}: must be hidden_size / num_attention_heads = "
+            f"{hidden_size // num_heads}"
+        )
+    if fields.has("rope_scaling"):
+        raise fields.error("rope_scaling must be null: positions are not scaled")
+    if fields.flag("is_causal", False):
+        raise fields.error("is_causal must be false: these networks see both sides")
+    return TimeFreeTransformer(
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=fields.size("num_hidden_layers"),
+        num_heads=num_heads,
+        intermediate_size=fields.size("intermediate_size", MLP_RATIO * hidden_size),
+        max_seq_len=fields.size("max_position_embeddings", 1024),
+        resid_scale=fields.number("resid_scale", 4.0),
+        head_scale=fields.number("head_scaling", 1.0),
+        weight_scale=_weight_scale(fields),
+        soft_cap=fields.number("attn_soft_cap", 30.0),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        normed_heads=fields.flag("use_qk_norm", True),
+        sink=fields.flag("attention_bias", False),
+        mlp_bias=fields.flag("mlp_bias", False),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        rope_theta=fields.number("rope_theta", ROTARY_BASE),
+        init_std=fields.number("init_scale", 0.4),
+        head_std=fields.number("head_init_scale", 0.0),
+        # All released models were trained with prompts.
+        position_times=fields.flag("position_times", True),
+    )
+
+
+def _weight_scale(fields: Fields) -> float | str:
+    if not fields.has("weight_scaling"):
+        return "fan_in"
+    if isinstance(fields.values["weight_scaling"], str):
+        text = fields.text("weight_scaling")
+        if text not in FACTORS:
+            raise fields.error(
+                f"weight_scaling = {text!r}: must be a number, or {' or '.join(FACTORS)}"
+            )
+        return text
+    return fields.number("weight_scaling")
+
+
+def gidd_process(fields: Fields, vocab_size: int, mask_id: int) -> LogSnrProcess:
+    """Return the process of a config: `noise_type` is the shift of the mixture."""
+    numbers = {
+        "shift": fields.number("noise_type", 0.0),
+        "min_log_snr": fields.number("min_log_snr", -9.0),
+        "max_log_snr": fields.number("max_log_snr", 9.0),
+    }
+    return checked(fields.file, lambda: LogSnrProcess(vocab_size, mask_id, **numbers))
+
+
+def gidd_config(network: TimeFreeTransformer) -> dict[str, Any]:
+    """Return the keys of a config that `gidd_network` reads, and those that name the format."""
+    head_dim = network.hidden_size // network.num_heads
+    config = {
+        "architectures": ["GiddForDiffusionLM"],
+        "attention_bias": network.sink,
+        "attn_performer": "eager",
+        "attn_soft_cap": network.soft_cap,
+        "emb_init_scale": AUX_STD,
+        "head_dim": head_dim,
+        "head_init_scale": network.head_std,
+        "head_scaling": network.head_scale,
+        "hidden_size": network.hidden_size,
+        "init_scale": network.init_std,
+        "intermediate_size": network.intermediate_size or MLP_RATIO * network.hidden_size,
+        "is_causal": False,
+        "max_position_embeddings": network.max_seq_len,
+        "mlp_bias": network.mlp_bias,
+        "model_type": "gidd",
+        "num_attention_heads": network.num_heads,
+        "num_hidden_layers": network.num_layers,
+        "resid_scale": network.resid_scale,
+        "rms_norm_eps": network.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": network.rope_theta,
+        "tie_word_embeddings": network.tie_embeddings,
+        "use_qk_norm": network.normed_heads,
+        "vocab_size": network.vocab_size,
+        "weight_scaling": network.weight_scale,
+    }
+    if not network.position_times:
+        config["position_times"] = False
+    return config
+
+
+def gidd_noise(process: LogSnrProcess) -> dict[str, float] | None:
+    """Return the keys of a config that `gidd_process` reads; None if they cannot say it."""
+    if process.scale != 1.0 or process.t_eps != LogSnrProcess.t_eps:
+        return None
+    return {
+        "noise_type": process.shift,
+        "min_log_snr": process.min_log_snr,
+        "max_log_snr": process.max_log_snr,
+    }
