@@ -16,10 +16,8 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.name = "dit"  # dit (diffusion) | gidd (diffusion, the scaling paper's network, which is
     # told no time) | llama (autoregressive)
-    model.parametrization = (
-        "standard"  # standard | completep (gidd only): multipliers, and rates by
-    )
-    # group of parameters, with which the best learning rate keeps as width and depth grow
+    model.parametrization = "standard"  # standard | completep (gidd only): multipliers, and rates
+    # by group of parameters, with which the best learning rate keeps as width and depth grow
     model.hidden_size = 768  # multiple of 2 * num_heads (rotary embedding turns pairs)
     model.num_layers = 12  # integer >= 1
     model.num_heads = 12  # integer >= 1
@@ -46,9 +44,7 @@ def get_config() -> ConfigDict:
     process.max_log_snr = 9.0  # log_snr: greater than min_log_snr
     process.stratified = True  # times spread over the global batch (True) or independent (False)
     # In training alone, validation has one time a row:
-    process.by_position = (
-        0.0  # share of the rows in which each position has its own time, in [0, 1]
-    )
+    process.by_position = 0.0  # share of rows in which each position has its own time, in [0, 1]
     process.ascending = 0.0  # share in which times rise along the row, clean to noisy, in [0, 1];
     # with by_position at most 1
     process.uniform_ids = "others"  # hybrid, log_snr: uniform noise is of all tokens but the mask
