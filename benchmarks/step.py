@@ -116,7 +116,7 @@ def ours(case: Case) -> Subject:
     settings = _settings(shape)
     vocab_size = shape["vocab_size"]
     objective = build_objective(settings, vocab_size, vocab_size - 1)
-    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    optimizer = make_optimizer(settings.optimizer, settings.model, settings.train.num_steps)
     rate = learning_rate(settings.optimizer, settings.train.num_steps)
     mesh = sharding.make_mesh(shape["devices"], 1, 1, devices=jax.devices()[: shape["devices"]])
     x = inputs.token_ids(shape, shape["batch"], shape["length"])

@@ -78,16 +78,23 @@ def get_config() -> ConfigDict:
     data.num_workers = 0  # processes that prepare batches, integer >= 0; 0 uses threads
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # adamw | psgd | muon
-    optimizer.learning_rate = 5e-4  # peak, > 0
+    optimizer.name = "adamw"  # adamw | laprop | psgd | muon (completep: adamw | laprop)
+    optimizer.learning_rate = 5e-4  # peak, > 0; completep: matrices of blocks move by this / width,
+    # all else by 0.02 times it
     optimizer.b1 = 0.9  # first-moment decay, in [0, 1)
     optimizer.b2 = 0.99  # second-moment decay, in [0, 1)
-    optimizer.eps = 1e-9  # > 0
-    optimizer.weight_decay = 0.02  # decoupled, on every parameter, >= 0
-    optimizer.clip_norm = 1.0  # largest global gradient norm, > 0
+    optimizer.eps = 1e-9  # > 0; completep: divided by width and depth
+    optimizer.weight_decay = 0.02  # decoupled, on every parameter, >= 0; completep: on matrices of
+    # blocks, by learning_rate * weight_decay a step at every width; never on embedding and output
+    optimizer.norm_decay = 0.0  # completep: weight decay of the norms, >= 0
+    optimizer.bias_decay = 0.0  # completep: of biases and of attention's learned keys, values, >= 0
+    optimizer.clip_norm = 1.0  # largest global gradient norm, >= 0; 0 is off
     optimizer.skip_above = 0.0  # steps with a larger gradient norm change nothing, >= 0; 0 is never
     optimizer.warmup_steps = 10_000  # linear from 0, integer >= 0
     optimizer.schedule = "cosine"  # cosine | linear (to 0) | constant (without warm-up)
+    # | wsd (constant after the warm-up, then a cooldown to 0)
+    optimizer.cooldown_steps = 0  # wsd: the last steps, in which the rate falls, integer >= 0; 0:
+    # it stays; warmup_steps + cooldown_steps are at most train.num_steps
     optimizer.final_lr_ratio = 0.1  # cosine: last learning rate / peak, in [0, 1]
     optimizer.ema_decay = 0.0  # moving average of the parameters, in [0, 1); 0 is off
 
@@ -100,6 +107,8 @@ def get_config() -> ConfigDict:
     train.max_weight = 2.0  # >= min_weight
     train.aggregation = "mean"  # gradients are of the mean of the losses of a batch's positions
     # (mean) | of their sum (sum): clip_norm and eps of the optimizer then are a sum's
+    train.block_length = 0  # gidd only: a model by blocks of so many tokens, of which each sees the
+    # clean ones before it; a divisor of model.max_seq_len; 0 is a model of whole rows
     train.mask_padding = False  # True: padding tokens do not count in the loss
     train.align_mask_to_input = False  # autoregressive: True masks by the input token, not the
     # target, as the original does

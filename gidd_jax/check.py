@@ -3,14 +3,13 @@
 Examples:
   python -m gidd_jax.check
   python -m gidd_jax.check --process=hybrid:p_uniform=0.2,gamma=1
-  python -m gidd_jax.check --process=masked
   python -m gidd_jax.check --process=log_snr:scale=1,shift=0
   python -m gidd_jax.check --process=cosine.py:CosineProcess
-  python -m gidd_jax.check --config.process.name=cosine.py:CosineProcess \\
-      --config.process.options='mask_share=0.8'
+  python -m gidd_jax.check --config.process.name=own.py:Own --config.process.options='share=0.8'
   python -m gidd_jax.check --checkpoint=outputs/quickstart
   python -m gidd_jax.check --sampler --process=hybrid:p_uniform=0.2 --out=laws.json
   python -m gidd_jax.check --sampler --methods=ancestral,entropy_bound:epsilon=0 --told=position
+  python -m gidd_jax.check --transfer --out=transfer.json
 
 Your own process is two functions of t, made of jax.numpy, here in cosine.py; all else (weights,
 transitions, sampling, the bound) follows from them:
@@ -40,6 +39,10 @@ neighbours. The last column says in words whether the method samples the model, 
 number of steps removes, or seeks the mode; exit code 1 when a method that must sample does not.
 --told=row: the network knows one time a row, as most do; position: one of each token, so that it
 knows which are clean. Takes minutes.
+
+--transfer: does a learning rate keep as the time-free network grows? Prints root mean squares of
+activations and of their changes by 8 updates, for widths 64 to 512, depths 2 to 16 and both
+parametrizations. Exit code 1 when CompleteP's changes are not flat. Takes minutes.
 """
 
 import sys
@@ -75,9 +78,10 @@ METHODS = flags.DEFINE_string(
     "Default: all that can sample the process.",
 )
 TOLD = flags.DEFINE_enum(
-    "told", None, ["row", "position"], "--sampler: the times that the network knows. Default: row."
+    "told", None, ["row", "position"], "--sampler: times that the network knows. Default: row."
 )
-OUT = flags.DEFINE_string("out", None, "--sampler: file to write, ending in .json.")
+TRANSFER = flags.DEFINE_bool("transfer", False, "Check that learning rates keep with size instead.")
+OUT = flags.DEFINE_string("out", None, "--sampler, --transfer: file to write, ending in .json.")
 
 
 def main(argv: list[str]) -> None:
@@ -87,15 +91,18 @@ def main(argv: list[str]) -> None:
     from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
-    if not SAMPLER.value and (OUT.value or METHODS.value or TOLD.value):
-        raise InputError(
-            "--methods, --told and --out belong to --sampler: add it, or leave them out"
-        )
-
+    if TRANSFER.value and (SAMPLER.value or CODE.process.value or CHECKPOINT.value):
+        raise InputError("--transfer stands alone: leave out --sampler, --process and --checkpoint")
+    if not SAMPLER.value and (METHODS.value or TOLD.value):
+        raise InputError("--methods and --told belong to --sampler: add it, or leave them out")
+    if OUT.value and not (SAMPLER.value or TRANSFER.value):
+        raise InputError("--out belongs to --sampler and --transfer: add one, or leave it out")
     # The references are float64; and no accelerator is taken from a run that uses it.
     jax.config.update("jax_platforms", "cpu")
     # Every program of a check runs once: to compile it is what takes the time.
     jax.config.update("jax_disable_most_optimizations", not SAMPLER.value)
+    if TRANSFER.value:
+        sys.exit(check_transfer(out))
     from gidd_jax.evaluation import certify
     from gidd_jax.evaluation.subjects import find_subject
 
@@ -160,6 +167,23 @@ def measure_samplers(subject: "Subject", out: "Path | None") -> int:
     for name in failed:
         print(f"FAIL  {name} must sample the model, and does not")
     return 1 if failed else 0
+
+
+def check_transfer(out: "Path | None") -> int:
+    """Print the sizes of each network as they are measured, then the verdict; return exit code."""
+    from gidd_jax.evaluation import transfer
+    from gidd_jax.evaluation.reports import write_report
+
+    print(transfer.HEADER, flush=True)
+    sizes = []
+    for one in transfer.measure_all():
+        print(transfer.line(one), flush=True)
+        sizes.append(one)
+    report = transfer.report(sizes)
+    print(*transfer.verdict(report), sep="\n")
+    if out is not None:
+        write_report(out, report)
+    return 0 if report["parametrizations"]["completep"]["transfers"] else 1
 
 
 def report(checks: Iterable["Check"]) -> list[bool]:

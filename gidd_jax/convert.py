@@ -8,6 +8,7 @@ Examples:
   python -m gidd_jax.convert --checkpoint=outputs/quickstart --out=quickstart-hf
   python -m gidd_jax.convert --checkpoint=original/checkpoint --out=gidd-small
   python -m gidd_jax.convert --checkpoint=OWNER/NAME --row_mode=crop --out=gidd-cropped
+  python -m gidd_jax.convert --checkpoint=RUN --dtype=bfloat16 --out=half
 """
 
 from gidd_jax.cli import CommandFlags, checkpoint_flag, run
@@ -22,6 +23,9 @@ ROW_MODE = flags.DEFINE_string(
     "packed or padded. Default: as its folder says, or else packed.",
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of parameters and products. Default: as trained."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -30,7 +34,13 @@ def main(argv: list[str]) -> None:
     from gidd_jax.interchange.save import check_new_folder, save_pretrained
 
     out = check_new_folder(OUT.value)  # before the work, not after it
-    model = load_pretrained(CHECKPOINT.value, ema=EMA.value, row_mode=ROW_MODE.value, built_in=True)
+    model = load_pretrained(
+        CHECKPOINT.value,
+        ema=EMA.value,
+        row_mode=ROW_MODE.value,
+        built_in=True,
+        dtype=DTYPE.value,
+    )
     save_pretrained(model, out)
     print(f"wrote {out}")
 

@@ -19,7 +19,8 @@ from absl import logging
 from gidd_jax.cli import nearest
 from gidd_jax.errors import InputError
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.settings import ProcessSettings, split_own_process
+from gidd_jax.sections import split_own_process
+from gidd_jax.settings import ProcessSettings
 
 # vocab_size and mask_id where nothing names them: the tokens of GPT-2, and a mask.
 PAPER_IDS = (50258, 50257)

@@ -6,6 +6,7 @@ Examples:
   python -m gidd_jax.plots --compare=RUN_A,RUN_B,RUN_C --out=pictures
   python -m gidd_jax.plots --frontier=t0.8.json,t0.9.json,t1.0.json --out=pictures
   python -m gidd_jax.plots --samplers=masks.json,hybrid.json --out=pictures
+  python -m gidd_jax.plots --transfer=transfer.json --out=pictures
 
 Files of --out (each as .png and .svg):
   training   of --workdir: losses, KL and IS parts, bounds, learning rate, gradient norm, speed
@@ -15,6 +16,7 @@ Files of --out (each as .png and .svg):
   frontier   of --frontier: generative perplexity against token entropy, with 95% intervals
   calibration   of --calibration: how often tokens of a suspicion are wrong
   samplers   of --samplers: how far samplers are from an exact model, by network calls
+  transfer   of --transfer: sizes of activations and of their changes, by width and depth
 """
 
 from pathlib import Path
@@ -35,13 +37,14 @@ CALIBRATION = flags.DEFINE_string(
 SAMPLERS = flags.DEFINE_list(
     "samplers", [], "Files that gidd_jax.check --sampler --out wrote, separated by commas."
 )
+TRANSFER = flags.DEFINE_string("transfer", None, "File that gidd_jax.check --transfer --out wrote.")
 CODE = code_flags(flags)
 OUT = flags.DEFINE_string("out", None, "Folder to write to. Default: WORKDIR/plots.")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    sources = (WORKDIR, COMPARE, EVALUATION, FRONTIER, CALIBRATION, SAMPLERS)
+    sources = (WORKDIR, COMPARE, EVALUATION, FRONTIER, CALIBRATION, SAMPLERS, TRANSFER)
     if not any(source.value for source in sources):
         names = ", ".join(f"--{source.name}" for source in sources)
         raise InputError(f"nothing to draw: give one or more of {names}")
@@ -55,7 +58,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out={out} is a file: name a folder")
 
     from gidd_jax.evaluation import reports
-    from gidd_jax.views import pictures, sampler_pictures
+    from gidd_jax.views import pictures, sampler_pictures, transfer_picture
 
     figures = {}
     if WORKDIR.value:
@@ -82,6 +85,10 @@ def main(argv: list[str]) -> None:
                 label: reports.load_sampler_laws(file)
                 for label, file in zip(reports.labels(SAMPLERS.value), SAMPLERS.value, strict=True)
             }
+        )
+    if TRANSFER.value:
+        figures["transfer"] = transfer_picture.transfer_picture(
+            reports.load_transfer(TRANSFER.value)
         )
     for path in pictures.save_figures(figures, out):
         print(f"wrote {path}")

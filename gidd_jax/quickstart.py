@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
     from gidd_jax.evaluation.reports import write_report
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.inference.samples import save_samples
-    from gidd_jax.settings import Settings, split_own_process
+    from gidd_jax.sections import split_own_process
+    from gidd_jax.settings import Settings
     from gidd_jax.training.loop import train
     from gidd_jax.views import pictures
 

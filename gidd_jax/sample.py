@@ -16,7 +16,7 @@ texts came about, call by call; --trace the file behind it (see gidd_jax.replay)
 from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, printable, run
 from gidd_jax.errors import InputError
 from gidd_jax.parallel.distributed import distributed_flags
-from gidd_jax.sampling.options import GRIDS, METHODS, ORDERS, SamplerOptions
+from gidd_jax.sampling.options import GRIDS, METHODS, NOISE_TIMES, ORDERS, SamplerOptions
 
 flags = CommandFlags()
 CHECKPOINT = checkpoint_flag(flags)
@@ -32,6 +32,9 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.",
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of parameters and products. Default: as trained."
+)
 CODE = code_flags(flags)
 DISTRIBUTED = distributed_flags(flags)
 
@@ -62,8 +65,18 @@ OPTIONS = {
     "block_length": flags.DEFINE_integer(
         "block_length", None, "Generate blocks of so many tokens from left to right."
     ),
+    "stop_at_end": flags.DEFINE_bool(
+        "stop_at_end", None, "With blocks: a text ends with its end token. Default: it goes on."
+    ),
     "tokens_per_step": flags.DEFINE_integer(
         "tokens_per_step", None, "method=mode_seeking: tokens redrawn in a step."
+    ),
+    "noise_at": flags.DEFINE_enum(
+        "noise_at",
+        None,
+        NOISE_TIMES,
+        "method=mode_seeking: how probable it is that a token is noise, at the time of the step or "
+        f"as in the prior. Default: {SamplerOptions.noise_at}.",
     ),
     "order": flags.DEFINE_enum(
         "order",
@@ -136,7 +149,7 @@ def main(argv: list[str]) -> None:
     from gidd_jax.inference.gidd import Gidd
     from gidd_jax.views.replay_page import write_files
 
-    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, **CODE.values)
+    model = Gidd.from_pretrained(CHECKPOINT.value, ema=EMA.value, dtype=DTYPE.value, **CODE.values)
     samples = model.generate(
         num_samples,
         prompts=PROMPT.value or None,

@@ -97,3 +97,9 @@ def check_keys(prefix: str, values: Mapping[str, Any], legal: set[str]) -> None:
     for key in sorted(legal):
         if key not in values:
             raise InputError(f"config key {prefix}{key} is missing: configs/base.py has them all")
+
+
+def split_own_process(name: str) -> tuple[str, str] | None:
+    """Return FILE.py and CLASS of 'FILE.py:CLASS'; None for what is no such name."""
+    match = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", name)
+    return (match[1], match[2]) if match and name.isprintable() else None

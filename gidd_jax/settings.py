@@ -6,7 +6,7 @@ is made, and a wrong key, type or value raises InputError that names it and says
 
 import dataclasses
 import json
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -29,7 +29,9 @@ from gidd_jax.sections import (
     of_kind,
     one_of,
     share,
+    split_own_process,
 )
+from gidd_jax.together import WEIGHTINGS, check_together
 
 # What may differ when a run continues in its workdir: none of these changes the numbers of a step,
 # except that a new run length stretches the learning-rate schedule from there on.
@@ -64,14 +66,8 @@ class ModelSettings(Section):
     keep_padding_columns: bool
 
 
-def split_own_process(name: str) -> tuple[str, str] | None:
-    """Return FILE.py and CLASS of 'FILE.py:CLASS'; None for what is no such name."""
-    match = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", name)
-    return (match[1], match[2]) if match and name.isprintable() else None
-
-
 def _is_process(name: str) -> bool:
-    return name in _WEIGHTINGS or split_own_process(name) is not None
+    return name in WEIGHTINGS or split_own_process(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +130,19 @@ class DataSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Section):
-    name: str = one_of("adamw", "psgd", "muon")
+    name: str = one_of("adamw", "laprop", "psgd", "muon")
     learning_rate: float = above(0)
     b1: float = fraction()
     b2: float = fraction()
     eps: float = above(0)
     weight_decay: float = at_least(0)
+    norm_decay: float = at_least(0)
+    bias_decay: float = at_least(0)
     skip_above: float = at_least(0)
-    clip_norm: float = above(0)
+    clip_norm: float = legal(lambda value: 0 <= value < math.inf, ">= 0 and finite; 0 is off")
     warmup_steps: int = at_least(0)
-    schedule: str = one_of("cosine", "linear", "constant")
+    cooldown_steps: int = at_least(0)
+    schedule: str = one_of("cosine", "linear", "constant", "wsd")
     final_lr_ratio: float = share()
     ema_decay: float = fraction()
 
@@ -157,6 +156,7 @@ class TrainSettings(Section):
     min_weight: float = at_least(0)
     max_weight: float = at_least(0)
     aggregation: str = one_of("mean", "sum")
+    block_length: int = at_least(0)
     mask_padding: bool
     align_mask_to_input: bool
     eval_every: int = at_least(0)
@@ -212,7 +212,7 @@ class Settings:
     def __post_init__(self) -> None:
         if of_kind("seed", self.seed, int) < 0:
             raise InputError(f"seed = {self.seed}: must be >= 0")
-        _check_together(self)
+        check_together(self)
 
     @property
     def position_times(self) -> bool:
@@ -288,103 +288,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _check_together(settings: Settings) -> None:
-    """Refuse values that are legal alone but not together."""
-    model, process, train, mesh = settings.model, settings.process, settings.train, settings.mesh
-    if model.hidden_size % (2 * model.num_heads):
-        raise InputError(
-            f"model.hidden_size = {model.hidden_size}: must be a multiple of 2 * model.num_heads = "
-            f"{2 * model.num_heads} (rotary embedding needs an even width per head)"
-        )
-    if (model.name == "llama") != (process.name == "autoregressive"):
-        raise InputError(
-            f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
-            "autoregressive, and dit or gidd with every other process"
-        )
-    if model.name == "llama" and settings.data.givens:
-        raise InputError(
-            f"data.givens = {settings.data.givens}: only diffusion fills in beside given tokens: "
-            "set it to 0"
-        )
-    _check_noising(process, settings.data)
-    if model.name == "llama" and settings.data.frame == "none":
-        raise InputError(
-            "data.frame = none: llama predicts the tokens after one that begins a row: set it to "
-            "ends, or take a diffusion model"
-        )
-    if settings.data.marked and settings.data.frame == "ends":
-        raise InputError("data.marked = True: only rows without a frame do: set data.frame=none")
-    if model.parametrization == "completep" and model.name != "gidd":
-        raise InputError(
-            f"model.parametrization = completep: model.name = {model.name} has no multipliers for "
-            "it: use gidd, or standard"
-        )
-    own = split_own_process(process.name) is not None
-    if process.options and not own:
-        raise InputError(
-            f"process.options = {process.options}: belong to a process of your own, FILE.py:CLASS; "
-            f"process.name = {process.name} has keys of the section process"
-        )
-    if process.min_log_snr >= process.max_log_snr:
-        raise InputError(
-            f"process.min_log_snr = {process.min_log_snr}: must be less than "
-            f"process.max_log_snr = {process.max_log_snr}"
-        )
-    if train.batch_size % train.micro_batches:
-        raise InputError(
-            f"train.batch_size = {train.batch_size}: must be a multiple of train.micro_batches = "
-            f"{train.micro_batches}"
-        )
-    if train.min_weight > train.max_weight:
-        raise InputError(
-            f"train.min_weight = {train.min_weight}: must be at most train.max_weight = "
-            f"{train.max_weight}"
-        )
-    weightings = _OWN_WEIGHTINGS if own else _WEIGHTINGS[process.name]
-    if train.weighting not in weightings:
-        raise InputError(
-            f"train.weighting = {train.weighting}: process.name = {process.name} has "
-            + " and ".join(weightings)
-        )
-    if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
-        raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
-
-
-def _check_noising(process: ProcessSettings, data: DataSettings) -> None:
-    """Refuse options of the noise in training that contradict each other or that nothing reads."""
-    if process.name == "autoregressive" and process.has_position_times:
-        raise InputError(
-            f"process.by_position = {process.by_position}, process.ascending = {process.ascending}:"
-            " only diffusion has times: set both to 0"
-        )
-    if process.by_position + process.ascending > 1:
-        raise InputError(
-            f"process.ascending = {process.ascending}: must be at most 1 - process.by_position = "
-            f"{1 - process.by_position:g}"
-        )
-    if process.uniform_ids == "all" and process.name not in ("hybrid", "log_snr"):
-        raise InputError(
-            f"process.uniform_ids = all: process.name = {process.name} does not read it: set it to "
-            "others, or take hybrid or log_snr"
-        )
-    if data.givens_kind != "mixed" and data.givens == 0:
-        raise InputError(
-            f"data.givens_kind = {data.givens_kind}: nothing is given with data.givens = 0: set "
-            "the share of the rows, in (0, 1], or leave the kind at mixed"
-        )
-    if data.empty_tokens > 0 and data.frame == "none":
-        raise InputError(
-            f"data.empty_tokens = {data.empty_tokens}: rows without a frame hold nothing but their "
-            "tokens: set it to 0, or data.frame=ends"
-        )
-
-
-_WEIGHTINGS = {
-    "hybrid": ("elbo", "clip", "dynamic", "dynamic_v1_1"),
-    "log_snr": ("elbo", "clip", "dynamic"),
-    "masked": ("elbo",),  # the MDLM loss is its bound
-    "autoregressive": ("elbo",),  # the exact likelihood
-}
-_OWN_WEIGHTINGS = ("elbo", "clip", "dynamic")

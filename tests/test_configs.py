@@ -20,7 +20,7 @@ def settings_of(name: str) -> Settings:
 
 
 def test_the_configs_of_the_documentation_are_there():
-    assert set(NAMES) >= {"ar", "base", "gidd", "mdlm", "quickstart", "sudoku"}
+    assert set(NAMES) >= {"ar", "base", "gidd", "gidd_scaling", "mdlm", "quickstart", "sudoku"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,17 @@ PACKAGE = Path(__file__).parents[1] / "gidd_jax"
 # The plan of the house, from the ground. A room is a folder; the modules of the root are named one
 # by one, but for the commands, which are what can be run: they stand on the top floor.
 FLOORS = (
-    {"errors", "compiled", "cli", "sections", "settings", "mixture", "draws", "hardware"},
+    {
+        "errors",
+        "compiled",
+        "cli",
+        "sections",
+        "together",
+        "settings",
+        "mixture",
+        "draws",
+        "hardware",
+    },
     {"interpolation", "process", "own_process", "loss", "likelihood", "models", "ops", "parallel"},
     {"data"},
     {"sampling", "checkpoints"},
@@ -37,6 +47,7 @@ OF_WHOLE_ROOMS = {
     "checkpoints/remote",
     "inference/log_likelihood",
     "inference/sudoku",
+    "training/scaling_trace",
 }
 ROOMS = sorted(f.parent.name for f in PACKAGE.glob("*/__init__.py"))
 TOP = len(FLOORS)

@@ -89,7 +89,7 @@ def token_ids():
 def test_training_step(platform, mesh_shape):
     options = settings(**{"model.remat": "full"})
     objective = build_objective(options, VOCAB, VOCAB - 1)
-    optimizer = make_optimizer(options.optimizer, options.train.num_steps)
+    optimizer = make_optimizer(options.optimizer, options.model, options.train.num_steps)
     rate = learning_rate(options.optimizer, options.train.num_steps)
     mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: np.prod(mesh_shape)])
     with sharding.activate(mesh):

@@ -54,6 +54,19 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
         ({"data__validation": "hash:1.5"}, "must be last:COUNT | hash:FRACTION"),
         ({"optimizer__b2": 1.0}, "must be in [0, 1)"),
         ({"optimizer__learning_rate": 0.0}, "must be > 0"),
+        ({"optimizer__clip_norm": float("inf")}, "must be >= 0 and finite; 0 is off"),
+        ({"optimizer__norm_decay": 0.1}, "only model.parametrization = completep has it"),
+        ({"optimizer__bias_decay": 0.1}, "only model.parametrization = completep has it"),
+        ({"optimizer__cooldown_steps": 1}, "only optimizer.schedule = wsd has a cooldown"),
+        (
+            {"optimizer__schedule": "wsd", "optimizer__cooldown_steps": 490_001},
+            "optimizer.cooldown_steps = 500001: must be at most train.num_steps = 500000",
+        ),
+        (
+            {"model__name": "gidd", "model__parametrization": "completep"}
+            | {"optimizer__name": "muon"},
+            "optimizer.name = muon: model.parametrization = completep has rates for adamw and",
+        ),
         ({"train__batch_size": 0}, "must be >= 1"),
         ({"mesh__data": 0}, "must be >= 1, or -1"),
         ({"checkpoint__max_to_keep": 0}, "must be >= 1"),
@@ -108,6 +121,7 @@ def test_edges_of_the_legal_ranges():
     make(data__validation="hash:.01", train__eval_every=0, optimizer__warmup_steps=0)
     make(data__validation="last:100000", train__micro_batches=512)
     make(process__name="log_snr", train__weighting="clip", mesh__data=1, mesh__fsdp=-1)
+    make(optimizer__schedule="wsd", optimizer__cooldown_steps=490_000, optimizer__clip_norm=0)
 
 
 def test_rows_without_a_frame_are_of_diffusion_and_read_no_mode():

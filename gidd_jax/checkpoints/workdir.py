@@ -23,6 +23,7 @@ from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.own_process import Source, from_record, read_source
 from gidd_jax.parallel.distributed import check_same, refused_together
+from gidd_jax.sections import split_own_process
 from gidd_jax.settings import (
     MAY_CHANGE_ON_RESUME,
     MAY_DIFFER_BETWEEN_HOSTS,
@@ -30,7 +31,6 @@ from gidd_jax.settings import (
     Settings,
     difference,
     flatten,
-    split_own_process,
 )
 
 CONFIG_FILE = "config.json"  # the settings of the run in a workdir

@@ -21,7 +21,8 @@ from gidd_jax.errors import InputError, RunError
 from gidd_jax.evaluation.reports import NOTES, table, write_report, written
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.own_process import PAPER_IDS, read_source
-from gidd_jax.settings import Settings, flatten, split_own_process
+from gidd_jax.sections import split_own_process
+from gidd_jax.settings import Settings, flatten
 from gidd_jax.training import loop
 from gidd_jax.training.build import build_process
 

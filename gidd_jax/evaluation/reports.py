@@ -126,6 +126,16 @@ def load_sampler_laws(path: str) -> dict[str, Any]:
     return report
 
 
+def load_transfer(path: str) -> dict[str, Any]:
+    """Return how activations go with size; raises InputError when the file holds no such thing."""
+    report = read_report(path)
+    if not report.get("networks") or not report.get("parametrizations"):
+        raise InputError(
+            f"{path} measures no transfer: give what gidd_jax.check --transfer --out wrote"
+        )
+    return report
+
+
 def read_report(path: str) -> dict[str, Any]:
     """Return a report that a command wrote; raises InputError when the file holds none."""
     try:

@@ -24,6 +24,7 @@ from gidd_jax.likelihood import (
     row_bounds,
     sample_times,
 )
+from gidd_jax.models.gidd import blocks_of
 from gidd_jax.parallel.sharding import (
     BATCH_AXES,
     activate,
@@ -124,14 +125,15 @@ def _score(
     keep_padding_columns: bool,
     has_givens: bool,
 ) -> RowBounds:
-    def apply(*inputs: jax.Array) -> jax.Array:
+    def apply(*inputs: jax.Array | None) -> jax.Array:
         return network.apply({"params": params}, *inputs)
 
     if process is None:
         return autoregressive_row_bounds(apply, tokens, mask)
+    context = (None, tokens) if blocks_of(network) else ()  # a model by blocks sees those before
     return row_bounds(
         process,
-        lambda z_t, times: apply(z_t, told(network, process, times)),
+        lambda z_t, times: apply(z_t, told(network, process, times), *context),
         keys,
         times,
         original_times,

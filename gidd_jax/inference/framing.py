@@ -62,6 +62,12 @@ def scheduled_tokens(options: SamplerOptions, rows: Rows) -> int:
     return bucket(int(rows.free.sum(-1).max()), width) if depends else width
 
 
+def following_tokens(rows: Rows) -> int:
+    """Return the most tokens from a row's first one to generate on, rounded up as above."""
+    follow = rows.lengths - rows.free.argmax(-1)
+    return bucket(int(follow.max()), rows.ids.shape[1])
+
+
 def unframed(ids: np.ndarray, rows: Rows, tokenizer: Tokenizer) -> np.ndarray:
     """Return ids of framed rows in the shape of the rows they were made of, padded as these are."""
     width = rows.ids.shape[1]

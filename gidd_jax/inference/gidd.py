@@ -27,6 +27,7 @@ from gidd_jax.inference import programs, scores
 from gidd_jax.inference.batches import by_batches, check_numbers, check_trace
 from gidd_jax.inference.framing import (
     decoded,
+    following_tokens,
     framed,
     revised,
     scheduled_tokens,
@@ -34,7 +35,7 @@ from gidd_jax.inference.framing import (
     unframed,
     widened,
 )
-from gidd_jax.inference.programs import Batch, SpecialIds
+from gidd_jax.inference.programs import Batch, special_ids
 from gidd_jax.inference.prompts import (
     Piece,
     Rows,
@@ -70,6 +71,7 @@ from gidd_jax.sampling.options import (
 )
 from gidd_jax.sampling.suspicion import check_suspicion
 from gidd_jax.sampling.trace import changes_of, changes_of_correction
+from gidd_jax.sampling.windows import by_blocks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,8 +102,8 @@ class Gidd:
         ema: the moving average of the parameters; allow_code, process: whose code may run where
         the model has a process of its own; row_mode: how training framed the rows of a published
         folder that does not say; dtype: "bfloat16" for half the memory; mesh: split the parameters
-        of a published folder over it. Raises InputError when there is no model, or it is damaged (see
-        `interchange.load`).
+        of a published folder over it. Raises InputError when there is no model, or it is damaged
+        (see `interchange.load`).
         """
         loaded = load_pretrained(
             path,
@@ -324,7 +326,7 @@ class Gidd:
                 programs.is_greedy,
                 network=self.network,
                 process=self.process,
-                special=self._special_ids,
+                special=special_ids(self.tokenizer, self.network, is_framed=self._begins),
             )
             parts = by_batches(run, self.params, part, batch_size, seed=0)
             check_numbers(*(np.where(part.is_broken, np.nan, 0.0) for part in parts))
@@ -358,6 +360,7 @@ class Gidd:
         if self.process is None:
             check_autoregressive(options)
         else:  # prompts of many lengths share programs
+            options = by_blocks(self.network, options)
             width = bucket(whole_rows.ids.shape[1], self.max_seq_len)
             whole_rows = widened(whole_rows, self.tokenizer, width)
 
@@ -366,9 +369,10 @@ class Gidd:
                 batch,
                 network=self.network,
                 process=self.process,
-                special=self._special_ids,
+                special=special_ids(self.tokenizer, self.network, is_framed=self._begins),
                 options=options,
                 num_free=scheduled_tokens(options, whole_rows),
+                width=following_tokens(whole_rows),
                 trace=trace,
             )
             if trace:
@@ -388,14 +392,3 @@ class Gidd:
         if trace:
             noted = trace_of(traced, rows, ~rows.free, texts, self.tokenizer)
         return Samples(ids, texts, log_probs, drawn_at, calls, stopped_at, noted)
-
-    @property
-    def _special_ids(self) -> SpecialIds:
-        return SpecialIds(
-            self.tokenizer.eos_id,
-            self.tokenizer.pad_id,
-            self.tokenizer.mask_id,
-            # An imported model may lack the last tokens of its tokenizer, or have more rows.
-            min(self.tokenizer.vocab_size, self.network.vocab_size),
-            self._begins,
-        )

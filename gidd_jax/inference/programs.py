@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax import likelihood
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.models.gidd import blocks_of
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.autoregressive import sample_autoregressive
 from gidd_jax.sampling.correction import Correction, proposals, self_correct
@@ -22,6 +24,7 @@ from gidd_jax.sampling.options import (
 )
 from gidd_jax.sampling.suspicion import Suspicion, judge
 from gidd_jax.sampling.times import told
+from gidd_jax.sampling.windows import windows_of
 
 
 class Batch(NamedTuple):
@@ -50,6 +53,14 @@ class SpecialIds(NamedTuple):
         return tuple({self.mask, self.pad} - {self.eos})
 
 
+def special_ids(tokenizer: Tokenizer, network: Any, *, is_framed: bool) -> SpecialIds:
+    """Return the special ids of a model and its tokenizer."""
+    # An imported model may lack the last tokens of its tokenizer, or have more rows.
+    shared = min(tokenizer.vocab_size, network.vocab_size)
+    ids = tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id
+    return SpecialIds(*ids, shared, is_framed)
+
+
 def within(batch: Batch) -> jax.Array | None:
     """Return which positions belong to the rows, bool [B, L]; None: all."""
     if batch.lengths is None:
@@ -58,11 +69,15 @@ def within(batch: Batch) -> jax.Array | None:
 
 
 def denoiser(network: Any, process: InterpolatingProcess, batch: Batch) -> likelihood.Denoiser:
-    """Return the network as a function of noisy ids and their times."""
+    """Return the network as a function of noisy ids and their times, about the rows of a batch.
+
+    A model by blocks sees the blocks before each as they are in the rows.
+    """
+    context = (batch.ids,) if blocks_of(network) else ()
 
     def logits(z_t: jax.Array, times: jax.Array) -> jax.Array:
         t = told(network, process, times, within(batch))
-        return network.apply({"params": batch.params}, z_t, t, batch.lengths)
+        return network.apply({"params": batch.params}, z_t, t, batch.lengths, *context)
 
     return logits
 
@@ -90,9 +105,14 @@ def draw(
     special: SpecialIds,
     options: SamplerOptions,
     num_free: int,
+    width: int,
     trace: bool,
 ) -> Drawn:
-    """Return the rows with their free tokens drawn, by diffusion or from left to right."""
+    """Return the rows with their free tokens drawn, by diffusion or from left to right.
+
+    num_free: the most tokens that a row generates, or more; width: the most that follow its first
+    one to generate, it included, or more.
+    """
     if process is None:
         return autoregressive(batch, network=network, special=special, options=options)
     return diffusion(
@@ -102,12 +122,14 @@ def draw(
         special=special,
         options=options,
         num_free=num_free,
+        width=width,
         trace=trace,
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("network", "process", "special", "options", "num_free", "trace")
+    jax.jit,
+    static_argnames=("network", "process", "special", "options", "num_free", "width", "trace"),
 )
 def diffusion(
     batch: Batch,
@@ -117,9 +139,10 @@ def diffusion(
     special: SpecialIds,
     options: SamplerOptions,
     num_free: int,
+    width: int,
     trace: bool,
 ) -> Drawn:
-    """Return the rows with their free tokens drawn by diffusion."""
+    """Return the rows with their free tokens drawn by diffusion; arguments as in `draw`."""
     features, project = halves(network, process, batch)
     length = batch.ids.shape[1]
     is_text = jnp.ones_like(batch.free)
@@ -127,9 +150,25 @@ def diffusion(
         is_text = ~jnp.isin(batch.ids, jnp.asarray((special.eos, special.pad)))
         is_text &= (jnp.arange(length) > 0)[None]
     prompt = Prompt(batch.ids, batch.free, within(batch), ~batch.free & is_text)
-    return sample_diffusion(
-        process, features, options, batch.keys, length, prompt, num_free, trace, project
+    windows = windows_of(network, batch.params, options, min(width, length), batch.lengths)
+    drawn = sample_diffusion(
+        process,
+        features,
+        options,
+        batch.keys,
+        length,
+        prompt,
+        num_free,
+        trace,
+        project,
+        windows,
+        special.eos if options.stop_at_end else None,
     )
+    if not options.stop_at_end:
+        return drawn
+    is_end = (drawn.ids == special.eos) & batch.free
+    is_after = (jnp.cumsum(is_end, axis=-1) - is_end) > 0
+    return drawn._replace(ids=jnp.where(is_after & batch.free, special.pad, drawn.ids))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "special", "options"))

@@ -44,6 +44,7 @@ def gidd_network(fields: Fields) -> TimeFreeTransformer:
         head_std=fields.number("head_init_scale", 0.0),
         # All released models were trained with prompts.
         position_times=fields.flag("position_times", True),
+        block_length=fields.size("block_length") if fields.has("block_length") else 0,
     )
 
 
@@ -102,6 +103,8 @@ def gidd_config(network: TimeFreeTransformer) -> dict[str, Any]:
     }
     if not network.position_times:
         config["position_times"] = False
+    if network.block_length:
+        config["block_length"] = network.block_length
     return config
 
 

@@ -32,7 +32,8 @@ from gidd_jax.own_process import (
     from_record,
     recorded_source,
 )
-from gidd_jax.settings import ProcessSettings, Settings, split_own_process
+from gidd_jax.sections import split_own_process
+from gidd_jax.settings import ProcessSettings, Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.step import abstract_params
 

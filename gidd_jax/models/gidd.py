@@ -188,6 +188,10 @@ class TimeFreeTransformer(nn.Module):
     resid_scale / num_layers, logits head_scale (not with tied embeddings). `init_std` and
     `head_std` are those of matrices and of the output layer; intermediate_size None: 4 times the
     width. `dtype` is that of the products; `remat` and `attention` as in `models.dit.DiT`.
+
+    block_length B > 0: a model by blocks. Noisy tokens see their own block of B and the clean
+    tokens of the blocks before it, so that it is p(block | blocks before): with B = 1
+    autoregressive.
     """
 
     vocab_size: int
@@ -213,6 +217,7 @@ class TimeFreeTransformer(nn.Module):
     remat: str = "none"
     attention: str = ""
     position_times: bool = False
+    block_length: int = 0
 
     def setup(self) -> None:
         D = self.hidden_size
@@ -254,22 +259,37 @@ class TimeFreeTransformer(nn.Module):
                 out_dtype=at_least_float32(self.dtype),
             )
 
-    def __call__(self, z_t: Array, t: Array, lengths: Array | None = None) -> Array:
-        return self.project(self.features(z_t, t, lengths))
+    def __call__(
+        self, z_t: Array, t: Array, lengths: Array | None = None, clean: Array | None = None
+    ) -> Array:
+        return self.project(self.features(z_t, t, lengths, clean))
 
-    def features(self, z_t: Array, t: Array, lengths: Array | None = None) -> Array:
+    def features(
+        self, z_t: Array, t: Array, lengths: Array | None = None, clean: Array | None = None
+    ) -> Array:
         """What the output projection reads, [B, L, hidden_size] in `dtype`.
 
         lengths int32 [B]: positions from there on are padding, which no other position sees.
-        Raises InputError for a sequence longer than max_seq_len or a t of another shape.
+        clean int32 [B, L], read by a model by blocks: what the blocks before each are; None: what
+        z_t says. Raises InputError for a sequence longer than max_seq_len or a t of another shape.
         """
+        check_sequence(z_t, self.max_seq_len)
         if t.shape not in ((1,), z_t.shape[:1], z_t.shape):
             rows = z_t.shape[0]
             raise InputError(f"t has shape {t.shape}; give [{rows}], [1] or {list(z_t.shape)}.")
+        length = z_t.shape[1]
+        places = jnp.arange(length)
+        if self.block_length:
+            mask = sees_blocks(length, self.block_length)[None]
+            if lengths is not None:
+                is_text = places[None] < lengths[:, None]
+                mask = mask & jnp.tile(is_text, (1, 2))[:, None]
+            both = jnp.concatenate([z_t, z_t if clean is None else clean], axis=1)
+            return self.run(both, jnp.tile(places, 2), mask[:, None])[0][:, :length]
         mask = None
         if t.ndim == 2:
             mask = sees_prompt(prompts(t))[:, None]
-        return self.run(z_t, jnp.arange(z_t.shape[1]), mask, lengths)[0]
+        return self.run(z_t, places, mask, lengths)[0]
 
     def run(
         self,
@@ -282,10 +302,8 @@ class TimeFreeTransformer(nn.Module):
         """Features of tokens [B, T], and their keys and values for a cache.
 
         positions int [T] or [B, T]; mask bool, broadcast to [B, heads, T, S + T] (a cache of S
-        tokens first), None: everything is seen; the learned key is seen by all. Raises InputError
-        for more than max_seq_len tokens.
+        tokens first), None: everything is seen; the learned key is seen by all.
         """
-        check_sequence(ids, self.max_seq_len)
         wide = at_least_float32(self.dtype)
         head_dim = self.hidden_size // self.num_heads
         frequencies = rotary_frequencies(head_dim, self.rope_theta, dtype=wide)
@@ -317,3 +335,20 @@ def prompts(t: Array) -> Array:
 def sees_prompt(is_prompt: Array) -> Array:
     """Return what sees what, bool [B, L, L]: prompts [B, L] only themselves, the rest all."""
     return ~is_prompt[:, :, None] | is_prompt[:, None, :]
+
+
+def sees_blocks(length: int, block_length: int) -> Array:
+    """Return what sees what in rows of noisy and then clean tokens, bool [2 length, 2 length].
+
+    Noisy tokens: their own block, noisy, and those before it, clean. Clean tokens: their own block
+    and those before it, clean.
+    """
+    block = jnp.arange(length) // block_length
+    same, before = block[:, None] == block[None], block[:, None] > block[None]
+    nothing = jnp.zeros((length, length), bool)
+    return jnp.block([[same, before], [nothing, same | before]])
+
+
+def blocks_of(network: Any) -> int:
+    """Return the length of a network's blocks, which see clean tokens before them; 0: none."""
+    return getattr(network, "block_length", 0)

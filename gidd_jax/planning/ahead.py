@@ -69,7 +69,9 @@ class Builder:
     def __init__(self, settings: Settings, vocab_size: int, mask_id: int) -> None:
         self.settings, self._vocabulary = settings, (vocab_size, mask_id)
         self._own = read_source(settings.process.name)
-        self._optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+        self._optimizer = make_optimizer(
+            settings.optimizer, settings.model, settings.train.num_steps
+        )
 
     def objective(self, attention: str) -> Objective:
         model = dataclasses.replace(self.settings.model, attention=attention)

@@ -23,6 +23,7 @@ from gidd_jax.planning.estimate import Estimate
 from gidd_jax.planning.roofline import Roofline, Sent, Topology, parse_topology, roofline
 from gidd_jax.settings import Settings
 from gidd_jax.training.metrics import flops_per_token, num_columns, recomputed_flops_per_token
+from gidd_jax.training.scaling_laws import Advice, advise
 
 HERE = "here"  # the topology of `--plan` without a value
 _FORWARD_TWICE = ("full", "attention")  # of model.remat
@@ -64,7 +65,8 @@ class Plan:
     the step fits, None where it was not asked. notes: what a user should know of the layout.
     flops: those of the model per token; device_flops: what one device computes in a step,
     recomputation included; bytes_moved: its memory traffic. estimate: of the step's time by the
-    chip's own compiler, None where it makes none.
+    chip's own compiler, None where it makes none. advice: the laws' batch and rate for the run's
+    tokens, None for networks that they do not know.
     """
 
     topology: Topology
@@ -82,6 +84,7 @@ class Plan:
     bytes_moved: float
     sent: list[Sent]
     estimate: Estimate | None
+    advice: Advice | None
 
     @property
     def time(self) -> Roofline | None:
@@ -159,9 +162,11 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
         kept=kept_bytes(build, topology, mesh),
     )
     tokens = settings.train.batch_size * settings.model.max_seq_len
-    flops = flops_per_token(settings.model, vocab_size)
+    by_blocks = settings.train.block_length > 0
+    flops = flops_per_token(settings.model, vocab_size, by_blocks=by_blocks)
     keeps_attention = attention_form(settings.model, topology) == "splash"
-    computed = flops + recomputed_flops_per_token(settings.model, keeps_attention)
+    again = recomputed_flops_per_token(settings.model, keeps_attention, by_blocks=by_blocks)
+    computed = flops + again
     return Plan(
         topology=topology,
         mesh=dict(mesh.shape),
@@ -178,7 +183,16 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
         bytes_moved=bytes_moved(settings, memory, state.params, mesh),
         sent=bytes_sent(settings, state.params, mesh),
         estimate=extra.estimate,
+        advice=_advice(settings),
     )
+
+
+def _advice(settings: Settings) -> Advice | None:
+    """Return what the scaling paper's laws say; they are fitted under CompleteP alone."""
+    if settings.model.parametrization != "completep":
+        return None
+    seq_len = settings.model.max_seq_len
+    return advise(settings.train.num_steps * settings.train.batch_size * seq_len, seq_len)
 
 
 def device_bytes(tree: Any) -> int:

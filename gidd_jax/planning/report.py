@@ -36,6 +36,7 @@ def describe(plan: Plan) -> str:
         *(f"    {s.what}: {_gb(s.bytes)}" for s in plan.sent if s.bytes),
         *_time_lines(plan),
         _run_line(plan),
+        *_advice_lines(plan),
     ]
     return "\n".join(lines)
 
@@ -61,6 +62,7 @@ def as_report(plan: Plan) -> dict[str, Any]:
         "sent": [sent._asdict() for sent in plan.sent],
         "least_time": None if time is None else time._asdict() | {"step": time.step},
         "estimate": None,
+        "advice": plan.advice and plan.advice._asdict(),
     }
     if chip is not None and estimate is not None and step is not None:
         shares = {"seconds": step, "mfu": plan.mfu(step)}
@@ -139,6 +141,17 @@ def _run_line(plan: Plan) -> str:
     line = f"{line}, at least {_long(plan.num_steps * plan.time.step)}"
     step = plan.estimated_step
     return line if step is None else f"{line}; {_long(plan.num_steps * step)} by the estimate"
+
+
+def _advice_lines(plan: Plan) -> list[str]:
+    advice = plan.advice
+    if advice is None:
+        return []
+    return [
+        f"laws of the scaling paper for {advice.tokens / 1e9:,.3f} billion tokens: batch "
+        f"{advice.batch_rows:,.1f} rows ({advice.batch_tokens:,.0f} tokens), learning rate "
+        f"{advice.learning_rate:.3f}"
+    ]
 
 
 def _long(seconds: float) -> str:

@@ -24,6 +24,7 @@ from gidd_jax.sampling.schedule import Schedule, check_options, make_schedule
 from gidd_jax.sampling.steps import Network, Taken
 from gidd_jax.sampling.thinning import guided, network_at
 from gidd_jax.sampling.times import CLEAN, row_times
+from gidd_jax.sampling.windows import View, Windows, aligned_blocks
 
 
 class Prompt(NamedTuple):
@@ -98,6 +99,8 @@ def sample_diffusion(
     num_free: int | None = None,
     trace: bool = False,
     project: Callable[[jax.Array], jax.Array] = lambda features: features,
+    windows: Windows | None = None,
+    end_id: int | None = None,
 ) -> Drawn:
     """Generate token ids [B, length] from one key per row: one loop over the network calls.
 
@@ -108,47 +111,71 @@ def sample_diffusion(
 
     prompt: given tokens stay as they are; num_free: the most tokens that a row of it generates, or
     more. Blocks count the tokens to generate. The network sees the whole row: blocks still to come
-    are prior noise. trace: also return what every call left, 8 bytes a token and call. Raises
-    InputError when the method cannot sample this process.
+    are prior noise. trace: also return what every call left, 8 bytes a token and call. windows: the
+    network by windows, which then stands in for `denoise` (not with guidance). end_id: a row whose
+    finished blocks hold it is done; None: rows go on. Raises InputError when the method cannot
+    sample this process.
     """
     check_options(process, options)
     shape = (keys.shape[0], length)
     if prompt is None:
         prompt = Prompt(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
     num_free = length if num_free is None else num_free
+    if windows is not None and windows.block_length:
+        block_of = aligned_blocks(prompt.free, windows.block_length)
+        num_free += windows.block_length - 1  # a block more, where the first is begun
+    else:
+        block_length = min(options.block_length or num_free, num_free)
+        block_of = (jnp.cumsum(prompt.free, axis=-1) - 1) // block_length
     schedule = make_schedule(process, options, num_free)
-    block_length = min(options.block_length or num_free, num_free)
-    block_of = (jnp.cumsum(prompt.free, axis=-1) - 1) // block_length
     last_block = jnp.max(jnp.where(prompt.free, block_of, 0), axis=-1)
     calls = 1 if options.guidance == 1.0 else 2
+    fills = options.fill_masks and options.method != "entropy_bound"  # which leaves nothing open
 
     condition = ~prompt.free if prompt.condition is None else prompt.condition
 
-    def network(keys: jax.Array, z_t: jax.Array, times: jax.Array) -> Network:
-        asked = denoise, project
+    def network(keys: jax.Array, z_t: jax.Array, times: jax.Array, view: View | None) -> Network:
+        asked = (denoise if windows is None else windows.denoiser(view)), project
         if options.guidance != 1.0:
             asked = guided(process, *asked, options.guidance, condition, keys)
         return network_at(process, *asked, functools.partial(weights_of, options), z_t, times)
 
+    def closed(here: Call, taken: Taken, times: jax.Array, view: View | None) -> Taken:
+        """Fill the masks that the last step of a block leaves: the next block relies on it."""
+        ends = here.active & (here.now.step == schedule.num_steps - 1)
+        asked = network(fold_in(here.keys, 3), taken.ids, times, view)
+        filled = steps.fill_step(process, fold_in(here.keys, 4), asked, taken.ids, ends)
+        log_probs = jnp.where(filled.asked, filled.log_probs, taken.log_probs)
+        return Taken(filled.ids, log_probs, taken.asked | filled.asked)
+
     def call(state: _State, now: Schedule) -> _State:
-        drawn, memory, was_done = state
+        drawn, memory, was_done, view = state
         active, ahead = (
             prompt.free & which(block_of, now.block) for which in (jnp.equal, jnp.greater)
         )
+        if end_id is not None:
+            active &= ~was_done[:, None]
         keys_now = fold_in(keys, 2 + now.block * schedule.num_steps + now.step)
         here = Call(process, options, schedule.num_steps, keys_now, drawn.ids, active, now)
         times, memory = methods.times(here, memory)
         times = jnp.where(active, times, jnp.where(ahead, process.t_max, CLEAN))
-        asked = network(fold_in(keys_now, 3), drawn.ids, times)
+        if windows is not None:
+            view = windows.moved(view, drawn.ids, active, now.block, now.step)
+        asked = network(fold_in(keys_now, 3), drawn.ids, times, view)
         taken, memory = methods.step(here, asked, row_times(process, times, prompt.within), memory)
+        if windows is not None and fills:
+            taken = closed(here, taken, times, view)
         drawn = put(drawn, taken, process.mask_id, calls)
         done = methods.is_done(here, memory)
-        if done is None:
-            return _State(drawn, memory, was_done)
-        done &= now.block >= last_block
-        stops = done & ~was_done
-        drawn = drawn._replace(stopped_at=jnp.where(stops, drawn.num_calls, drawn.stopped_at))
-        return _State(drawn, memory, was_done | done)
+        stops = was_done & False if done is None else done & (now.block >= last_block)
+        if end_id is not None:
+            has_end = jnp.any(
+                prompt.free & (block_of <= now.block) & (drawn.ids == end_id), axis=-1
+            )
+            stops |= has_end & (now.step == schedule.num_steps - 1)
+        first = stops & ~was_done
+        drawn = drawn._replace(stopped_at=jnp.where(first, drawn.num_calls, drawn.stopped_at))
+        return _State(drawn, memory, was_done | stops, view)
 
     prior = jax.vmap(lambda key: process.sample_prior(key, (length,)))(fold_in(keys, 0))
     if options.method == "confidence":
@@ -163,12 +190,14 @@ def sample_diffusion(
         stopped_at=row_zeros,
     )
     memory = methods.begin(process, options, prompt.free)
-    start = _State(drawn, memory, row_zeros > 0)
-    end, frames = _run(call, start, schedule, trace, stops=options.method == "entropy_bound")
+    view = None if windows is None else windows.empty(drawn.ids)
+    start = _State(drawn, memory, row_zeros > 0, view)
+    may_stop = options.method == "entropy_bound" or end_id is not None
+    end, frames = _run(call, start, schedule, trace, stops=may_stop)
     drawn = end.drawn
-    if options.fill_masks and options.method != "entropy_bound":  # which leaves nothing open
+    if fills and windows is None:
         times = jnp.where(prompt.free, process.t_min, CLEAN)
-        last = network(fold_in(fold_in(keys, 1), 3), drawn.ids, times)
+        last = network(fold_in(fold_in(keys, 1), 3), drawn.ids, times, None)
         filled = steps.fill_step(process, fold_in(keys, 1), last, drawn.ids, prompt.free)
         num_calls = drawn.num_calls + jnp.any(filled.asked)
         drawn = put(drawn, filled, process.mask_id, calls)._replace(num_calls=num_calls)
@@ -180,6 +209,7 @@ class _State(NamedTuple):
     drawn: Drawn
     memory: Memory
     done: jax.Array
+    view: View | None
 
 
 def _run(

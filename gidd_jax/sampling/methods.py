@@ -104,7 +104,8 @@ def step(
         spread = (call.num_active + call.num_steps - 1) // call.num_steps
         wanted = options.tokens_per_step
         count = jnp.full_like(spread, wanted) if wanted else spread
-        return steps.mode_seeking_step(*place, now.t, count), memory
+        t = now.t if options.noise_at == "step" else call.process.t_max
+        return steps.mode_seeking_step(*place, t, count), memory
     kappa = 1.0 if method == "ancestral" else now.kappa
     if options.min_p > 0:
         return steps.filtered_ancestral_step(*place, now.t, now.s, kappa, options.min_p), memory

@@ -25,6 +25,7 @@ METHODS = (
 )
 GRIDS = ("uniform", "cosine", "reference")
 ORDERS = ("entropy", "drawn")
+NOISE_TIMES = ("step", "prior")
 ESTIMATORS = ("bound", "chain", "importance")
 CHAIN_ORDERS = ("random", "left_to_right")
 ESTIMATED_BY = {
@@ -53,6 +54,7 @@ READ_BY = {
     "loop_to": ("remdm_loop",),
     "loop_alpha": ("remdm_loop",),
     "tokens_per_step": ("mode_seeking",),
+    "noise_at": ("mode_seeking",),
 }
 
 
@@ -71,12 +73,14 @@ class SamplerOptions:
     top_p: float = 1.0  # keep the most probable tokens of x_hat with this sum; 1: all
     min_p: float = 0.0  # drop what is less probable from the distribution that is drawn from
     block_length: int = 0  # generate blocks of so many tokens from left to right; 0: all at once
+    stop_at_end: bool = False  # blocks: a text ends with the end token, what follows is padding
     kappa: float = 0.95  # psi: weight of the posterior against the marginal
     eta: float = 0.02  # remdm: cap of the remasking probability, or its share of the largest legal
     loop_from: float = 0.55  # remdm_loop: the loop takes the steps from here ...
     loop_to: float = 0.05  # ... to here (1: first step, 0: last), as t_on and t_off of the paper
     loop_alpha: float = 0.9  # remdm_loop: alpha during the loop
     tokens_per_step: int = 0  # mode_seeking: positions redrawn a step; 0: enough to draw each once
+    noise_at: str = "step"  # mode_seeking: a token is noise at the step's time, or as in the prior
     sweeps: int = 1  # gibbs: redraws of a share `rho` of the positions after each ancestral step
     rho: float = 0.1  # gibbs: share of the positions that a sweep redraws
     order: str = "entropy"  # confidence: which mask is lifted first, one of ORDERS
@@ -90,7 +94,8 @@ class SamplerOptions:
     fill_masks: bool = True  # draw what is still masked after the last step from x_hat
 
     def __post_init__(self):
-        for name, legal in (("method", METHODS), ("grid", GRIDS), ("order", ORDERS)):
+        choices = {"method": METHODS, "grid": GRIDS, "order": ORDERS, "noise_at": NOISE_TIMES}
+        for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise InputError(
                     f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(legal)}"

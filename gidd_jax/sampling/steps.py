@@ -301,7 +301,8 @@ def mode_seeking_step(
 
     drawn, log_probs, gain = network.ask(active, judge, levels, z_t)
     noise = process.mass_at(process.beta_pi(expand_time(t, z_t)), z_t)
-    chosen = highest(gain * noise, active, count)
+    # What cannot be noise is right: under masks alone a token that was drawn.
+    chosen = highest(gain * noise, active & (noise > 0), count)
     return Taken(jnp.where(chosen, drawn, z_t), log_probs, active)
 
 

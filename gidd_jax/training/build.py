@@ -45,11 +45,12 @@ def build_process(
 
 
 def build_model(
-    settings: ModelSettings, vocab_size: int, position_times: bool = False
+    settings: ModelSettings, vocab_size: int, position_times: bool = False, block_length: int = 0
 ) -> DiT | TimeFreeTransformer | Llama:
     """Return the network (a Linen module without parameters).
 
-    position_times: it is told the times of positions, as `Settings.position_times` says.
+    position_times: it is told the times of positions, as `Settings.position_times` says;
+    block_length: that of `settings.train`.
     """
     shared = {
         "vocab_size": vocab_size,
@@ -66,7 +67,10 @@ def build_model(
         return Llama(**shared)
     if settings.name == "gidd":
         return TimeFreeTransformer(
-            **shared, **_parametrization(settings), position_times=position_times
+            **shared,
+            **_parametrization(settings),
+            position_times=position_times,
+            block_length=block_length,
         )
     return DiT(cond_dim=settings.cond_dim, position_times=position_times, **shared)
 
@@ -98,7 +102,9 @@ def build_objective(
 ) -> Objective:
     """Return what the network is trained on; `own` as in `build_process`."""
     return Objective(
-        model=build_model(settings.model, vocab_size, settings.position_times),
+        model=build_model(
+            settings.model, vocab_size, settings.position_times, settings.train.block_length
+        ),
         process=build_process(settings.process, vocab_size, mask_id, own),
         weighting=settings.train.weighting,
         min_weight=settings.train.min_weight,
@@ -114,5 +120,6 @@ def build_objective(
             givens=settings.data.givens,
             givens_kind=settings.data.givens_kind,
             whole_vocabulary=settings.process.uniform_ids == "all",
+            block_length=settings.train.block_length,
         ),
     )

@@ -71,7 +71,7 @@ def train(
         check_wandb()
     num_steps, batch_size = settings.train.num_steps, settings.train.batch_size
     seq_len = settings.model.max_seq_len
-    optimizer = make_optimizer(settings.optimizer, num_steps)
+    optimizer = make_optimizer(settings.optimizer, settings.model, num_steps)
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     sharding.check_batch_size(batch_size // settings.train.micro_batches, mesh)
     hosts = (jax.process_index(), jax.process_count())
@@ -122,7 +122,11 @@ def train(
             num_steps,
             first,
             tokens_per_step=batch_size * seq_len,
-            flops_per_token=flops_per_token(settings.model, tokenizer.vocab_size),
+            flops_per_token=flops_per_token(
+                settings.model,
+                tokenizer.vocab_size,
+                by_blocks=settings.train.block_length > 0,
+            ),
         )
         stack.enter_context(contextlib.closing(progress))
         reporter = Reporter(settings, writer, progress, checkpointer, workdir)

@@ -44,25 +44,28 @@ def num_columns(model: ModelSettings, vocab_size: int) -> int:
     return padded_vocab_size(vocab_size) if model.name == "dit" else vocab_size
 
 
-def flops_per_token(model: ModelSettings, vocab_size: int) -> float:
+def flops_per_token(model: ModelSettings, vocab_size: int, *, by_blocks: bool = False) -> float:
     """Return the FLOPs of one token's forward and backward pass at the full context length.
 
     Six per weight of a matrix product (the output projection too, with the columns that pad the
     vocabulary) and the two products of attention, of which causal attention needs half. The
-    time conditioning is computed once per sequence and left out: less than 0.1 %.
+    time conditioning is computed once per sequence and left out: less than 0.1 %. by_blocks: the
+    layers go through noisy and clean tokens, all against all, as the plain form computes it.
     """
-    weights, attention = _layer_products(model)
+    weights, attention = _layer_products(model, by_blocks)
     output = model.hidden_size * num_columns(model, vocab_size)
     return 6.0 * (model.num_layers * weights + output) + 3.0 * model.num_layers * attention
 
 
-def recomputed_flops_per_token(model: ModelSettings, keeps_attention: bool) -> float:
+def recomputed_flops_per_token(
+    model: ModelSettings, keeps_attention: bool, *, by_blocks: bool = False
+) -> float:
     """Return the FLOPs of one token that model.remat adds: what the backward pass computes again.
 
     `full`: the layers' whole forward pass; `attention` and `dots`: attention, but where it
     `keeps_attention` (the TPU's kernel does), and `attention` the products with weights, too.
     """
-    weights, attention = _layer_products(model)
+    weights, attention = _layer_products(model, by_blocks)
     kept = attention if keeps_attention else 0.0
     again = {
         "none": 0.0,
@@ -73,12 +76,13 @@ def recomputed_flops_per_token(model: ModelSettings, keeps_attention: bool) -> f
     return model.num_layers * again[model.remat]
 
 
-def _layer_products(model: ModelSettings) -> tuple[int, int]:
+def _layer_products(model: ModelSettings, by_blocks: bool) -> tuple[int, int]:
     """Return the weights of a layer's products, and the FLOPs of its attention (one token)."""
     D, L = model.hidden_size, model.max_seq_len
     if model.name == "llama":
         return 4 * D * D + 3 * D * (4 * D), 2 * L * D
-    return 4 * D * D + 2 * D * (4 * D), 4 * L * D
+    twice = 2 if by_blocks else 1
+    return twice * (4 * D * D + 2 * D * (4 * D)), twice**2 * 4 * L * D
 
 
 class MetricWriter:

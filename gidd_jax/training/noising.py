@@ -34,6 +34,8 @@ class Noised(NamedTuple):
 class Noising:
     """Shares of the rows with times by position, ascending times, given tokens of a kind.
 
+    block_length: each block of so many tokens has its own time; 0: rows have one.
+
     whole_vocabulary: noise that is not the mask is drawn from all ids, the mask among them, as in
     the scaling paper's code; the process has it from the others.
     """
@@ -43,14 +45,17 @@ class Noising:
     givens: float = 0.0
     givens_kind: str = "mixed"
     whole_vocabulary: bool = False
+    block_length: int = 0
 
     def times(self, process: InterpolatingProcess, key: jax.Array, rows: jax.Array, length: int):
         """Return the times of positions, [B, length], of rows at times [B]; [B] if no share is."""
+        if self.block_length:
+            rows = block_times(process, rows, length, self.block_length)
         if self.by_position == self.ascending == 0:
             return rows
         time_key, choice_key = jax.random.split(key)
         u = jax.random.uniform(time_key, (len(rows), length))
-        choice = jax.random.uniform(choice_key, rows.shape)
+        choice = jax.random.uniform(choice_key, rows.shape[:1])
         return position_times(process, rows, u, choice, self.by_position, self.ascending)
 
     def noisy(
@@ -84,13 +89,29 @@ def position_times(
 ) -> jax.Array:
     """Return times [B, L] of positions: their own in some rows, ascending in some, else the row's.
 
-    rows [B] the times of rows; u [B, L] and choice [B] uniforms in [0, 1): the position's own time,
-    and which rows are which.
+    rows [B] the times of rows, or [B, L] of their blocks; u [B, L] and choice [B] uniforms in
+    [0, 1): the position's own time, and which rows are which.
     """
     own = process.t_min + (process.t_max - process.t_min) * u
     length = u.shape[-1]
     ramp = jnp.arange(1, length + 1, dtype=u.dtype)[None] / (length + 1)
     ramp = jnp.clip(ramp, process.t_min, process.t_max)
     choice = choice[:, None]
-    rest = jnp.where(choice < by_position + ascending, ramp, rows[:, None])
+    rows = rows[:, None] if rows.ndim == 1 else rows
+    rest = jnp.where(choice < by_position + ascending, ramp, rows)
     return jnp.where(choice < by_position, own, rest)
+
+
+def block_times(
+    process: InterpolatingProcess, rows: jax.Array, length: int, block_length: int
+) -> jax.Array:
+    """Return times [B, length], one a block: a row's blocks are spread evenly over all times.
+
+    rows [B]: the time of the first block, of which the others follow, so that each has the
+    distribution of a row's.
+    """
+    count = -(-length // block_length)
+    span = process.t_max - process.t_min
+    shifts = jnp.arange(count) / count
+    u = ((rows[:, None] - process.t_min) / span + shifts[None]) % 1.0
+    return jnp.repeat(process.t_min + span * u, block_length, axis=1)[:, :length]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gidd_jax.loss import GiddLoss, autoregressive_loss, gidd_loss, mdlm_loss, mdlm_weights
 from gidd_jax.models.dit import DiT
-from gidd_jax.models.gidd import TimeFreeTransformer
+from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
 from gidd_jax.models.llama import Llama
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
@@ -38,17 +38,21 @@ class Objective:
     aggregation: str = "mean"  # of the losses of positions: mean | sum
     noising: Noising = PLAIN
 
-    def apply(self, params: Params, *inputs: jax.Array) -> jax.Array:
+    def apply(self, params: Params, *inputs: jax.Array | None) -> jax.Array:
         """Return the network's logits."""
         return self.model.apply({"params": params}, *inputs)  # pyright: ignore[reportReturnType]
 
-    def denoise(self, params: Params, z_t: jax.Array, times: jax.Array) -> jax.Array:
-        """Return the logits for noisy tokens whose positions are at times [B] or [B, L]."""
-        return self.apply(params, z_t, self._told(times))
+    def denoise(self, params: Params, x: jax.Array, z_t: jax.Array, times: jax.Array) -> jax.Array:
+        """Return the logits for noisy tokens whose positions are at times [B] or [B, L].
 
-    def _told(self, times: jax.Array) -> jax.Array:
+        x: the clean tokens, of which a model by blocks sees the blocks before each.
+        """
+        return self.apply(params, *self._inputs(x, z_t, times))
+
+    def _inputs(self, x: jax.Array, z_t: jax.Array, times: jax.Array) -> tuple[Any, ...]:
         assert self.process is not None
-        return told(self.model, self.process, times)
+        inputs = z_t, told(self.model, self.process, times)
+        return (*inputs, None, x) if blocks_of(self.model) else inputs
 
     def noise(
         self,
@@ -77,7 +81,7 @@ class Objective:
         if self.process is None:
             nll = autoregressive_loss(self.apply(params, x), x)
             return GiddLoss(loss=nll, elbo=nll, kl=nll, is_div=jnp.zeros_like(nll))
-        logits = self.denoise(params, noised.z_t, noised.times)
+        logits = self.denoise(params, x, noised.z_t, noised.times)
         arguments = (self.process, logits, x, noised.z_t, noised.t)
         if isinstance(self.process, MaskedProcess):
             return mdlm_loss(*arguments, keep_padding_columns=self.keep_padding_columns)
@@ -97,7 +101,7 @@ class Objective:
         The same numbers as `losses`, by the fused projection; only the sum can be differentiated.
         """
         z_t, t = noised.z_t, noised.t
-        inputs = (x,) if self.process is None else (z_t, self._told(noised.times))
+        inputs = (x,) if self.process is None else self._inputs(x, z_t, noised.times)
         h: Any = self.model.apply({"params": params}, *inputs, method="features")
         weights = elbo_weights = jnp.ones((), jnp.float32)
         scale = jnp.ones((), jnp.float32)  # of the cross-entropy in the KL

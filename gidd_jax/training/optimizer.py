@@ -1,20 +1,23 @@
-"""Learning-rate schedule and optimizers: clipping, then AdamW, PSGD Kron or Muon.
+"""Learning-rate schedules and optimizers: clipping, then AdamW, LaProp, PSGD Kron or Muon.
 
-The schedules are those of the GIDD code. Weight decay is decoupled and acts on every parameter.
+The schedules are those of the code of GIDD and, wsd, of the scaling paper (arXiv 2512.10858), whose
+groups of parameters CompleteP's are. Weight decay is decoupled; it acts on every parameter, or with
+CompleteP as the groups say.
 """
 
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gidd_jax.settings import OptimizerSettings
+from gidd_jax.settings import ModelSettings, OptimizerSettings
 
 Schedule = Callable[[Any], Any]  # step -> float32
+AUX_RATE = 0.02  # CompleteP: rate of all that is no matrix of a block / learning rate
 
 # Kernels inside `blocks` carry their layer on axis 0. What Muon makes orthogonal is one matrix
 # (input axes, output axes) per layer, and per part where one kernel holds several matrices (the
@@ -33,21 +36,26 @@ _MUON_AXES = {
 
 
 def learning_rate(settings: OptimizerSettings, num_steps: int) -> Schedule:
-    """Return the learning rate as a float32 function of the 0-based step.
+    """Return the learning rate as a float32 function of the 0-based step (float64 under x64).
 
-    cosine and linear rise linearly from 0 over warmup_steps, then fall to final_lr_ratio of the
-    peak (cosine) or to 0 (linear) at num_steps. constant has no warm-up.
+    All but constant, which has no warm-up, rise linearly from 0 over warmup_steps. Then cosine
+    falls to final_lr_ratio of the peak and linear to 0, at num_steps; wsd stays, and over the last
+    cooldown_steps falls to 0 by one less the root of their finished part (0 steps: it never falls).
     """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if settings.schedule == "constant":
-        return lambda step: jnp.full(jnp.shape(step), peak, jnp.float32)
+        return lambda step: jnp.full(jnp.shape(step), peak, float)
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step)
-        rising = step.astype(jnp.float32) / max(warmup, 1)
+        rising = step.astype(float) / max(warmup, 1)
         # Counted from the end, in integers: float32 is then accurate down to the last step.
-        left = jnp.clip(num_steps - step, 0).astype(jnp.float32) / max(num_steps - warmup, 1)
-        if settings.schedule == "cosine":
+        left = jnp.clip(num_steps - step, 0).astype(float) / max(num_steps - warmup, 1)
+        if settings.schedule == "wsd":
+            cooldown = settings.cooldown_steps
+            cooled = jnp.clip(step - (num_steps - cooldown), 0, cooldown).astype(float)
+            left = 1 - jnp.sqrt(cooled / max(cooldown, 1))
+        elif settings.schedule == "cosine":
             low = settings.final_lr_ratio
             left = low + (1 - low) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
         return peak * jnp.where(step < warmup, rising, left)
@@ -56,17 +64,22 @@ def learning_rate(settings: OptimizerSettings, num_steps: int) -> Schedule:
 
 
 def make_optimizer(
-    settings: OptimizerSettings, num_steps: int
+    settings: OptimizerSettings, model: ModelSettings, num_steps: int
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run: clipping by global norm, then the chosen update rule.
 
-    The schedule reads the optimizer's own count, so the first update has the rate of step 0.
-    `update` takes the gradient's norm as `grad_norm`: beyond skip_above nothing changes, that
-    count included.
+    Of the model's settings parametrization, width and depth count. The schedule reads the
+    optimizer's own count, so the first update has the rate of step 0. `update` takes the gradient's
+    norm as `grad_norm`: beyond skip_above nothing changes, that count included.
     """
-    rules = {"adamw": _adamw, "psgd": _psgd, "muon": _muon}
-    rule = rules[settings.name](settings, learning_rate(settings, num_steps))
-    chain = optax.chain(_clip(settings.clip_norm), rule)
+    rate = learning_rate(settings, num_steps)
+    if model.parametrization == "completep":
+        rule = _completep(settings, rate, model.hidden_size, model.num_layers)
+    else:
+        rules = {"adamw": _adamw, "laprop": _laprop, "psgd": _psgd, "muon": _muon}
+        rule = rules[settings.name](settings, rate)
+    clip = _clip(settings.clip_norm) if settings.clip_norm > 0 else optax.identity()
+    chain = optax.chain(clip, rule)
     if settings.skip_above > 0:
 
         def is_small(step: Any, **extra_args: Any) -> jax.Array:
@@ -94,6 +107,77 @@ def _clip(largest: float) -> optax.GradientTransformation:
 def _adamw(settings: OptimizerSettings, rate: Schedule) -> optax.GradientTransformation:
     return optax.adamw(
         rate, settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def _laprop(settings: OptimizerSettings, rate: Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        _laprop_direction(settings.b1, settings.b2, settings.eps),
+        optax.add_decayed_weights(settings.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _laprop_direction(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """LaProp (arXiv 2002.04839): momentum of gradients that are already normalised.
+
+    Both averages are corrected for their start, so the first step is the sign of the gradient.
+    """
+    return optax.chain(
+        optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
+        optax.ema(b1, debias=True),
+    )
+
+
+class Group(NamedTuple):
+    """What a parameter of a group has: the factor of the learning rate, and the weight decay."""
+
+    rate: float
+    decay: float
+
+
+def completep_groups(settings: OptimizerSettings, width: int) -> dict[str, Group]:
+    """Return CompleteP's groups by name (scaling paper's code): a matrix moves by rate / width.
+
+    Decay is multiplied by the rate of its group: that of matrices is the same at every width.
+    """
+    return {
+        "bulk": Group(1 / width, settings.weight_decay * width),
+        "norm": Group(AUX_RATE, settings.norm_decay),
+        "bias": Group(AUX_RATE, settings.bias_decay),
+        "embedding": Group(AUX_RATE, 0.0),
+    }
+
+
+def completep_group(names: list[str]) -> str:
+    """Return the name of the group of the parameter that has this path in `models.gidd`."""
+    if any("norm" in name for name in names):
+        return "norm"
+    if {"vocab_embed", "output"} & set(names):
+        return "embedding"
+    if {"bias", "sink_key", "sink_value"} & set(names):
+        return "bias"
+    return "bulk"
+
+
+def _completep(
+    settings: OptimizerSettings, rate: Schedule, width: int, depth: int
+) -> optax.GradientTransformation:
+    """AdamW or LaProp with CompleteP's rates, decays, and eps / (width * depth)."""
+    groups = completep_groups(settings, width)
+    direction = {"adamw": optax.scale_by_adam, "laprop": _laprop_direction}[settings.name]
+
+    def scaled(path: tuple[Any, ...], update: Any, param: Any) -> Any:
+        group = groups[completep_group(_names(path))]
+        return group.rate * (update + group.decay * param)
+
+    def grouped(updates: Any, params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(scaled, updates, params)
+
+    return optax.chain(
+        direction(settings.b1, settings.b2, settings.eps / (width * depth)),
+        optax.stateless(grouped),
+        optax.scale_by_learning_rate(rate),
     )
 
 

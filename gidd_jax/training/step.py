@@ -150,7 +150,7 @@ def evaluation_step(
     else:
         bound = nelbo(
             objective.process,
-            lambda z_t, t: objective.denoise(params, z_t, t),
+            lambda z_t, t: objective.denoise(params, x, z_t, t),
             bound_key,
             x,
             keep_padding_columns=objective.keep_padding_columns,

@@ -120,8 +120,8 @@ def test_a_process_of_ones_own_that_cannot_be_measured_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--methods=ancestral",), "--methods, --told and --out belong to --sampler"),
-        (("--told=row",), "--methods, --told and --out belong to --sampler"),
+        (("--methods=ancestral",), "--methods and --told belong to --sampler"),
+        (("--told=row",), "--methods and --told belong to --sampler"),
         (("--sampler", "--methods=first_hitting"), "needs a process whose only noise is the mask"),
         (("--sampler", "--out=laws.txt"), "--out must end in .json"),
     ],

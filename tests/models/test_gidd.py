@@ -1,18 +1,13 @@
 """The scaling paper's network against the reference's numbers, in float64 and in float32."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN_SCALING
+from scaling_models import model_of
 
 from gidd_jax.errors import InputError
-from gidd_jax.interchange.fields import Fields
-from gidd_jax.interchange.gidd_config import gidd_network
-from gidd_jax.interchange.tensors import gidd_format, params_from_torch
-from gidd_jax.interchange.weight_files import read_safetensors
 from gidd_jax.models.gidd import Cache, TimeFreeTransformer, prompts, sees_prompt
 from gidd_jax.parallel import sharding
 from gidd_jax.process import LogSnrProcess
@@ -20,22 +15,6 @@ from gidd_jax.training.objective import Noised, Objective
 
 NAMES = ("published", "fanin", "tied")
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
-def model_of(folder, dtype="float32"):
-    """The network of a golden folder, and its parameters as NumPy arrays."""
-    file = GOLDEN_SCALING / folder / "config.json"
-    network = gidd_network(Fields(file, json.loads(file.read_text())))
-    form = gidd_format(
-        network.num_heads,
-        normed_heads=network.normed_heads,
-        sink=network.sink,
-        mlp_bias=network.mlp_bias,
-        tie_embeddings=network.tie_embeddings,
-    )
-    params = params_from_torch(read_safetensors(file.parent)[0], form, network.num_layers)
-    params = jax.tree.map(lambda a: a.astype(dtype), params)
-    return network.clone(dtype=jnp.dtype(dtype)), params
 
 
 def arrays_of(name):

@@ -144,7 +144,7 @@ def restored(folder: Path, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
     settings = tiny_settings(folder, **CHANGES)
     tokenizer = load_tokenizer(settings.data.tokenizer)
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
-    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    optimizer = make_optimizer(settings.optimizer, settings.model, settings.train.num_steps)
     with (
         activate(mesh),
         Checkpointer(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from gidd_jax.cli import load_config
 from gidd_jax.hardware import CHIPS
 from gidd_jax.ops.attention import OUTPUT_NAME, attention
 from gidd_jax.planning.estimate import (
@@ -17,8 +18,10 @@ from gidd_jax.planning.estimate import (
     find_kernels,
     read_estimate,
 )
-from gidd_jax.planning.plan import make_plan
+from gidd_jax.planning.plan import _advice, make_plan
 from gidd_jax.planning.report import as_report, describe
+from gidd_jax.settings import Settings
+from gidd_jax.training.scaling_laws import advise
 
 V5E = next(chip for chip in CHIPS if chip.name == "v5e")
 KERNEL = Kernel("attention", 2, 0.985e12, 1e6)
@@ -217,3 +220,26 @@ def test_the_plan_shows_the_estimate(plan):
     # What devices send each other may take longer than what they compute.
     slow = dataclasses.replace(estimated, sent=[s._replace(bytes=1e12) for s in plan.sent])
     assert slow.estimated_step == slow.time.interconnect > 22e-3
+
+
+def test_the_plan_says_what_the_laws_advise_where_they_hold(plan):
+    assert plan.advice is None  # of another network
+    assert as_report(plan)["advice"] is None
+    assert "laws" not in describe(plan)
+    advised = dataclasses.replace(plan, advice=advise(10**9, 2048))
+    line = describe(advised).splitlines()[-1]
+    assert line == (
+        "laws of the scaling paper for 1.000 billion tokens: batch 49.1 rows (100,577 tokens), "
+        "learning rate 0.443"
+    )
+    report = as_report(advised)["advice"]
+    assert report["tokens"] == 10**9
+    assert report["learning_rate"] == pytest.approx(0.443458516682758)
+
+
+def test_the_laws_read_the_tokens_of_the_run():
+    settings = Settings.from_config(load_config("gidd_scaling:25M,1e9"))
+    advice = _advice(settings)
+    assert advice == advise(settings.train.num_steps * settings.train.batch_size * 2048, 2048)
+    model = dataclasses.replace(settings.model, parametrization="standard")
+    assert _advice(dataclasses.replace(settings, model=model)) is None

@@ -83,7 +83,7 @@ def builder(settings):
 
 def real_state(settings, mesh):
     objective = build_objective(settings, VOCAB_SIZE, MASK)
-    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    optimizer = make_optimizer(settings.optimizer, settings.model, settings.train.num_steps)
     make_state, _ = state_maker(settings, objective, optimizer, mesh)
     with sharding.activate(mesh):
         return make_state(jax.random.key(0))

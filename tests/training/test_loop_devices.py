@@ -44,7 +44,7 @@ def run_steps(
     On the first devices; from `start`, or from an initialisation on the mesh.
     """
     objective = build_objective(settings, VOCAB_SIZE, VOCAB_SIZE - 1)
-    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    optimizer = make_optimizer(settings.optimizer, settings.model, settings.train.num_steps)
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     rng, losses = np.random.default_rng(0), []
     with sharding.activate(mesh):

@@ -115,7 +115,7 @@ def test_validation_in_parts_is_validation_of_the_whole(folder):
         settings = tiny_settings(folder, "ar", **changes)
         objective = build_objective(settings, VOCAB_SIZE, VOCAB_SIZE - 1)
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        optimizer = make_optimizer(settings.optimizer, 20)
+        optimizer = make_optimizer(settings.optimizer, settings.model, 20)
         rng = np.random.default_rng(0)
         rows = [rng.integers(0, 257, n).astype(np.int32) for n in range(1, 17)]
         validation = ValidationBatches(rows, [len(row) for row in rows], 16, 257, 16)

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 
+from gidd_jax.cli import load_config
 from gidd_jax.interchange.tensors import TorchTensors, dit_format, llama_format, params_from_torch
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.settings import OptimizerSettings
+from gidd_jax.settings import Settings
 from gidd_jax.training.noising import Noised
 from gidd_jax.training.objective import Objective
 from gidd_jax.training.optimizer import make_optimizer
@@ -139,21 +140,9 @@ def test_traces_of_the_original(golden, run):
     what = objective(
         name, network, weighting=weighting, keep_padding_columns=True, align_mask_to_input=True
     )
-    settings = OptimizerSettings(
-        name="adamw",
-        learning_rate=rate,
-        b1=0.9,
-        b2=0.99,
-        eps=1e-9,
-        weight_decay=0.02,
-        clip_norm=1.0,
-        skip_above=0.0,
-        warmup_steps=5,
-        schedule="cosine",
-        final_lr_ratio=0.1,
-        ema_decay=0.0,
-    )
-    optimizer = make_optimizer(settings, STEPS)
+    base = Settings.from_config(load_config("base"))  # the original's values
+    settings = dataclasses.replace(base.optimizer, learning_rate=rate, warmup_steps=5)
+    optimizer = make_optimizer(settings, base.model, STEPS)
     state = state_of(jax.tree.map(jnp.asarray, trace_start(run, golden)), optimizer)
     found: dict[str, list[float]] = {key: [] for key in ("loss", "elbo", "grad_norm", "param_norm")}
     with jax.default_matmul_precision("highest"):

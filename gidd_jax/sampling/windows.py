@@ -1,0 +1,220 @@
+"""Blocks from left to right without computing what lies before them again.
+
+A network whose finished tokens see only each other (`models.gidd`) has their keys and values once
+and for all: they are kept while a block is denoised, and every call computes the tokens from the
+block on. The samples are those of whole rows.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gidd_jax.errors import InputError
+from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
+from gidd_jax.sampling.options import SamplerOptions
+
+Cache = Any
+
+
+class View(NamedTuple):
+    """Where windows are: the cache of what lies before `start` int32 [B]."""
+
+    cache: Cache
+    start: jax.Array
+
+
+class Windows(NamedTuple):
+    """A network by windows of rows of ids int32 [B, L].
+
+    open: (cache, ids, start, whether it is the first) -> the cache of what lies before start; the
+    first cache may be None, or have its shapes alone; features: (view, noisy ids) -> what the
+    projection reads, [B, L, D], 0 outside of the windows. block_length: blocks begin at its
+    multiples (0: where tokens to generate begin).
+    """
+
+    open: Callable[[Cache, jax.Array, jax.Array, jax.Array], Cache]
+    features: Callable[[View, jax.Array], jax.Array]
+    block_length: int = 0
+
+    def empty(self, ids: jax.Array) -> View:
+        """Return a view of the shapes that `moved` fills."""
+        start = jnp.zeros(ids.shape[:1], jnp.int32)
+        shapes = jax.eval_shape(self.open, None, ids, start, start > 0)
+        return View(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), start)
+
+    def moved(
+        self,
+        view: View | None,
+        ids: jax.Array,
+        active: jax.Array,
+        block: jax.Array,
+        step: jax.Array,
+    ) -> View:
+        """Return the view of a call: at the first step of a block its rows' windows are opened.
+
+        active bool [B, L]: where the block's tokens may change; block, step: the call's numbers.
+        """
+        assert view is not None
+
+        def opened() -> View:
+            start = jnp.argmax(active, axis=-1).astype(jnp.int32)
+            if self.block_length:
+                start = start // self.block_length * self.block_length
+            return View(self.open(view.cache, ids, start, block == 0), start)
+
+        return jax.lax.cond((step == 0) & jnp.any(active), opened, lambda: view)
+
+    def denoiser(self, view: View | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Return the network as the loop asks it: (noisy ids, times) -> features."""
+        assert view is not None
+        return lambda z_t, times: self.features(view, z_t)
+
+
+def prefix_windows(
+    network: Any, params: Any, width: int, lengths: jax.Array | None = None
+) -> Windows:
+    """Return the windows of a network that was trained with prompts: finished tokens are one.
+
+    They see each other in both directions, so that each block computes them anew. A window sees
+    them, itself and the noise after it: `width` tokens, at least as many as follow the first one to
+    generate. lengths int32 [B]: positions from there on are padding.
+    """
+    run = _runner(network, params)
+
+    def open_at(cache: Cache, ids: jax.Array, start: jax.Array, is_first: jax.Array) -> Cache:
+        del cache, is_first
+        places = jnp.arange(ids.shape[1])
+        return run(ids, places, (places[None] < start[:, None])[:, None, None])[1]
+
+    def features(view: View, z_t: jax.Array) -> jax.Array:
+        cache, start = view
+        rows, length = z_t.shape
+        ends = jnp.full(rows, length) if lengths is None else lengths
+        places = start[:, None] + jnp.arange(width)[None]
+        before = jnp.arange(length)[None] < start[:, None]
+        seen = jnp.concatenate([before, places < ends[:, None]], axis=1)
+        h, _ = run(at(z_t, places), places, seen[:, None, None], cache)
+        return put(length, places, h)
+
+    return Windows(open_at, features)
+
+
+def windows_of(
+    network: Any,
+    params: Any,
+    options: SamplerOptions,
+    width: int,
+    lengths: jax.Array | None = None,
+) -> Windows | None:
+    """Return the windows of a network; None where it computes whole rows.
+
+    width, lengths as in `prefix_windows`.
+    """
+    if not isinstance(network, TimeFreeTransformer) or options.guidance != 1.0:
+        return None
+    if network.block_length:
+        return causal_windows(network, params, network.block_length, lengths)
+    return prefix_windows(network, params, width, lengths) if options.block_length else None
+
+
+def by_blocks(network: Any, options: SamplerOptions) -> SamplerOptions:
+    """Return the options with the blocks that a model by blocks has.
+
+    Raises InputError for options that it, or a model of whole rows, has no use for.
+    """
+    length = blocks_of(network)
+    if length and options.block_length not in (0, length):
+        raise InputError(
+            f"block_length = {options.block_length}: this model was trained by blocks of {length}: "
+            f"use {length}, or 0 for that"
+        )
+    if length and options.guidance != 1.0:
+        raise InputError(
+            "guidance needs a model of whole rows: this one is by blocks, leave it at 1"
+        )
+    options = dataclasses.replace(options, block_length=options.block_length or length)
+    if options.stop_at_end and not options.block_length:
+        raise InputError(
+            "stop_at_end has no effect where all tokens are drawn at once: set block_length"
+        )
+    return options
+
+
+def _runner(network: Any, params: Any) -> Callable[..., Any]:
+    def run(ids: jax.Array, places: jax.Array, mask: jax.Array, cache: Cache = None) -> Any:
+        return network.apply({"params": params}, ids, places, mask, cache=cache, method="run")
+
+    return run
+
+
+def at(ids: jax.Array, places: jax.Array) -> jax.Array:
+    """Return the ids [B, W] at places [B, W] of rows [B, L]; beyond the end the last one."""
+    return jax.vmap(lambda row, where: row[where])(ids, jnp.minimum(places, ids.shape[1] - 1))
+
+
+def put(length: int, places: jax.Array, values: jax.Array) -> jax.Array:
+    """Return [B, length, D] with values [B, W, D] at places [B, W]; those beyond it are dropped."""
+
+    def one(where: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.zeros((length, new.shape[-1]), new.dtype).at[where].set(new, mode="drop")
+
+    return jax.vmap(one)(places, values)
+
+
+def causal_windows(
+    network: Any, params: Any, block_length: int, lengths: jax.Array | None = None
+) -> Windows:
+    """Return the windows of a network that was trained by blocks (`train.block_length`).
+
+    A block sees itself and the finished blocks before it, and nothing that follows; so the keys and
+    values of a finished block are computed once, when the next one begins. lengths as above.
+    """
+    run = _runner(network, params)
+
+    def open_at(cache: Cache, ids: jax.Array, start: jax.Array, is_first: jax.Array) -> Cache:
+        def whole() -> Cache:
+            places = jnp.arange(ids.shape[1])
+            block = places // block_length
+            mask = block[:, None] >= block[None]
+            return run(ids, places, mask[None, None])[1]
+
+        def extended() -> Cache:
+            places = start[:, None] - block_length + jnp.arange(block_length)[None]
+            before = jnp.arange(ids.shape[1])[None] < places[:, :1]
+            seen = jnp.concatenate([before, jnp.ones(places.shape, bool)], axis=1)
+            _, new = run(at(ids, places), places, seen[:, None, None], cache)
+            return jax.tree.map(lambda old, part: _put_keys(old, places, part), cache, new)
+
+        return whole() if cache is None else jax.lax.cond(is_first, whole, extended)
+
+    def features(view: View, z_t: jax.Array) -> jax.Array:
+        cache, start = view
+        places = start[:, None] + jnp.arange(block_length)[None]
+        before = jnp.arange(z_t.shape[1])[None] < start[:, None]
+        ends = jnp.full(len(z_t), z_t.shape[1]) if lengths is None else lengths
+        seen = jnp.concatenate([before, places < ends[:, None]], axis=1)
+        h, _ = run(at(z_t, places), places, seen[:, None, None], cache)
+        return put(z_t.shape[1], places, h)
+
+    return Windows(open_at, features, block_length)
+
+
+def _put_keys(old: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+    """Put new [layers, B, W, ...] into old [layers, B, L, ...] at places [B, W]."""
+
+    def one(row: jax.Array, where: jax.Array, part: jax.Array) -> jax.Array:
+        return row.at[:, where].set(part, mode="drop")
+
+    return jax.vmap(one, in_axes=(1, 0, 1), out_axes=1)(old, places, new)
+
+
+def aligned_blocks(free: jax.Array, block_length: int) -> jax.Array:
+    """Return the number of each position's block [B, L], from 0 at the first free one's.
+
+    Blocks begin at multiples of block_length.
+    """
+    block = jnp.arange(free.shape[1]) // block_length
+    return block[None] - block[jnp.argmax(free, axis=-1)][:, None]

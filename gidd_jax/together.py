@@ -1,0 +1,162 @@
+"""Settings that are legal alone but not together, and keys that nothing would read."""
+
+from typing import TYPE_CHECKING
+
+from gidd_jax.errors import InputError
+from gidd_jax.sections import split_own_process
+
+if TYPE_CHECKING:
+    from gidd_jax.settings import (
+        DataSettings,
+        ModelSettings,
+        OptimizerSettings,
+        ProcessSettings,
+        Settings,
+        TrainSettings,
+    )
+
+# How the losses of a process's tokens may be weighted.
+WEIGHTINGS = {
+    "hybrid": ("elbo", "clip", "dynamic", "dynamic_v1_1"),
+    "log_snr": ("elbo", "clip", "dynamic"),
+    "masked": ("elbo",),  # the MDLM loss is its bound
+    "autoregressive": ("elbo",),  # the exact likelihood
+}
+OF_OWN = ("elbo", "clip", "dynamic")
+
+
+def check_together(settings: "Settings") -> None:
+    """Raise InputError for values that are legal alone but not together."""
+    model, process, train, mesh = settings.model, settings.process, settings.train, settings.mesh
+    if model.hidden_size % (2 * model.num_heads):
+        raise InputError(
+            f"model.hidden_size = {model.hidden_size}: must be a multiple of 2 * model.num_heads = "
+            f"{2 * model.num_heads} (rotary embedding needs an even width per head)"
+        )
+    if (model.name == "llama") != (process.name == "autoregressive"):
+        raise InputError(
+            f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
+            "autoregressive, and dit or gidd with every other process"
+        )
+    if model.name == "llama" and settings.data.givens:
+        raise InputError(
+            f"data.givens = {settings.data.givens}: only diffusion fills in beside given tokens: "
+            "set it to 0"
+        )
+    _check_noising(process, settings.data)
+    if model.name == "llama" and settings.data.frame == "none":
+        raise InputError(
+            "data.frame = none: llama predicts the tokens after one that begins a row: set it to "
+            "ends, or take a diffusion model"
+        )
+    if settings.data.marked and settings.data.frame == "ends":
+        raise InputError("data.marked = True: only rows without a frame do: set data.frame=none")
+    if model.parametrization == "completep" and model.name != "gidd":
+        raise InputError(
+            f"model.parametrization = completep: model.name = {model.name} has no multipliers for "
+            "it: use gidd, or standard"
+        )
+    _check_optimizer(settings.optimizer, model, train)
+    _check_blocks(train, model)
+    own = split_own_process(process.name) is not None
+    if process.options and not own:
+        raise InputError(
+            f"process.options = {process.options}: belong to a process of your own, FILE.py:CLASS; "
+            f"process.name = {process.name} has keys of the section process"
+        )
+    if process.min_log_snr >= process.max_log_snr:
+        raise InputError(
+            f"process.min_log_snr = {process.min_log_snr}: must be less than "
+            f"process.max_log_snr = {process.max_log_snr}"
+        )
+    if train.batch_size % train.micro_batches:
+        raise InputError(
+            f"train.batch_size = {train.batch_size}: must be a multiple of train.micro_batches = "
+            f"{train.micro_batches}"
+        )
+    if train.min_weight > train.max_weight:
+        raise InputError(
+            f"train.min_weight = {train.min_weight}: must be at most train.max_weight = "
+            f"{train.max_weight}"
+        )
+    weightings = OF_OWN if own else WEIGHTINGS[process.name]
+    if train.weighting not in weightings:
+        raise InputError(
+            f"train.weighting = {train.weighting}: process.name = {process.name} has "
+            + " and ".join(weightings)
+        )
+    if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
+        raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
+
+
+def _check_blocks(train: "TrainSettings", model: "ModelSettings") -> None:
+    if train.block_length and model.name != "gidd":
+        raise InputError(
+            f"train.block_length = {train.block_length}: model.name = {model.name} knows no "
+            "blocks: use gidd, or set it to 0"
+        )
+    if train.block_length and model.max_seq_len % train.block_length:
+        raise InputError(
+            f"train.block_length = {train.block_length}: must divide model.max_seq_len = "
+            f"{model.max_seq_len}"
+        )
+
+
+def _check_noising(process: "ProcessSettings", data: "DataSettings") -> None:
+    """Refuse options of the noise in training that contradict each other or that nothing reads."""
+    if process.name == "autoregressive" and process.has_position_times:
+        raise InputError(
+            f"process.by_position = {process.by_position}, process.ascending = {process.ascending}:"
+            " only diffusion has times: set both to 0"
+        )
+    if process.by_position + process.ascending > 1:
+        raise InputError(
+            f"process.ascending = {process.ascending}: must be at most 1 - process.by_position = "
+            f"{1 - process.by_position:g}"
+        )
+    if process.uniform_ids == "all" and process.name not in ("hybrid", "log_snr"):
+        raise InputError(
+            f"process.uniform_ids = all: process.name = {process.name} does not read it: set it to "
+            "others, or take hybrid or log_snr"
+        )
+    if data.givens_kind != "mixed" and data.givens == 0:
+        raise InputError(
+            f"data.givens_kind = {data.givens_kind}: nothing is given with data.givens = 0: set "
+            "the share of the rows, in (0, 1], or leave the kind at mixed"
+        )
+    if data.empty_tokens > 0 and data.frame == "none":
+        raise InputError(
+            f"data.empty_tokens = {data.empty_tokens}: rows without a frame hold nothing but their "
+            "tokens: set it to 0, or data.frame=ends"
+        )
+
+
+def _check_optimizer(
+    optimizer: "OptimizerSettings", model: "ModelSettings", train: "TrainSettings"
+) -> None:
+    """Refuse an optimizer that the parametrization does not have, and keys that nothing reads."""
+    completep = model.parametrization == "completep"
+    if completep and optimizer.name not in ("adamw", "laprop"):
+        raise InputError(
+            f"optimizer.name = {optimizer.name}: model.parametrization = completep has rates for "
+            "adamw and laprop: use one of them, or standard"
+        )
+    for key in ("norm_decay", "bias_decay"):
+        if getattr(optimizer, key) and not completep:
+            raise InputError(
+                f"optimizer.{key} = {getattr(optimizer, key)}: only model.parametrization = "
+                "completep has it; otherwise optimizer.weight_decay acts on every parameter: set "
+                "it to 0"
+            )
+    cooldown = optimizer.cooldown_steps
+    if cooldown and optimizer.schedule != "wsd":
+        raise InputError(
+            f"optimizer.cooldown_steps = {cooldown}: only optimizer.schedule = wsd has a cooldown: "
+            "set it to 0"
+        )
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + cooldown > train.num_steps:
+        raise InputError(
+            f"optimizer.warmup_steps + optimizer.cooldown_steps = "
+            f"{optimizer.warmup_steps + cooldown}: must be at most train.num_steps = "
+            f"{train.num_steps} with optimizer.schedule = wsd"
+        )

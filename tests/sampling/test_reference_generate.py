@@ -1,0 +1,232 @@
+"""The scaling paper's generate(), token by token with its stored draws, out of our parts.
+
+Greedy runs go through the sampling loop as it is. Of random ones the draws are the reference's: its
+inverse of the whole posterior at stored uniforms.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN_SCALING
+from scaling_models import model_of
+
+from gidd_jax.draws import row_keys
+from gidd_jax.loss import masked_logits
+from gidd_jax.process import LogSnrProcess, expand_time
+from gidd_jax.sampling.filters import filter_log_probs, unnormalised
+from gidd_jax.sampling.loop import Prompt, sample_diffusion
+from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.schedule import time_grid
+from gidd_jax.sampling.steps import highest, mode_seeking_step
+from gidd_jax.sampling.thinning import network_at
+from gidd_jax.sampling.windows import View, prefix_windows
+
+MASK, EOS, PAD = 3, 1, 2
+CASES = json.loads((GOLDEN_SCALING / "s04_cases.json").read_text())
+GRIDS = {"cosine": "cosine", "linear": "uniform"}
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    with np.load(GOLDEN_SCALING / "s04_generate.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def process_of(network_name):
+    shift = {"published": 1000.0, "fanin": 0.0, "tied": -1000.0}[network_name]
+    return LogSnrProcess(97, MASK, shift=shift)
+
+
+def start_of(process, arrays, key):
+    """Prior noise of all positions, of the stored draws; the prompt; its length."""
+    mass = process.prior()
+    share = float(mass.uniform) * process.num_noise_tokens
+    is_uniform = arrays[f"{key}/prior_rand"] < share
+    x = np.where(is_uniform, arrays[f"{key}/prior_randint"], MASK)
+    length = 0
+    if f"{key}/prompt" in arrays:
+        prompt = arrays[f"{key}/prompt"]
+        length = prompt.shape[1]
+        x[:, :length] = prompt
+    return jnp.asarray(x, jnp.int32), length
+
+
+def by_inverse(probs, uniforms):
+    """The number of entries of the cumulative distribution that are at most u."""
+    cumulative = jnp.cumsum(probs, axis=-1)
+    return jnp.sum(cumulative / cumulative[..., -1:] <= uniforms[..., None], axis=-1)
+
+
+def steps_of(case, process):
+    options = case["args"]
+    grid = time_grid(process, options["steps"], GRIDS[options["noise_schedule"]])
+    t, s = map(jnp.asarray, grid)
+    filters = {"temperature": options["temperature"], "top_k": options.get("top_k") or 0}
+    filters["top_p"] = options.get("top_p") or 1.0
+    count = jnp.asarray(options.get("tokens_per_step", 1))
+
+    def ancestral(logits, z, uniforms, number):
+        x_hat = jnp.exp(filter_log_probs(jax.nn.log_softmax(logits), **filters))
+        return by_inverse(process.posterior_probs(x_hat, z, t[number], s[number]), uniforms)
+
+    def adaptive(logits, z, uniforms, number):
+        p = jax.nn.softmax(logits)
+        gain = jnp.max(p, axis=-1) - jnp.take_along_axis(p, z[..., None], axis=-1)[..., 0]
+        noise = process.mass_at(process.beta_pi(expand_time(t[number], z)), z)
+        chosen = highest(gain * noise, noise > 0, jnp.broadcast_to(count, z.shape[:1]))
+        x_hat = jnp.exp(filter_log_probs(jax.nn.log_softmax(logits), **filters))
+        return jnp.where(chosen, by_inverse(x_hat, uniforms), z)
+
+    return {"ancestral": ancestral, "adaptive": adaptive}[options["sampling_method"]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["key"] for case in CASES])
+def test_runs_of_the_reference_token_by_token(arrays, case):
+    key, options = case["key"], case["args"]
+    network, params = model_of(f"s01_hf_{case['model']}")
+    process = process_of(case["model"])
+    x, prompt = start_of(process, arrays, key)
+    rows, length = x.shape
+    width = options["block_length"]
+    windows = prefix_windows(network, params, length)
+    step = jax.jit(steps_of(case, process))
+    open_at = jax.jit(windows.open)
+
+    @jax.jit
+    def logits_of(view, x):
+        h = windows.features(view, x)
+        return masked_logits(process, network.apply({"params": params}, h, method="project"))
+
+    number, calls = 0, 0
+    for begin in range(prompt, prompt + options["max_length"], width):
+        end = min(begin + width, length)
+        if begin >= length:
+            break
+        start = jnp.full(rows, begin)
+        view = View(open_at(None, x, start, jnp.array(True)), start)
+        logits, changed = None, True
+        for i in range(options["steps"]):
+            if changed:  # the network is told no time: what saw the same says the same
+                logits = logits_of(view, x)[:, begin:end]
+                least = max(0, options.get("min_length", 0) + prompt - begin)
+                is_early = jnp.arange(end - begin)[None, :, None] < least
+                is_end = (jnp.arange(97) == EOS)[None, None]
+                logits = jnp.where(is_early & is_end, -jnp.inf, logits)
+                calls += 1
+            u = arrays[f"{key}/uniforms"][number].reshape(rows, width)[:, : end - begin]
+            z = step(logits, x[:, begin:end], jnp.asarray(u, jnp.float32), i)
+            changed = bool(jnp.any(z != x[:, begin:end]))
+            x = x.at[:, begin:end].set(z)
+            wanted = arrays[f"{key}/trace_x"][number][:, : end - begin]
+            np.testing.assert_array_equal(z, wanted, err_msg=f"step {number}")
+            number += 1
+        if jnp.all(jnp.any(x[:, prompt:end] == EOS, axis=-1)):
+            break
+    assert (number, calls) == (case["steps_run"], case["network_calls"])
+    output = arrays[f"{key}/output"]
+    kept = output != PAD  # from the first end token on the reference writes padding
+    np.testing.assert_array_equal(np.asarray(x)[:, : output.shape[1]][kept], output[kept])
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPrior(LogSnrProcess):
+    """A process whose prior noise is given."""
+
+    noise: tuple[int, ...] = ()
+
+    def sample_prior(self, key, shape):
+        return jnp.broadcast_to(jnp.asarray(self.noise, jnp.int32), shape)
+
+
+GREEDY = [c for c in CASES if c["args"]["temperature"] == 0.0]
+
+
+@pytest.mark.parametrize("case", GREEDY, ids=[case["key"] for case in GREEDY])
+def test_greedy_runs_through_the_loop_as_it_is(arrays, case):
+    key, asked = case["key"], case["args"]
+    network, params = model_of(f"s01_hf_{case['model']}")
+    plain = process_of(case["model"])
+    x, prompt = start_of(plain, arrays, key)
+    options = SamplerOptions(
+        num_steps=asked["steps"],
+        method="mode_seeking",
+        grid="uniform",
+        temperature=0.0,
+        block_length=asked["block_length"],
+        tokens_per_step=1,
+    )
+    windows = prefix_windows(network, params, x.shape[1])
+    for row in range(len(x)):
+        process = StoredPrior(97, MASK, shift=plain.shift, noise=tuple(np.asarray(x[row]).tolist()))
+        ids = x[row : row + 1]
+
+        def run(keys, process=process, ids=ids):
+            return sample_diffusion(
+                process,
+                None,
+                options,
+                keys,
+                ids.shape[1],
+                Prompt(ids, jnp.arange(ids.shape[1])[None] >= prompt),
+                asked["max_length"],
+                project=lambda h: network.apply({"params": params}, h, method="project"),
+                windows=windows,
+            )
+
+        found = jax.jit(run)(row_keys(jax.random.key(0), jnp.arange(1))).ids[0]
+        wanted = arrays[f"{key}/output"][row]
+        kept = wanted != PAD
+        np.testing.assert_array_equal(np.asarray(found)[: len(wanted)][kept], wanted[kept])
+
+
+def saying(logits, process, temperature):
+    """A network of these logits, for one step."""
+    weights = lambda said: unnormalised(said, temperature)  # noqa: E731
+    return network_at(process, lambda z, t: logits, lambda h: h, weights, logits[..., 0], None)
+
+
+@pytest.mark.parametrize("split", ["s03", "s09"])
+def test_the_adaptive_rule_takes_the_positions_and_tokens_of_the_reference(split):
+    """s03: tokens are noise at the time of the step, as in the port; s09: as in the prior."""
+    name = {"s03": "s03_sampler_steps", "s09": "s09_jax_sampler_likelihood"}[split]
+    data = np.load(GOLDEN_SCALING / f"{name}.npz")
+    found = 0
+    for case in json.loads((GOLDEN_SCALING / "adaptive_cases.json").read_text())[split]:
+        z = jnp.asarray(data["z"])
+        process = LogSnrProcess(97, MASK, shift=case["shift"])
+        t = 1 / (1 + np.exp(case["log_snr"]))
+        active = jnp.asarray(data["noise_mask"]) if split == "s09" else jnp.ones(z.shape, bool)
+        logits = masked_logits(process, jnp.asarray(data["logits"]))
+        taken = mode_seeking_step(
+            process,
+            row_keys(jax.random.key(0), jnp.arange(len(z))),
+            saying(logits, process, case["temperature"]),
+            z,
+            active,
+            t,
+            jnp.full(len(z), case["count"]),
+        )
+        wanted = data[case["key"]]
+        changed = np.asarray(taken.ids != z)
+        if case["temperature"] == 0:
+            np.testing.assert_array_equal(taken.ids, wanted, err_msg=case["key"])
+            found += 1
+        # What is drawn is random; where it is put is not.
+        assert np.all(changed.sum(-1) <= case["count"])
+    assert found >= 6
+
+
+@pytest.mark.parametrize("steps", [1, 5, 16])
+def test_grids_are_the_references(steps):
+    data = np.load(GOLDEN_SCALING / "s03_sampler_steps.npz")
+    process = LogSnrProcess(97, MASK)
+    for name, grid in GRIDS.items():
+        times = 1 / (1 + np.exp(data[f"grid/{name}/{steps}"]))
+        t, s = time_grid(process, steps, grid)
+        np.testing.assert_allclose(t, times[:0:-1], rtol=2e-5)
+        np.testing.assert_allclose(s, times[-2::-1], rtol=2e-5)

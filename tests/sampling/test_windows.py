@@ -1,0 +1,179 @@
+"""Blocks with a cache against whole rows: the same features, the same samples."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gidd_jax.draws import row_keys
+from gidd_jax.errors import InputError
+from gidd_jax.models.gidd import TimeFreeTransformer, sees_prompt
+from gidd_jax.process import LogSnrProcess
+from gidd_jax.sampling.loop import Prompt, sample_diffusion
+from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.windows import View, by_blocks, causal_windows, prefix_windows, windows_of
+
+VOCAB, LENGTH, BLOCK = 17, 22, 4
+NETWORK = TimeFreeTransformer(VOCAB, 16, 2, 2, max_seq_len=LENGTH, position_times=True)
+PROCESS = LogSnrProcess(VOCAB, VOCAB - 1, shift=0.0)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+@pytest.fixture(scope="module")
+def params():
+    inputs = jnp.zeros((1, 4), jnp.int32), jnp.zeros(1)
+    params = nn.unbox(NETWORK.init(jax.random.key(0), *inputs))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def rows(seed=0, count=3):
+    return jax.random.randint(jax.random.key(seed), (count, LENGTH), 0, VOCAB)
+
+
+def apply(network, params, *inputs, **kwargs):
+    method = kwargs.pop("method", None)
+
+    def run(params, inputs, kwargs):
+        return network.apply({"params": params}, *inputs, **kwargs, method=method)
+
+    return jax.jit(run)(params, inputs, kwargs)
+
+
+def test_a_window_after_a_prefix_is_what_whole_rows_say(params):
+    ids, start, lengths = rows(), jnp.array([3, 8, 0]), jnp.array([22, 20, 12])
+    windows = prefix_windows(NETWORK, params, 20, lengths)
+    cache = windows.open(None, ids, start, jnp.array(True))
+    found = windows.features(View(cache, start), ids)
+    place = jnp.arange(LENGTH)[None]
+    mask = sees_prompt(place < start[:, None]) & (place < lengths[:, None])[:, None]
+    wanted, _ = apply(NETWORK, params, ids, jnp.arange(LENGTH), mask[:, None], method="run")
+    for row in range(3):
+        part = slice(int(start[row]), int(lengths[row]))
+        np.testing.assert_allclose(found[row, part], wanted[row, part], atol=1e-5, rtol=0)
+        assert not np.any(found[row, : start[row]])
+
+
+@pytest.mark.parametrize("block_length", [3, 5])
+def test_blocks_with_a_cache_are_what_whole_rows_of_noisy_and_clean_tokens_say(
+    params, block_length
+):
+    """Row by row at another block, each cache grown block by block."""
+    network = NETWORK.clone(block_length=block_length)
+    clean, noisy, lengths = rows(), rows(1), jnp.array([22, 20, 18])
+    windows = causal_windows(network, params, block_length, lengths)
+    first = jnp.array([0, 1, 2])
+    start = first * block_length
+    open_at, features = jax.jit(windows.open), jax.jit(windows.features)
+    view = View(open_at(None, clean, start, jnp.array(True)), start)
+    wanted = apply(network, params, noisy, jnp.zeros(1), lengths, clean, method="features")
+    for number in range(-(-LENGTH // block_length) - 2):
+        start = (first + number) * block_length
+        if number:
+            # What follows the block is not there yet: it must not matter.
+            past = jnp.arange(LENGTH)[None] < start[:, None]
+            seen = jnp.where(past, clean, 5)
+            view = View(open_at(view.cache, seen, start, jnp.array(False)), start)
+        z_t = jnp.where(jnp.arange(LENGTH)[None] < start[:, None], clean, noisy)
+        found = features(view, z_t)
+        for row in range(3):
+            end = min(int(start[row]) + block_length, int(lengths[row]))
+            part = slice(int(start[row]), end)
+            np.testing.assert_allclose(found[row, part], wanted[row, part], atol=1e-5, rtol=0)
+
+
+def test_one_token_a_block_is_autoregressive(params):
+    """No noisy token says anything of another, and none of what follows."""
+    network = NETWORK.clone(block_length=1)
+    clean, noisy = rows(), rows(1)
+    found = apply(network, params, noisy, jnp.zeros(1), clean=clean)
+    changed = clean.at[:, 9].set((clean[:, 9] + 1) % VOCAB)
+    again = apply(network, params, noisy, jnp.zeros(1), clean=changed)
+    np.testing.assert_allclose(again[:, :10], found[:, :10], atol=1e-6)
+    assert np.abs(again[:, 10:] - found[:, 10:]).max() > 1e-3
+    other = apply(network, params, noisy.at[:, 9].set(3), jnp.zeros(1), clean=clean)
+    np.testing.assert_allclose(np.delete(other, 9, 1), np.delete(found, 9, 1), atol=1e-6)
+    whole = apply(NETWORK.clone(block_length=LENGTH), params, noisy, jnp.zeros(1), clean=clean)
+    np.testing.assert_allclose(whole, apply(NETWORK, params, noisy, jnp.zeros(1)), atol=1e-5)
+
+
+PROMPTS = jnp.array([[2], [7], [0]])
+
+
+def drawn(params, options, network=NETWORK, use_windows=True, **kwargs):
+    free = jnp.arange(LENGTH)[None] >= PROMPTS
+    ids = rows(3)
+
+    def features(z_t, times):
+        return apply(network, params, z_t, times, method="features")
+
+    def project(h):
+        return apply(network, params, h, method="project")
+
+    windows = windows_of(network, params, options, LENGTH) if use_windows else None
+    keys = row_keys(jax.random.key(5), jnp.arange(3))
+    run = jax.jit(
+        lambda keys: sample_diffusion(
+            PROCESS,
+            features,
+            options,
+            keys,
+            LENGTH,
+            Prompt(ids, free),
+            project=project,
+            windows=windows,
+            **kwargs,
+        )
+    )
+    return run(keys), ids, free
+
+
+@pytest.mark.parametrize("method", ["ancestral", "psi", "mode_seeking"])
+def test_samples_with_a_cache_are_those_of_whole_rows(params, method):
+    options = SamplerOptions(num_steps=4, block_length=BLOCK, method=method, fill_masks=False)
+    found, ids, free = drawn(params, options)
+    wanted, _, _ = drawn(params, options, use_windows=False)
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
+    np.testing.assert_array_equal(jnp.where(free, 0, found.ids), jnp.where(free, 0, ids))
+
+
+@pytest.mark.parametrize("method", ["ancestral", "entropy_bound", "adaptive"])
+def test_blocks_close_without_masks(params, method):
+    options = SamplerOptions(num_steps=2, block_length=BLOCK, method=method)
+    found, _, _ = drawn(params, options, NETWORK.clone(block_length=BLOCK))
+    assert not np.any(found.ids == PROCESS.mask_id)
+
+
+def test_a_row_stops_at_the_block_with_its_end(params):
+    options = SamplerOptions(num_steps=3, block_length=BLOCK, stop_at_end=True)
+    whole, _, free = drawn(params, dataclasses.replace(options, stop_at_end=False))
+    end = int(whole.ids[0, 7])
+    found, _, _ = drawn(params, options, end_id=end)
+    has_end = np.asarray((whole.ids == end) & free)
+    assert has_end.any()
+    place = np.cumsum(np.asarray(free), axis=-1) - 1
+    for row in range(3):
+        if not has_end[row].any():
+            np.testing.assert_array_equal(found.ids[row], whole.ids[row])
+            continue
+        block = place[row, has_end[row].argmax()] // BLOCK
+        closed = place[row] < (block + 1) * BLOCK
+        np.testing.assert_array_equal(found.ids[row, closed], whole.ids[row, closed])
+        assert found.stopped_at[row] == 3 * (block + 1)
+
+
+def test_what_blocks_cannot_do_is_said():
+    network = NETWORK.clone(block_length=4)
+    assert by_blocks(network, SamplerOptions()).block_length == 4
+    with pytest.raises(InputError, match="block_length = 3: this model was trained by blocks of 4"):
+        by_blocks(network, SamplerOptions(block_length=3))
+    with pytest.raises(InputError, match="guidance needs a model of whole rows"):
+        by_blocks(network, SamplerOptions(guidance=2.0))
+    with pytest.raises(InputError, match="stop_at_end has no effect"):
+        by_blocks(NETWORK, SamplerOptions(stop_at_end=True))
