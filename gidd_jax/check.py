@@ -5,7 +5,7 @@ Examples:
   python -m gidd_jax.check --process=hybrid:p_uniform=0.2,gamma=1
   python -m gidd_jax.check --process=log_snr:scale=1,shift=0
   python -m gidd_jax.check --process=cosine.py:CosineProcess
-  python -m gidd_jax.check --config.process.name=own.py:Own --config.process.options='share=0.8'
+  python -m gidd_jax.check --config.process.name=cosine.py:CosineProcess
   python -m gidd_jax.check --checkpoint=outputs/quickstart
   python -m gidd_jax.check --sampler --process=hybrid:p_uniform=0.2 --out=laws.json
   python -m gidd_jax.check --sampler --methods=ancestral,entropy_bound:epsilon=0 --told=position

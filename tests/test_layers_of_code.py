@@ -47,6 +47,8 @@ OF_WHOLE_ROOMS = {
     "checkpoints/remote",
     "inference/log_likelihood",
     "inference/sudoku",
+    "sampling/reference_generate",
+    "training/blocks",
     "training/scaling_trace",
 }
 ROOMS = sorted(f.parent.name for f in PACKAGE.glob("*/__init__.py"))

@@ -167,7 +167,7 @@ def put(length: int, places: jax.Array, values: jax.Array) -> jax.Array:
 def causal_windows(
     network: Any, params: Any, block_length: int, lengths: jax.Array | None = None
 ) -> Windows:
-    """Return the windows of a network that was trained by blocks (`train.block_length`).
+    """Return the windows of a network that was trained by blocks (`TrainSettings.block_length`).
 
     A block sees itself and the finished blocks before it, and nothing that follows; so the keys and
     values of a finished block are computed once, when the next one begins. lengths as above.

@@ -50,7 +50,7 @@ def build_model(
     """Return the network (a Linen module without parameters).
 
     position_times: it is told the times of positions, as `Settings.position_times` says;
-    block_length: that of `settings.train`.
+    block_length: `TrainSettings.block_length`.
     """
     shared = {
         "vocab_size": vocab_size,

@@ -18,6 +18,7 @@ KINDS = {
     "plain": {},
     "causal": {"is_causal": True},
     "lengths": {"lengths": jnp.array([5, 9, 1])},
+    "capped": {"soft_cap": 2.0},
 }
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -61,6 +62,7 @@ def assert_close(ours, wanted, limit):
         (128, 128, "causal"),
         (77, 128, "lengths"),
         (200, 64, "lengths"),
+        (77, 128, "capped"),
     ],
 )
 def test_the_kernel_gives_the_numbers_of_the_plain_form(length, features, kind, dtype):
@@ -70,6 +72,55 @@ def test_the_kernel_gives_the_numbers_of_the_plain_form(length, features, kind, 
     parts = inputs((2, length, features), (2, 1, 1), dtype)
     plain = value_and_gradients(parts, "xla", **kind)
     assert_close(value_and_gradients(parts, "splash", **kind), plain, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_a_learned_key_is_seen_by_every_query_and_learns(implementation):
+    """With a soft cap: by the definition, key by key, with gradients of the key and the value."""
+    parts, lengths = inputs((2, 9, 64), (2, 2, 2)), jnp.array([9, 4])
+    sink = jax.random.normal(jax.random.key(7), (2, 2, 64))
+
+    def by_definition(q, k, v, sink):
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(s, (2, 1, 2, 64)), a], axis=1)
+            for s, a in zip(sink, (k, v), strict=True)
+        )
+        scores = 3.0 * jnp.tanh(jnp.einsum("bthd,bshd->bhts", q, k) / 8 / 3.0)
+        seen = jnp.arange(10)[None] <= lengths[:, None]
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf))
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    def ours(q, k, v, sink):
+        return attention(
+            q,
+            k,
+            v,
+            implementation=implementation,
+            lengths=lengths,
+            soft_cap=3.0,
+            sink=(sink[0], sink[1]),
+        )
+
+    def gradients(form):
+        def loss(*arguments):
+            return jnp.sum(jnp.sin(form(*arguments)))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*parts, sink)
+
+    (found, grads), (wanted, wanted_grads) = gradients(ours), gradients(by_definition)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert_close(grads, wanted_grads, 1e-5)
+
+
+def test_a_mask_and_a_cap_are_those_of_the_definition():
+    q, k, v = inputs()
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (3, 1, 9, 9)).at[0, 0, 2].set(False)
+    found = attention(q, k, v, implementation="xla", mask=mask, soft_cap=1e6)
+    plain = attention(q, k, v, implementation="xla", mask=mask)
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+    causal = attention(q, k, v, implementation="xla", is_causal=True, soft_cap=1e6)
+    plain = attention(q, k, v, implementation="xla", is_causal=True)
+    np.testing.assert_allclose(causal, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8), (1, 8, 1)])
@@ -134,6 +185,8 @@ def test_what_cannot_be_is_refused(monkeypatch):
     mask = jnp.ones((1, 1, 9, 9), bool)
     with pytest.raises(InputError, match="'splash', which takes no mask; use 'xla'"):
         attention(q, k, v, implementation="splash", mask=mask)
+    with pytest.raises(InputError, match="'cudnn', which has no soft cap of scores; use 'xla'"):
+        attention(q, k, v, implementation="cudnn", soft_cap=2.0)
     monkeypatch.setattr(ops, "automatic", lambda *_: "splash")
     plain = attention(q, k, v, implementation="xla")
     np.testing.assert_array_equal(attention(q, k, v, implementation="", mask=mask), plain)
