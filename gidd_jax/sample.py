@@ -30,6 +30,12 @@ REPLAY = flags.DEFINE_string("replay", None, "Page that plays the changes, endin
 WATCH = flags.DEFINE_bool("watch", False, "Play the changes in the terminal.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences drawn together.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens per sequence. Default: the context.")
+NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens",
+    None,
+    "Tokens after each --prompt; by blocks also beyond the context. Default: up to --length.",
+    lower_bound=1,
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 DTYPE = flags.DEFINE_enum(
@@ -155,6 +161,7 @@ def main(argv: list[str]) -> None:
         prompts=PROMPT.value or None,
         batch_size=BATCH_SIZE.value,
         length=LENGTH.value,
+        new_tokens=NEW_TOKENS.value,
         seed=SEED.value,
         trace=bool(trace_file or page or WATCH.value),
         options=options,

@@ -25,26 +25,22 @@ from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.inference import programs, scores
 from gidd_jax.inference.batches import by_batches, check_numbers, check_trace
+from gidd_jax.inference.drawing import draw_rows
 from gidd_jax.inference.framing import (
     decoded,
-    following_tokens,
     framed,
     revised,
-    scheduled_tokens,
     trace_of,
     unframed,
-    widened,
 )
+from gidd_jax.inference.onward import continued
 from gidd_jax.inference.programs import Batch, special_ids
 from gidd_jax.inference.prompts import (
     Piece,
     Rows,
     Text,
-    bucket,
     by_width,
-    check_guidance,
     check_some,
-    continuations,
     empty_rows,
     infillings,
     scored_texts,
@@ -58,10 +54,8 @@ from gidd_jax.models.dit import DiT
 from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import InterpolatingProcess
-from gidd_jax.sampling.autoregressive import check_autoregressive
 from gidd_jax.sampling.correction import Correction, check_correction
 from gidd_jax.sampling.estimators import check_estimator, log_mean_exp
-from gidd_jax.sampling.loop import Drawn
 from gidd_jax.sampling.options import (
     CorrectionOptions,
     EstimatorOptions,
@@ -70,7 +64,7 @@ from gidd_jax.sampling.options import (
     changed_options,
 )
 from gidd_jax.sampling.suspicion import check_suspicion
-from gidd_jax.sampling.trace import changes_of, changes_of_correction
+from gidd_jax.sampling.trace import changes_of_correction
 from gidd_jax.sampling.windows import by_blocks
 
 
@@ -143,12 +137,13 @@ class Gidd:
         """Draw `num_samples` sequences (default 4), or one continuation of each prompt.
 
         length: tokens of a sequence, prompt included (default: the context); new_tokens: how many
-        to add to each prompt instead of filling the length. `changes` are fields of `options`,
-        such as num_steps=64. trace: return every change on the way, too (see
-        `sampling.trace`). Batches are split over the local devices; a sample depends on the seed,
-        its number and its prompt, not on the batch. Raises InputError for options outside their
-        range, and prompts that do not fit.
+        to add to each prompt instead of filling the length, by blocks also beyond it (see
+        `inference.onward`). `changes` are fields of `options`, such as num_steps=64. trace: return
+        every change on the way, too (see `sampling.trace`). Batches are split over the local
+        devices; a sample depends on the seed, its number and its prompt, not on the batch. Raises
+        InputError for options outside their range, and prompts that do not fit.
         """
+        options = changed_options(options or SamplerOptions(), changes)
         length = self.max_seq_len if length is None else length
         if not 1 <= length <= self.max_seq_len:
             raise InputError(f"length must lie in [1, {self.max_seq_len}], the context: {length}")
@@ -161,11 +156,19 @@ class Gidd:
             if count < 1:
                 raise InputError(f"num_samples must be at least 1: {count}")
             rows = empty_rows(self.tokenizer, count, length, begin=self.process is None)
-        else:
-            check_some(prompts, "prompts")
-            rows = continuations(self.tokenizer, prompts, length, new_tokens, begin=self._begins)
-        options = changed_options(options or SamplerOptions(), changes)
-        return self._draw(rows, batch_size, seed, options, trace)
+            return draw_rows(self, batch_size, seed, options, trace, rows)
+        check_some(prompts, "prompts")
+        blocks = options if self.process is None else by_blocks(self.network, options)
+        return continued(
+            functools.partial(draw_rows, self, batch_size, seed, options, trace),
+            self.tokenizer,
+            prompts,
+            length,
+            new_tokens,
+            begin=self.begins,
+            end_id=self.tokenizer.eos_id if options.stop_at_end else None,
+            block_length=0 if trace else blocks.block_length,
+        )
 
     def infill(
         self,
@@ -186,9 +189,9 @@ class Gidd:
         if self.process is None:
             raise InputError("infilling needs a diffusion model: this one is autoregressive")
         check_some(texts, "texts")
-        rows = infillings(self.tokenizer, texts, self.max_seq_len, begin=self._begins)
+        rows = infillings(self.tokenizer, texts, self.max_seq_len, begin=self.begins)
         options = changed_options(options or SamplerOptions(), changes)
-        return self._draw(rows, batch_size, seed, options, trace)
+        return draw_rows(self, batch_size, seed, options, trace, rows)
 
     def correct(
         self,
@@ -215,7 +218,7 @@ class Gidd:
         if isinstance(texts, Rows):
             rows = texts
         else:
-            rows = whole_texts(self.tokenizer, texts, self.max_seq_len, begin=self._begins)
+            rows = whole_texts(self.tokenizer, texts, self.max_seq_len, begin=self.begins)
         check_trace(trace)
         traced = []
 
@@ -227,7 +230,7 @@ class Gidd:
                 traced.append(changes_of_correction(part))
             return part._replace(frames=None)
 
-        whole_rows = self._framed(rows, ends=ends)
+        whole_rows = self.framed_rows(rows, ends=ends)
         parts = by_batches(corrected, self.params, whole_rows, batch_size, seed)
         calls = sum(int(np.max(part.num_steps)) for part in parts)
         result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *parts)
@@ -265,7 +268,7 @@ class Gidd:
         check_suspicion(self.process, settings)
         given = isinstance(texts, Rows)
         rows = texts if given else self._scored(texts, None)
-        whole_rows = self._framed(rows, ends=ends)
+        whole_rows = self.framed_rows(rows, ends=ends)
         found, calls = scores.suspicion(self, whole_rows, settings, batch_size)
         check_numbers(found[0])
         texts_out = decoded(rows.ids, rows, self.tokenizer)
@@ -299,7 +302,7 @@ class Gidd:
         check_estimator(self.process, settings)
         rows = self._scored(texts, prompts)
         by_token, calls = scores.log_likelihood_draws(
-            self, self._framed(rows), settings, batch_size, seed
+            self, self.framed_rows(rows), settings, batch_size, seed
         )
         check_numbers(by_token)
         draws = by_token.sum(axis=-1, dtype=np.float64)
@@ -321,12 +324,12 @@ class Gidd:
         check_some(texts, "texts")
         rows = self._scored(texts, prompts)
         found = np.zeros(len(rows.ids), bool)
-        for numbers, part in by_width(self._framed(rows)):
+        for numbers, part in by_width(self.framed_rows(rows)):
             run = functools.partial(
                 programs.is_greedy,
                 network=self.network,
                 process=self.process,
-                special=special_ids(self.tokenizer, self.network, is_framed=self._begins),
+                special=special_ids(self.tokenizer, self.network, is_framed=self.begins),
             )
             parts = by_batches(run, self.params, part, batch_size, seed=0)
             check_numbers(*(np.where(part.is_broken, np.nan, 0.0) for part in parts))
@@ -334,13 +337,15 @@ class Gidd:
         return found
 
     @property
-    def _begins(self) -> bool:  # with a token of the frame
+    def begins(self) -> bool:
+        """Whether rows begin with a token of the frame."""
         return self.row_mode != NO_FRAME
 
     def _scored(self, texts: Sequence[Text], prompts: Sequence[Text] | None) -> Rows:
-        return scored_texts(self.tokenizer, texts, prompts, self.max_seq_len, begin=self._begins)
+        return scored_texts(self.tokenizer, texts, prompts, self.max_seq_len, begin=self.begins)
 
-    def _framed(self, rows: Rows, *, ends: bool = True) -> Rows:
+    def framed_rows(self, rows: Rows, *, ends: bool = True) -> Rows:
+        """Return the rows as the network was trained on them (see `framing.framed`)."""
         if self.process is None:  # no token sees those after it
             return rows
         return framed(rows, self.tokenizer, self.row_mode, self.max_seq_len, ends=ends)
@@ -348,47 +353,3 @@ class Gidd:
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of one sequence of ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _draw(
-        self, rows: Rows, batch_size: int, seed: int, options: SamplerOptions, trace: bool
-    ) -> Samples:
-        check_trace(trace)
-        check_guidance(rows, options, begin=self._begins)
-        traced = []
-
-        whole_rows = self._framed(rows)
-        if self.process is None:
-            check_autoregressive(options)
-        else:  # prompts of many lengths share programs
-            options = by_blocks(self.network, options)
-            width = bucket(whole_rows.ids.shape[1], self.max_seq_len)
-            whole_rows = widened(whole_rows, self.tokenizer, width)
-
-        def drawn(batch: Batch) -> Drawn:
-            part = programs.draw(
-                batch,
-                network=self.network,
-                process=self.process,
-                special=special_ids(self.tokenizer, self.network, is_framed=self._begins),
-                options=options,
-                num_free=scheduled_tokens(options, whole_rows),
-                width=following_tokens(whole_rows),
-                trace=trace,
-            )
-            if trace:
-                traced.append(changes_of(part, self.tokenizer.mask_id))
-            return part._replace(frames=None)
-
-        parts = by_batches(drawn, self.params, whole_rows, batch_size, seed)
-        calls = sum(int(part.network_calls) for part in parts)
-        ids, log_probs, drawn_at, stopped_at = (
-            np.concatenate([getattr(part, name) for part in parts])[: len(rows.ids)]
-            for name in ("ids", "log_probs", "drawn_at", "stopped_at")
-        )
-        check_numbers(log_probs)
-        ids = unframed(ids, rows, self.tokenizer)
-        log_probs, drawn_at = (leaf[:, : ids.shape[1]] for leaf in (log_probs, drawn_at))
-        texts, noted = decoded(ids, rows, self.tokenizer), None
-        if trace:
-            noted = trace_of(traced, rows, ~rows.free, texts, self.tokenizer)
-        return Samples(ids, texts, log_probs, drawn_at, calls, stopped_at, noted)

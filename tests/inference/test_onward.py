@@ -1,0 +1,65 @@
+"""Blocks through the whole model: mixed prompts, ends, windows beyond the context."""
+
+import numpy as np
+import pytest
+from tiny_checkpoint import tiny_model
+
+from gidd_jax.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+BLOCK, CONTEXT = 4, 16
+PROMPTS = ["a", "it is a truth", "men"]
+
+
+@pytest.fixture(scope="module", params=[0, BLOCK], ids=["rows", "blocks"])
+def model(request, tmp_path_factory):
+    changes = {"model.name": "gidd", "model.max_seq_len": CONTEXT, "data.mode": "packed"}
+    changes["train.block_length"] = request.param
+    return tiny_model(tmp_path_factory.mktemp("model"), **changes)
+
+
+def test_prompts_of_several_lengths_in_one_batch_are_those_of_many(model):
+    options = {"num_steps": 3, "block_length": BLOCK, "seed": 3}
+    together = model.generate(prompts=PROMPTS, **options)
+    alone = model.generate(prompts=PROMPTS, **options, batch_size=1)
+    np.testing.assert_array_equal(together.ids, alone.ids)
+    for row, prompt in zip(together.ids, PROMPTS, strict=True):
+        ids = model.tokenizer.encode([prompt])[0]
+        np.testing.assert_array_equal(row[1 : 1 + len(ids)], ids)
+    assert not np.any(together.ids == model.tokenizer.mask_id)
+
+
+def test_windows_go_on_beyond_the_context(model):
+    options = {"num_steps": 2, "block_length": BLOCK, "seed": 1}
+    found = model.generate(prompts=PROMPTS, new_tokens=40, **options)
+    starts = [1 + len(ids) for ids in model.tokenizer.encode(PROMPTS)]
+    assert found.ids.shape == (3, max(starts) + 40)
+    for row, drawn_at, start in zip(found.ids, found.drawn_at, starts, strict=True):
+        new = row[start : start + 40]
+        assert not np.any(np.isin(new, (model.tokenizer.mask_id, model.tokenizer.pad_id)))
+        assert np.all(row[start + 40 :] == model.tokenizer.pad_id)
+        assert np.all(drawn_at[:start] == 0)
+    # The first window is what fits into the context, as it would be alone.
+    within = model.generate(prompts=PROMPTS[:1], **options)
+    np.testing.assert_array_equal(found.ids[0, :CONTEXT], within.ids[0, :CONTEXT])
+    # Windows draw by keys of their own.
+    assert not np.array_equal(found.ids[0, 8:16], found.ids[0, 16:24])
+
+
+def test_a_text_ends_with_its_end_token(model):
+    options = {"num_steps": 2, "block_length": BLOCK, "seed": 1, "new_tokens": 200}
+    found = model.generate(prompts=PROMPTS, stop_at_end=True, **options)
+    for row, ids in zip(found.ids, model.tokenizer.encode(PROMPTS), strict=True):
+        new = row[1 + len(ids) :]
+        ends = np.flatnonzero(new == model.tokenizer.eos_id)
+        if len(ends):
+            assert np.all(new[ends[0] + 1 :] == model.tokenizer.pad_id)
+
+
+def test_without_blocks_the_context_is_the_end(model):
+    if model.network.block_length:
+        with pytest.raises(InputError, match="trained by blocks of 4"):
+            model.generate(prompts=PROMPTS, new_tokens=40, block_length=5)
+    else:
+        with pytest.raises(InputError, match="exceeds the length 16"):
+            model.generate(prompts=PROMPTS, new_tokens=40)
