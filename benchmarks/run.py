@@ -23,7 +23,7 @@ from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
 
 flags = CommandFlags()
-SUITES = ("loss", "noising", "step", "sampler", "data")
+SUITES = ("loss", "noising", "step", "sampler", "blocks", "data")
 
 SUITE = flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to measure.")
 VS_TORCH = flags.DEFINE_bool(

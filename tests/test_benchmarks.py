@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import collectives, comparison, inputs, measure, preparing, step
+from benchmarks import blocks, collectives, comparison, inputs, measure, preparing, step
 from benchmarks.plan import (
     COMPILED,
     EAGER,
@@ -377,3 +377,19 @@ def test_word_tokenizer():
     assert tokenizer.vocab_size == VOCAB
     assert tokenizer.mask_id == VOCAB - 1
     assert "w7" in tokenizer.decode(np.array([7, 8]))
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_blocks_are_drawn_in_every_way_and_compared_with_whole_rows():
+    cases = blocks.cases("small", "float32")
+    assert [case.kind for case in cases] == list(blocks.KINDS)
+    for case in cases:
+        ids = blocks.ours(case).run()
+        assert ids.shape == (1, 32)
+        assert not np.any(np.asarray(ids) == 63)  # no mask is left
+    large = blocks.cases("cpu", "float32")
+    seconds = {"rows": 10.0, "uncached": 20.0, "prefix": 5.0, "causal": 2.5}
+    found = [measurement(c, OURS, [seconds[c.kind]], 1, {}, CEILINGS) for c in large]
+    checks = blocks.checks("cpu", Found(found))
+    assert [check.measured for check in checks] == [0.5, 2.0, 4.0]
+    assert [check.met for check in checks] == [None, None, False]
