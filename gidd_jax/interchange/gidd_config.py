@@ -63,12 +63,9 @@ def _weight_scale(fields: Fields) -> float | str:
 
 def gidd_process(fields: Fields, vocab_size: int, mask_id: int) -> LogSnrProcess:
     """Return the process of a config: `noise_type` is the shift of the mixture."""
-    numbers = {
-        "shift": fields.number("noise_type", 0.0),
-        "min_log_snr": fields.number("min_log_snr", -9.0),
-        "max_log_snr": fields.number("max_log_snr", 9.0),
-    }
-    return checked(fields.file, lambda: LogSnrProcess(vocab_size, mask_id, **numbers))
+    shift = fields.number("noise_type", 0.0)
+    low, high = fields.number("min_log_snr", -9.0), fields.number("max_log_snr", 9.0)
+    return checked(fields.file, lambda: LogSnrProcess(vocab_size, mask_id, 1.0, shift, low, high))
 
 
 def gidd_config(network: TimeFreeTransformer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gidd_jax.errors import InputError
 from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
@@ -50,8 +51,8 @@ class Windows(NamedTuple):
         view: View | None,
         ids: jax.Array,
         active: jax.Array,
-        block: jax.Array,
-        step: jax.Array,
+        block: ArrayLike,
+        step: ArrayLike,
     ) -> View:
         """Return the view of a call: at the first step of a block its rows' windows are opened.
 
@@ -63,9 +64,10 @@ class Windows(NamedTuple):
             start = jnp.argmax(active, axis=-1).astype(jnp.int32)
             if self.block_length:
                 start = start // self.block_length * self.block_length
-            return View(self.open(view.cache, ids, start, block == 0), start)
+            return View(self.open(view.cache, ids, start, jnp.equal(block, 0)), start)
 
-        return jax.lax.cond((step == 0) & jnp.any(active), opened, lambda: view)
+        opens = jnp.equal(step, 0) & jnp.any(active)
+        return jax.lax.cond(opens, opened, lambda: view)
 
     def denoiser(self, view: View | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """Return the network as the loop asks it: (noisy ids, times) -> features."""
