@@ -47,7 +47,7 @@ def _is_split(params: Any) -> bool:
 
 
 def _first_sharding(params: Any) -> Any:
-    return getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
 
 
 def _split_rows(

@@ -43,6 +43,7 @@ def test_a_batch_over_several_tpus_lowers(params, monkeypatch):
         special=programs.SpecialIds(0, 1, VOCAB - 1, VOCAB),
         options=SamplerOptions(num_steps=2),
         num_free=LENGTH,
+        width=LENGTH,
         trace=False,
     )
     texts = []
