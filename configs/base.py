@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     data.text_key = "text"  # field that holds the text in jsonl, parquet, tfds and hf records
     data.txt_documents = "blank_line"  # what is one document in a .txt: file | line | blank_line
     data.mode = "crop"  # crop (random window of a document, padded) | packed | padded
-    data.frame = "ends"  # ends (texts begin and end with a token, as mode says) | none (dit only:
+    data.frame = "ends"  # ends (texts begin and end with a token, as mode says) | none (not llama:
     # rows of max_seq_len tokens and nothing else, of arrays or of texts end to end; mode is unread)
     data.givens = 0.0  # share of the training rows in which some tokens are given, as in a prompt:
     # clean, at time 0, without loss; in [0, 1], not for llama

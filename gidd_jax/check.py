@@ -5,7 +5,6 @@ Examples:
   python -m gidd_jax.check --process=hybrid:p_uniform=0.2,gamma=1
   python -m gidd_jax.check --process=log_snr:scale=1,shift=0
   python -m gidd_jax.check --process=cosine.py:CosineProcess
-  python -m gidd_jax.check --config.process.name=cosine.py:CosineProcess
   python -m gidd_jax.check --checkpoint=outputs/quickstart
   python -m gidd_jax.check --sampler --process=hybrid:p_uniform=0.2 --out=laws.json
   python -m gidd_jax.check --sampler --methods=ancestral,entropy_bound:epsilon=0 --told=position
@@ -91,8 +90,9 @@ def main(argv: list[str]) -> None:
     from gidd_jax.inference.samples import check_output
 
     out = check_output(OUT.value, ".json") if OUT.value else None
-    if TRANSFER.value and (SAMPLER.value or CODE.process.value or CHECKPOINT.value):
-        raise InputError("--transfer stands alone: leave out --sampler, --process and --checkpoint")
+    others = SAMPLER.value or CODE.process.value or CHECKPOINT.value or flags.names_config
+    if TRANSFER.value and others:
+        raise InputError("--transfer stands alone: leave out what chooses or checks a process")
     if not SAMPLER.value and (METHODS.value or TOLD.value):
         raise InputError("--methods and --told belong to --sampler: add it, or leave them out")
     if OUT.value and not (SAMPLER.value or TRANSFER.value):

@@ -24,7 +24,10 @@ ROW_MODE = flags.DEFINE_string(
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of parameters and products. Default: as trained."
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Of parameters and products. Default: float32, of runs as they were trained.",
 )
 
 

@@ -39,7 +39,10 @@ NEW_TOKENS = flags.DEFINE_integer(
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of parameters and products. Default: as trained."
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Of parameters and products. Default: float32, of runs as they were trained.",
 )
 CODE = code_flags(flags)
 DISTRIBUTED = distributed_flags(flags)

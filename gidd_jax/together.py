@@ -124,6 +124,10 @@ def _check_noising(process: "ProcessSettings", data: "DataSettings") -> None:
             f"data.givens_kind = {data.givens_kind}: nothing is given with data.givens = 0: set "
             "the share of the rows, in (0, 1], or leave the kind at mixed"
         )
+    if data.empty_tokens > 0 and process.name == "autoregressive":
+        raise InputError(
+            f"data.empty_tokens = {data.empty_tokens}: belong to diffusion models: set it to 0"
+        )
     if data.empty_tokens > 0 and data.frame == "none":
         raise InputError(
             f"data.empty_tokens = {data.empty_tokens}: rows without a frame hold nothing but their "

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gidd_jax.errors import InputError
 from gidd_jax.inference import programs
 from gidd_jax.inference.batches import by_batches, check_numbers, check_trace
 from gidd_jax.inference.framing import (
@@ -34,9 +35,8 @@ def draw_rows(
     options: SamplerOptions,
     trace: bool,
     rows: Rows,
-    names: np.ndarray | None = None,
 ) -> Samples:
-    """Return the rows with their free tokens drawn; names: as in `batches.by_batches`."""
+    """Return the rows with their free tokens drawn."""
     check_trace(trace)
     check_guidance(rows, options, begin=model.begins)
     traced = []
@@ -46,6 +46,10 @@ def draw_rows(
         check_autoregressive(options)
     else:  # prompts of many lengths share programs
         options = by_blocks(model.network, options)
+        if options.stop_at_end and model.tokenizer.eos_id is None:
+            raise InputError(
+                "stop_at_end: the tokenizer has no token that ends a text, leave it out"
+            )
         width = bucket(whole_rows.ids.shape[1], model.max_seq_len)
         whole_rows = widened(whole_rows, model.tokenizer, width)
 
@@ -64,7 +68,7 @@ def draw_rows(
             traced.append(changes_of(part, model.tokenizer.mask_id))
         return part._replace(frames=None)
 
-    parts = by_batches(drawn, model.params, whole_rows, batch_size, seed, names)
+    parts = by_batches(drawn, model.params, whole_rows, batch_size, seed)
     calls = sum(int(part.network_calls) for part in parts)
     ids, log_probs, drawn_at, stopped_at = (
         np.concatenate([getattr(part, name) for part in parts])[: len(rows.ids)]

@@ -33,7 +33,7 @@ from gidd_jax.inference.framing import (
     trace_of,
     unframed,
 )
-from gidd_jax.inference.onward import continued
+from gidd_jax.inference.onward import continued, seed_of
 from gidd_jax.inference.programs import Batch, special_ids
 from gidd_jax.inference.prompts import (
     Piece,
@@ -144,6 +144,7 @@ class Gidd:
         InputError for options outside their range, and prompts that do not fit.
         """
         options = changed_options(options or SamplerOptions(), changes)
+        goes_on = length is None and not trace  # beyond the context, if it is asked to
         length = self.max_seq_len if length is None else length
         if not 1 <= length <= self.max_seq_len:
             raise InputError(f"length must lie in [1, {self.max_seq_len}], the context: {length}")
@@ -160,14 +161,16 @@ class Gidd:
         check_some(prompts, "prompts")
         blocks = options if self.process is None else by_blocks(self.network, options)
         return continued(
-            functools.partial(draw_rows, self, batch_size, seed, options, trace),
+            lambda rows, window: draw_rows(
+                self, batch_size, seed_of(seed, window), options, trace, rows
+            ),
             self.tokenizer,
             prompts,
             length,
             new_tokens,
             begin=self.begins,
             end_id=self.tokenizer.eos_id if options.stop_at_end else None,
-            block_length=0 if trace else blocks.block_length,
+            block_length=blocks.block_length if goes_on else 0,
         )
 
     def infill(

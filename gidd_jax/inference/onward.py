@@ -1,15 +1,16 @@
-"""Texts longer than the context: what is generated goes on from the last half of what is there."""
+"""Texts longer than the context: when it is full, its last half goes on."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.errors import InputError
 from gidd_jax.inference.framing import decoded
 from gidd_jax.inference.prompts import Rows, Text, continuations, join_pieces, token_ids
 from gidd_jax.inference.samples import Samples
 
-Draw = Callable[[Rows, np.ndarray | None], Samples]
+Draw = Callable[[Rows, int], Samples]
 
 
 def continued(
@@ -25,16 +26,20 @@ def continued(
 ) -> Samples:
     """Return continuations of the prompts up to the context, or by `new_tokens` tokens.
 
-    draw: (rows, the numbers that they draw by, None: their own) -> their samples. Where blocks (of
-    block_length; 0: none) do not end with the context, windows of it follow one another, each of
-    which holds the last half of what comes before it, from a multiple of block_length on. end_id: a
-    text ends there, padding follows; None: it goes on.
+    draw: (rows, number of the window) -> their samples. By blocks (of block_length; 0: none) texts
+    go on beyond the context: when it is full, the last half of it, from a multiple of block_length
+    on, begins the next window. end_id: a text ends there, padding follows; None: it goes on. Raises
+    InputError for prompts that are empty or fill the context, and blocks of more than half of it.
     """
     ids = token_ids(tokenizer, prompts, "prompt")
-    fits = new_tokens is None or max(map(len, ids)) + begin + new_tokens <= context
-    if new_tokens is None or fits or not block_length:
-        rows = continuations(tokenizer, prompts, context, new_tokens, begin=begin)
-        return draw(rows, None)
+    if new_tokens is None or not block_length or _longest(ids) + begin + new_tokens <= context:
+        return draw(continuations(tokenizer, prompts, context, new_tokens, begin=begin), 0)
+    continuations(tokenizer, prompts, context, 1, begin=begin)  # refuses prompts
+    if 2 * block_length > context:
+        raise InputError(
+            f"block_length = {block_length}: to go on beyond the context it must be at most half "
+            f"of it, {context // 2}"
+        )
     first = join_pieces(tokenizer, [[prompt, 1] for prompt in ids], begin=begin)
     texts = [row[: n - 1] for row, n in zip(first.ids, first.lengths, strict=True)]
     starts = [len(text) for text in texts]
@@ -52,7 +57,7 @@ def continued(
         rows = join_pieces(
             tokenizer, [[t, c] for t, c in zip(tails, counts, strict=True)], begin=False
         )
-        part = draw(rows, np.arange(len(texts)) + (window << 24))  # draws of its own
+        part = draw(rows, window)
         longest = int(part.stopped_at.max())
         for number, (tail, count) in enumerate(zip(tails, counts, strict=True)):
             if not left(number):
@@ -78,9 +83,20 @@ def continued(
     return Samples(out, decoded(out, whole, tokenizer), log_probs, drawn_at, calls, stopped)
 
 
+def seed_of(seed: int, window: int) -> int:
+    """Return the seed of a window: the first one's is that of a text within the context."""
+    if window == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, window]).generate_state(1)[0] >> 1)
+
+
+def _longest(ids: Sequence[np.ndarray]) -> int:
+    return max(map(len, ids), default=0)
+
+
 def _tail(text: np.ndarray, context: int, block_length: int) -> np.ndarray:
-    """Return what a window holds of a text: all, or from a multiple of the blocks on half of it."""
-    if len(text) + block_length <= context:
+    """Return what a window holds of a text: all, or if that fills it the last half."""
+    if len(text) < context:
         return text
     cut = len(text) - context // 2
     return text[-(-cut // block_length) * block_length :]

@@ -158,7 +158,7 @@ def diffusion(
         batch.keys,
         length,
         prompt,
-        num_free,
+        width if blocks_of(network) else num_free,
         trace,
         project,
         windows,
@@ -167,8 +167,17 @@ def diffusion(
     if not options.stop_at_end:
         return drawn
     is_end = (drawn.ids == special.eos) & batch.free
-    is_after = (jnp.cumsum(is_end, axis=-1) - is_end) > 0
-    return drawn._replace(ids=jnp.where(is_after & batch.free, special.pad, drawn.ids))
+    is_after = ((jnp.cumsum(is_end, axis=-1) - is_end) > 0) & batch.free
+    frames = drawn.frames
+    if frames is not None:  # the last of them is what is returned
+        last = jnp.where(is_after, special.pad, frames.ids[-1])
+        frames = frames._replace(ids=frames.ids.at[-1].set(last))
+    return drawn._replace(
+        ids=jnp.where(is_after, special.pad, drawn.ids),
+        log_probs=jnp.where(is_after, 0.0, drawn.log_probs),
+        drawn_at=jnp.where(is_after, 0, drawn.drawn_at),
+        frames=frames,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("network", "special", "options"))

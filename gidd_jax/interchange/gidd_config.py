@@ -1,5 +1,6 @@
 """The config.json of the scaling paper's models, read and written (model_type "gidd")."""
 
+import math
 from typing import Any
 
 from gidd_jax.interchange.fields import Fields, checked
@@ -23,33 +24,56 @@ def gidd_network(fields: Fields) -> TimeFreeTransformer:
         raise fields.error("rope_scaling must be null: positions are not scaled")
     if fields.flag("is_causal", False):
         raise fields.error("is_causal must be false: these networks see both sides")
+    # Where newer versions of transformers write the base.
+    rope = fields.section("rope_parameters") if fields.has("rope_parameters") else fields
+    context = fields.size("max_position_embeddings", 1024)
+    blocks = fields.size("block_length") if fields.has("block_length") else 0
+    if blocks and context % blocks:
+        raise fields.error(f"block_length = {blocks}: must divide the context, {context}")
     return TimeFreeTransformer(
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
         num_layers=fields.size("num_hidden_layers"),
         num_heads=num_heads,
         intermediate_size=fields.size("intermediate_size", MLP_RATIO * hidden_size),
-        max_seq_len=fields.size("max_position_embeddings", 1024),
+        max_seq_len=context,
         resid_scale=fields.number("resid_scale", 4.0),
         head_scale=fields.number("head_scaling", 1.0),
         weight_scale=_weight_scale(fields),
-        soft_cap=fields.number("attn_soft_cap", 30.0),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        soft_cap=_positive(fields, "attn_soft_cap", 30.0),
+        rms_norm_eps=_positive(fields, "rms_norm_eps", 1e-6),
         normed_heads=fields.flag("use_qk_norm", True),
         sink=fields.flag("attention_bias", False),
         mlp_bias=fields.flag("mlp_bias", False),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        rope_theta=fields.number("rope_theta", ROTARY_BASE),
+        rope_theta=_positive(rope, "rope_theta", ROTARY_BASE),
         init_std=fields.number("init_scale", 0.4),
         head_std=fields.number("head_init_scale", 0.0),
         # All released models were trained with prompts.
         position_times=fields.flag("position_times", True),
-        block_length=fields.size("block_length") if fields.has("block_length") else 0,
+        block_length=blocks,
     )
 
 
+def _positive(fields: Fields, key: str, default: float) -> float:
+    """Return a number above 0; the default where there is no key, but not where it says null."""
+    if key in fields.values and fields.values[key] is None:
+        raise fields.error(f"{key} is null: must be a number above 0")
+    value = fields.number(key, default)
+    if not 0 < value < math.inf:
+        raise fields.error(f"{key} = {value}: must be a number above 0")
+    return value
+
+
+def _finite(fields: Fields, key: str, default: float) -> float:
+    value = fields.number(key, default)
+    if not math.isfinite(value):
+        raise fields.error(f"{key} = {value}: must be a finite number")
+    return value
+
+
 def _weight_scale(fields: Fields) -> float | str:
-    if not fields.has("weight_scaling"):
+    if "weight_scaling" not in fields.values:
         return "fan_in"
     if isinstance(fields.values["weight_scaling"], str):
         text = fields.text("weight_scaling")
@@ -58,13 +82,13 @@ def _weight_scale(fields: Fields) -> float | str:
                 f"weight_scaling = {text!r}: must be a number, or {' or '.join(FACTORS)}"
             )
         return text
-    return fields.number("weight_scaling")
+    return _positive(fields, "weight_scaling", 1.0)
 
 
 def gidd_process(fields: Fields, vocab_size: int, mask_id: int) -> LogSnrProcess:
     """Return the process of a config: `noise_type` is the shift of the mixture."""
-    shift = fields.number("noise_type", 0.0)
-    low, high = fields.number("min_log_snr", -9.0), fields.number("max_log_snr", 9.0)
+    shift = _finite(fields, "noise_type", 0.0)
+    low, high = _finite(fields, "min_log_snr", -9.0), _finite(fields, "max_log_snr", 9.0)
     return checked(fields.file, lambda: LogSnrProcess(vocab_size, mask_id, 1.0, shift, low, high))
 
 

@@ -83,6 +83,11 @@ def load_pretrained(
         check_mode(row_mode, "row_mode")
 
     def of_run(checkpoint: Checkpoint) -> Pretrained:
+        if mesh is not None:
+            raise InputError(
+                f"mesh: {checkpoint.folder} is a run of this package, loaded onto one device: "
+                "convert it (gidd_jax.convert) and load that folder"
+            )
         if row_mode is not None:
             raise InputError(
                 f"row_mode: {checkpoint.folder} says itself how its rows were framed: leave it out"

@@ -10,7 +10,7 @@ from gidd_jax.process import InterpolatingProcess
 
 
 class Pretrained(NamedTuple):
-    """A network, its float32 parameters, tokenizer and process (None: autoregressive).
+    """A network, its parameters, tokenizer and process (None: autoregressive).
 
     keep_padding_columns: its distributions include the columns that pad the vocabulary. row_mode:
     how rows were framed in training, one of `data.rows.MODES`.

@@ -149,13 +149,14 @@ def _published_dit(model: Pretrained, network: DiT, rows: int) -> dict[str, Any]
 
 def _published_gidd(model: Pretrained, network: TimeFreeTransformer) -> dict[str, Any]:
     assert model.process is not None
+    section = {"process": _process_section(model.process)}  # refuses what no format can hold
     noise = gidd_noise(model.process) if isinstance(model.process, LogSnrProcess) else None
     tokenizer = model.tokenizer
     return {
         **gidd_config(network),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        **({"process": _process_section(model.process)} if noise is None else noise),
+        **(section if noise is None else noise),
         **_row_mode(model),
     }
 

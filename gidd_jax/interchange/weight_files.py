@@ -41,7 +41,10 @@ class SafeTensors(Mapping[str, np.ndarray]):
         except InputError:
             raise
         except Exception as error:  # safetensors' own, or a dtype that NumPy does not have
-            raise InputError(f"{file} is damaged ({first_line(error)}): fetch it again") from error
+            raise InputError(
+                f"{file}: {name} cannot be read ({first_line(error)}): fetch the file again, or "
+                "save it in float32 or bfloat16"
+            ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""

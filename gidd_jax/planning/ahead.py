@@ -22,7 +22,7 @@ from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
 from gidd_jax.planning.estimate import Estimate, find_kernels, read_estimate
 from gidd_jax.planning.roofline import Topology
-from gidd_jax.settings import ModelSettings, Settings
+from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import compile_step, state_maker
 from gidd_jax.training.noising import Noised
@@ -177,7 +177,11 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     model, train = build.settings.model, build.settings.train
     with taken_for("tpu"):  # whose plain attention is the same for two rows and for four
         small, large = (_residuals(build, rows) for rows in (2, 4))
-    L, backend, form = model.max_seq_len, _backend(topology), attention_form(model, topology)
+    L, backend, form = (
+        model.max_seq_len,
+        _backend(topology),
+        attention_form(build.settings, topology),
+    )
     scores = train.batch_size // train.micro_batches * model.num_heads * L**2
     by_row = backend == "cpu" and mesh.size == 1 and scores > MOST_SCORES
     is_recomputed = by_row or form in ("cudnn", "splash")
@@ -192,8 +196,14 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     )
 
 
-def attention_form(model: ModelSettings, topology: Topology) -> str:
+def attention_form(settings: Settings, topology: Topology) -> str:
     """Return which form of attention a run takes on the devices (`ops.attention`)."""
+    model = settings.model
+    if model.name == "gidd" and not model.attention:
+        # No kernel takes its masks, of prompts and blocks, and cuDNN none of its soft cap.
+        has_mask = settings.data.has_givens or settings.train.block_length > 0
+        if has_mask or _backend(topology) == "gpu":
+            return "xla"
     head_dim, dtype = model.hidden_size // model.num_heads, jnp.dtype(model.dtype)
     return model.attention or automatic(_backend(topology), dtype, model.max_seq_len, head_dim)
 

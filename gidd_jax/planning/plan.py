@@ -164,7 +164,7 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
     tokens = settings.train.batch_size * settings.model.max_seq_len
     by_blocks = settings.train.block_length > 0
     flops = flops_per_token(settings.model, vocab_size, by_blocks=by_blocks)
-    keeps_attention = attention_form(settings.model, topology) == "splash"
+    keeps_attention = attention_form(settings, topology) == "splash"
     again = recomputed_flops_per_token(settings.model, keeps_attention, by_blocks=by_blocks)
     computed = flops + again
     return Plan(

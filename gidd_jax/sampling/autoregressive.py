@@ -67,9 +67,9 @@ def sample_autoregressive(
 
 def check_autoregressive(options: SamplerOptions) -> None:
     """Raise InputError for options that only diffusion models have."""
-    of_diffusion = ("method", "grid", "block_length", "guidance")
+    of_diffusion = ("method", "grid", "block_length", "stop_at_end", "guidance")
     if any(getattr(options, name) != getattr(SamplerOptions, name) for name in of_diffusion):
         raise InputError(
-            "this model is autoregressive, from left to right: method, grid, block_length and "
-            "guidance belong to diffusion models"
+            "this model is autoregressive, from left to right: method, grid, block_length, "
+            "stop_at_end and guidance belong to diffusion models"
         )

@@ -24,7 +24,7 @@ from gidd_jax.sampling.schedule import Schedule, check_options, make_schedule
 from gidd_jax.sampling.steps import Network, Taken
 from gidd_jax.sampling.thinning import guided, network_at
 from gidd_jax.sampling.times import CLEAN, row_times
-from gidd_jax.sampling.windows import View, Windows, aligned_blocks
+from gidd_jax.sampling.windows import Place, View, Windows, aligned_blocks
 
 
 class Prompt(NamedTuple):
@@ -110,11 +110,11 @@ def sample_diffusion(
     time a row is told.
 
     prompt: given tokens stay as they are; num_free: the most tokens that a row of it generates, or
-    more. Blocks count the tokens to generate. The network sees the whole row: blocks still to come
-    are prior noise. trace: also return what every call left, 8 bytes a token and call. windows: the
-    network by windows, which then stands in for `denoise` (not with guidance). end_id: a row whose
-    finished blocks hold it is done; None: rows go on. Raises InputError when the method cannot
-    sample this process.
+    more (of a model by blocks those between the first and the last of them, too). Blocks count the
+    tokens to generate. The network sees the whole row: blocks still to come are prior noise. trace:
+    also return what every call left, 8 bytes a token and call. windows: the network by windows,
+    which then stands in for `denoise` (not with guidance). end_id: a row whose finished blocks hold
+    it is done; None: rows go on. Raises InputError when the method cannot sample this process.
     """
     check_options(process, options)
     shape = (keys.shape[0], length)
@@ -140,13 +140,18 @@ def sample_diffusion(
             asked = guided(process, *asked, options.guidance, condition, keys)
         return network_at(process, *asked, functools.partial(weights_of, options), z_t, times)
 
-    def closed(here: Call, taken: Taken, times: jax.Array, view: View | None) -> Taken:
-        """Fill the masks that the last step of a block leaves: the next block relies on it."""
+    def closed(
+        here: Call, taken: Taken, times: jax.Array, view: View | None
+    ) -> tuple[Taken, jax.Array]:
+        """Fill the masks that the last step of a block leaves: the next block relies on it.
+
+        Also tells whether there were any, which takes a call more.
+        """
         ends = here.active & (here.now.step == schedule.num_steps - 1)
         asked = network(fold_in(here.keys, 3), taken.ids, times, view)
         filled = steps.fill_step(process, fold_in(here.keys, 4), asked, taken.ids, ends)
         log_probs = jnp.where(filled.asked, filled.log_probs, taken.log_probs)
-        return Taken(filled.ids, log_probs, taken.asked | filled.asked)
+        return Taken(filled.ids, log_probs, taken.asked | filled.asked), jnp.any(filled.asked)
 
     def call(state: _State, now: Schedule) -> _State:
         drawn, memory, was_done, view = state
@@ -160,11 +165,14 @@ def sample_diffusion(
         times, memory = methods.times(here, memory)
         times = jnp.where(active, times, jnp.where(ahead, process.t_max, CLEAN))
         if windows is not None:
-            view = windows.moved(view, drawn.ids, active, now.block, now.step)
+            view = windows.moved(view, drawn.ids, Place(prompt.free, active, now.block, now.step))
         asked = network(fold_in(keys_now, 3), drawn.ids, times, view)
         taken, memory = methods.step(here, asked, row_times(process, times, prompt.within), memory)
         if windows is not None and fills:
-            taken = closed(here, taken, times, view)
+            was_asked = jnp.any(taken.asked)
+            taken, fills_some = closed(here, taken, times, view)
+            both = calls * (was_asked & fills_some)
+            drawn = drawn._replace(network_calls=drawn.network_calls + both)
         drawn = put(drawn, taken, process.mask_id, calls)
         done = methods.is_done(here, memory)
         stops = was_done & False if done is None else done & (now.block >= last_block)

@@ -27,6 +27,16 @@ class View(NamedTuple):
     start: jax.Array
 
 
+class Place(NamedTuple):
+    """Which call it is: the tokens of the rows to generate and those of its block, bool [B, L]; the
+    numbers of the block and of the step in it."""
+
+    free: jax.Array
+    active: jax.Array
+    block: ArrayLike
+    step: ArrayLike
+
+
 class Windows(NamedTuple):
     """A network by windows of rows of ids int32 [B, L].
 
@@ -46,28 +56,24 @@ class Windows(NamedTuple):
         shapes = jax.eval_shape(self.open, None, ids, start, start > 0)
         return View(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), start)
 
-    def moved(
-        self,
-        view: View | None,
-        ids: jax.Array,
-        active: jax.Array,
-        block: ArrayLike,
-        step: ArrayLike,
-    ) -> View:
-        """Return the view of a call: at the first step of a block its rows' windows are opened.
+    def moved(self, view: View | None, ids: jax.Array, place: Place) -> View:
+        """Return the view of a call: at the first step of a block its windows are opened.
 
-        active bool [B, L]: where the block's tokens may change; block, step: the call's numbers.
+        With blocks at multiples of block_length each row goes from block to block, also through
+        those in which it has nothing to generate: the cache grows by one at a time.
         """
         assert view is not None
 
         def opened() -> View:
-            start = jnp.argmax(active, axis=-1).astype(jnp.int32)
             if self.block_length:
-                start = start // self.block_length * self.block_length
-            return View(self.open(view.cache, ids, start, jnp.equal(block, 0)), start)
+                first = jnp.argmax(place.free, axis=-1) // self.block_length
+                start = (first + place.block) * self.block_length
+            else:
+                start = jnp.argmax(place.active, axis=-1)
+            start = start.astype(jnp.int32)
+            return View(self.open(view.cache, ids, start, jnp.equal(place.block, 0)), start)
 
-        opens = jnp.equal(step, 0) & jnp.any(active)
-        return jax.lax.cond(opens, opened, lambda: view)
+        return jax.lax.cond(jnp.equal(place.step, 0), opened, lambda: view)
 
     def denoiser(self, view: View | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """Return the network as the loop asks it: (noisy ids, times) -> features."""
@@ -119,7 +125,10 @@ def windows_of(
         return None
     if network.block_length:
         return causal_windows(network, params, network.block_length, lengths)
-    return prefix_windows(network, params, width, lengths) if options.block_length else None
+    # Without prompts in training finished tokens saw what follows, and still must.
+    if options.block_length and network.position_times:
+        return prefix_windows(network, params, width, lengths)
+    return None
 
 
 def by_blocks(network: Any, options: SamplerOptions) -> SamplerOptions:

@@ -46,6 +46,27 @@ def test_windows_go_on_beyond_the_context(model):
     assert not np.array_equal(found.ids[0, 8:16], found.ids[0, 16:24])
 
 
+def test_prompts_that_fill_the_context_are_refused_and_a_length_is_kept(model):
+    options = {"num_steps": 2, "block_length": BLOCK, "new_tokens": 40}
+    with pytest.raises(InputError, match="prompt 2 has 60 tokens"):
+        model.generate(prompts=["a", list(range(60))], **options)
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        model.generate(prompts=[""], **options)
+    with pytest.raises(InputError, match="exceeds the length 12"):
+        model.generate(prompts=PROMPTS[:1], length=12, **options)
+    if not model.network.block_length:
+        with pytest.raises(InputError, match="at most half of it, 8"):
+            model.generate(prompts=PROMPTS, **options | {"block_length": 9})
+
+
+def test_gaps_in_blocks_far_apart_are_filled(model):
+    ids = np.full((1, CONTEXT), 9)
+    ids[0, [1, 14]] = -1
+    found = model.infill(ids, num_steps=2, block_length=BLOCK).ids
+    assert np.all(found[0, [1, 14]] >= 0)
+    assert not np.any(found == model.tokenizer.mask_id)
+
+
 def test_a_text_ends_with_its_end_token(model):
     options = {"num_steps": 2, "block_length": BLOCK, "seed": 1, "new_tokens": 200}
     found = model.generate(prompts=PROMPTS, stop_at_end=True, **options)
@@ -54,6 +75,14 @@ def test_a_text_ends_with_its_end_token(model):
         ends = np.flatnonzero(new == model.tokenizer.eos_id)
         if len(ends):
             assert np.all(new[ends[0] + 1 :] == model.tokenizer.pad_id)
+
+
+def test_what_follows_the_end_is_padding_in_all_that_is_returned(model):
+    options = {"num_steps": 2, "block_length": BLOCK, "seed": 1, "trace": True}
+    found = model.generate(prompts=PROMPTS * 8, stop_at_end=True, **options)
+    is_pad = found.ids == model.tokenizer.pad_id
+    assert not np.any(found.log_probs[is_pad])
+    assert not np.any(found.drawn_at[is_pad])
 
 
 def test_without_blocks_the_context_is_the_end(model):

@@ -189,6 +189,11 @@ def test_the_host_holds_a_tensor_at_a_time(tmp_path):
         ({"intermediate_size": 64}, r"mlp.down_proj.weight has shape \[32, 128\].* \[32, 64\]"),
         ({"vocab_size": 96}, "the model has 96 tokens and the tokenizer beside it 97"),
         ({"min_log_snr": 9.0}, "min_log_snr must be below max_log_snr"),
+        ({"attn_soft_cap": None}, "attn_soft_cap is null: must be a number above 0"),
+        ({"attn_soft_cap": -1.0}, "attn_soft_cap = -1.0: must be a number above 0"),
+        ({"rope_theta": 0}, "rope_theta = 0.0: must be a number above 0"),
+        ({"noise_type": float("nan")}, "noise_type = nan: must be a finite number"),
+        ({"block_length": 5}, "block_length = 5: must divide the context, 48"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, changes, message):

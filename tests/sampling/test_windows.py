@@ -168,6 +168,69 @@ def test_a_row_stops_at_the_block_with_its_end(params):
         assert found.stopped_at[row] == 3 * (block + 1)
 
 
+def test_gaps_in_several_blocks_are_filled_with_the_cache_of_what_lies_between(params):
+    """Row by row another pattern, with blocks that have no gap: all that is asked of the windows is
+    what the whole row says, whose clean tokens are those of the moment."""
+    network = NETWORK.clone(block_length=BLOCK)
+    free = jnp.zeros((3, LENGTH), bool).at[0, jnp.array([1, 13])].set(True)
+    free = free.at[1, 5:7].set(True).at[2, jnp.array([3, 4, 20, 21])].set(True)
+    ids = jnp.where(free, PROCESS.mask_id, rows(3) % (VOCAB - 1))
+    differences = []
+
+    @dataclasses.dataclass
+    class Noting:
+        windows: object
+        block_length: int = BLOCK
+
+        def empty(self, ids):
+            return self.windows.empty(ids)
+
+        def moved(self, *arguments):
+            return self.windows.moved(*arguments)
+
+        def denoiser(self, view):
+            features = self.windows.denoiser(view)
+
+            def both(z_t, times):
+                found = features(z_t, times)
+                whole = network.apply({"params": params}, z_t, times, method="features")
+                inside = jnp.any(found != 0, axis=-1, keepdims=True)
+                jax.debug.callback(differences.append, jnp.max(jnp.abs(found - whole) * inside))
+                return found
+
+            return both
+
+    options = SamplerOptions(num_steps=2, block_length=BLOCK)
+    windows = Noting(windows_of(network, params, options, LENGTH))
+
+    def draw(keys):
+        return sample_diffusion(
+            PROCESS,
+            None,
+            options,
+            keys,
+            LENGTH,
+            Prompt(ids, free),
+            20,
+            project=lambda h: network.apply({"params": params}, h, method="project"),
+            windows=windows,
+        )
+
+    drawn = jax.jit(draw)(row_keys(jax.random.key(5), jnp.arange(3)))
+    jax.effects_barrier()
+    assert not np.any(drawn.ids == PROCESS.mask_id)
+    np.testing.assert_array_equal(jnp.where(free, 0, drawn.ids), jnp.where(free, 0, ids))
+    assert len(differences) >= 4
+    assert np.max(differences) < 1e-4
+
+
+def test_a_model_that_knows_no_prompts_sees_the_whole_row():
+    network = NETWORK.clone(position_times=False)
+    assert windows_of(network, {}, SamplerOptions(block_length=4), LENGTH) is None
+    assert windows_of(NETWORK, {}, SamplerOptions(block_length=4), LENGTH) is not None
+    assert windows_of(NETWORK, {}, SamplerOptions(block_length=4, guidance=2.0), LENGTH) is None
+
+
 def test_what_blocks_cannot_do_is_said():
     network = NETWORK.clone(block_length=4)
     assert by_blocks(network, SamplerOptions()).block_length == 4
