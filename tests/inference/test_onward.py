@@ -80,9 +80,14 @@ def test_a_text_ends_with_its_end_token(model):
 def test_what_follows_the_end_is_padding_in_all_that_is_returned(model):
     options = {"num_steps": 2, "block_length": BLOCK, "seed": 1, "trace": True}
     found = model.generate(prompts=PROMPTS * 8, stop_at_end=True, **options)
-    is_pad = found.ids == model.tokenizer.pad_id
-    assert not np.any(found.log_probs[is_pad])
-    assert not np.any(found.drawn_at[is_pad])
+    starts = [1 + len(ids) for ids in model.tokenizer.encode(PROMPTS * 8)]
+    is_end = (found.ids == model.tokenizer.eos_id) & (
+        np.arange(CONTEXT) >= np.array(starts)[:, None]
+    )
+    is_after = np.cumsum(is_end, axis=-1) - is_end > 0
+    assert np.all(found.ids[is_after] == model.tokenizer.pad_id)
+    assert not np.any(found.log_probs[is_after])
+    assert not np.any(found.drawn_at[is_after])
 
 
 def test_without_blocks_the_context_is_the_end(model):
