@@ -94,7 +94,7 @@ def test_help_is_quick_and_shows_only_our_flags(command):
     assert result.stderr == ""
     assert result.stdout.startswith("What it does.\n\nExamples:\n  python -m command")
     assert "--workdir: Folder of the run." in result.stdout
-    assert "gidd, mdlm, quickstart" in result.stdout
+    assert "gidd, gidd_scaling, mdlm" in result.stdout
     assert result.stdout.count("\n  --") == 6  # none of absl's own
 
 
@@ -158,7 +158,7 @@ def test_ways_to_choose_and_override_a_config(command, args):
         (["--config.train.num_steps=1.5"], "invalid literal for int()"),
         (
             ["--config=gid"],
-            "the shipped configs are ar, base, gidd, mdlm, quickstart, sudoku, sweeps/ablation",
+            "the shipped configs are ar, base, gidd, gidd_scaling, mdlm, quickstart, sudoku, sweeps",
         ),
         (["--config=elsewhere/gidd.py"], "no such file"),
         (["--config=gidd:huge"], "unknown size 'huge': use one of tiny, small, base, 1B"),
