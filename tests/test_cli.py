@@ -94,7 +94,7 @@ def test_help_is_quick_and_shows_only_our_flags(command):
     assert result.stderr == ""
     assert result.stdout.startswith("What it does.\n\nExamples:\n  python -m command")
     assert "--workdir: Folder of the run." in result.stdout
-    assert "gidd, gidd_scaling, mdlm" in result.stdout
+    assert "gidd, gidd_scaling, mdlm" in " ".join(result.stdout.split())
     assert result.stdout.count("\n  --") == 6  # none of absl's own
 
 
