@@ -5,6 +5,8 @@ import pytest
 from tiny_checkpoint import tiny_model
 
 from gidd_jax.errors import InputError
+from gidd_jax.inference.onward import continued, seed_of
+from gidd_jax.inference.samples import Samples
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 BLOCK, CONTEXT = 4, 16
@@ -44,6 +46,38 @@ def test_windows_go_on_beyond_the_context(model):
     np.testing.assert_array_equal(found.ids[0, :CONTEXT], within.ids[0, :CONTEXT])
     # Windows draw by keys of their own.
     assert not np.array_equal(found.ids[0, 8:16], found.ids[0, 16:24])
+
+
+def test_each_window_begins_with_the_last_half_of_what_is_before_it(model):
+    """By a stand-in that draws the number of the window and the place in it."""
+    seen = []
+
+    def draw(rows, window):
+        seen.append([row[:n].tolist() for row, n in zip(rows.ids, rows.lengths, strict=True)])
+        place = np.arange(rows.ids.shape[1])[None]
+        ids = np.where(rows.free, 100 + 16 * window + place, rows.ids)
+        zeros = np.zeros(ids.shape, np.float32)
+        drawn_at = np.where(rows.free, 2, 0)
+        return Samples(ids, [""], zeros - rows.free, drawn_at, 3, np.full(len(ids), 2))
+
+    found = continued(
+        draw,
+        model.tokenizer,
+        [[5, 6, 7]],
+        CONTEXT,
+        22,
+        begin=False,
+        end_id=None,
+        block_length=BLOCK,
+    )
+    first = [5, 6, 7, *range(103, 116)]
+    second = [*range(116 + 8, 116 + 16)]
+    assert seen[1][0][:8] == first[8:]
+    assert found.ids[0].tolist() == [*first, *second, 132 + 8]
+    assert found.drawn_at[0].tolist() == [0] * 3 + [2] * 13 + [4] * 8 + [6]
+    assert (found.network_calls, found.stopped_at[0]) == (9, 6)
+    assert seed_of(7, 0) == 7
+    assert len({seed_of(7, window) for window in range(500)}) == 500
 
 
 def test_prompts_that_fill_the_context_are_refused_and_a_length_is_kept(model):
