@@ -158,7 +158,7 @@ def test_ways_to_choose_and_override_a_config(command, args):
         (["--config.train.num_steps=1.5"], "invalid literal for int()"),
         (
             ["--config=gid"],
-            "the shipped configs are ar, base, gidd, gidd_scaling, mdlm, quickstart, sudoku, sweeps",
+            "the shipped configs are ar, base, gidd, gidd_scaling, mdlm, quickstart, sudoku",
         ),
         (["--config=elsewhere/gidd.py"], "no such file"),
         (["--config=gidd:huge"], "unknown size 'huge': use one of tiny, small, base, 1B"),
