@@ -110,11 +110,6 @@ def ours(case: Case) -> Subject:
     return jax_subject(draw, inputs.random_parameters(network), keys)
 
 
-def twin(case: Case, compiled: bool) -> Subject:
-    """There is none: the published port caches the prefix and computes all that follows it."""
-    raise NotImplementedError(case.name)
-
-
 def checks(scale: str, found: Found) -> list[Check]:
     """Return how many times the tokens a second of whole rows blocks have."""
     rows, *others = (case for case in cases(scale, "float32") if not case.sweep)

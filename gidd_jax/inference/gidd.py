@@ -51,7 +51,7 @@ from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.save import save_pretrained
 from gidd_jax.models.dit import DiT
-from gidd_jax.models.gidd import TimeFreeTransformer
+from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.correction import Correction, check_correction
@@ -65,7 +65,6 @@ from gidd_jax.sampling.options import (
 )
 from gidd_jax.sampling.suspicion import check_suspicion
 from gidd_jax.sampling.trace import changes_of_correction
-from gidd_jax.sampling.windows import by_blocks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,7 +158,6 @@ class Gidd:
             rows = empty_rows(self.tokenizer, count, length, begin=self.process is None)
             return draw_rows(self, batch_size, seed, options, trace, rows)
         check_some(prompts, "prompts")
-        blocks = options if self.process is None else by_blocks(self.network, options)
         return continued(
             lambda rows, window: draw_rows(
                 self, batch_size, seed_of(seed, window), options, trace, rows
@@ -170,7 +168,7 @@ class Gidd:
             new_tokens,
             begin=self.begins,
             end_id=self.tokenizer.eos_id if options.stop_at_end else None,
-            block_length=blocks.block_length if goes_on else 0,
+            block_length=(options.block_length or blocks_of(self.network)) if goes_on else 0,
         )
 
     def infill(

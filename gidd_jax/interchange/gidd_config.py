@@ -26,6 +26,8 @@ def gidd_network(fields: Fields) -> TimeFreeTransformer:
         raise fields.error("is_causal must be false: these networks see both sides")
     # Where newer versions of transformers write the base.
     rope = fields.section("rope_parameters") if fields.has("rope_parameters") else fields
+    if rope.has("rope_type") and rope.text("rope_type") != "default":
+        raise fields.error("rope_parameters: rope_type must be default: positions are not scaled")
     context = fields.size("max_position_embeddings", 1024)
     blocks = fields.size("block_length") if fields.has("block_length") else 0
     if blocks and context % blocks:

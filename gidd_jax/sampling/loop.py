@@ -165,7 +165,9 @@ def sample_diffusion(
         times, memory = methods.times(here, memory)
         times = jnp.where(active, times, jnp.where(ahead, process.t_max, CLEAN))
         if windows is not None:
-            view = windows.moved(view, drawn.ids, Place(prompt.free, active, now.block, now.step))
+            view = windows.moved(
+                view, drawn.ids, Place(prompt.free, active, ahead, now.block, now.step)
+            )
         asked = network(fold_in(keys_now, 3), drawn.ids, times, view)
         taken, memory = methods.step(here, asked, row_times(process, times, prompt.within), memory)
         if windows is not None and fills:

@@ -68,7 +68,7 @@ def network_at(
 
     def predict(features: Any, places: jax.Array) -> Predicted:
         logits = masked_logits(
-            process, project(jax.tree.map(lambda a: _at(a, places), features))
+            process, project(jax.tree.map(lambda a: at(a, places), features))
         ).astype(jnp.float32)
         return Predicted(logits, weights(logits))
 
@@ -77,7 +77,7 @@ def network_at(
 
     def ask(where: jax.Array, judge: Judge, *arrays: Any, at_most: int = length) -> Any:
         def judge_at(features: Any, places: jax.Array) -> Any:
-            here = jax.tree.map(lambda a: _at(a, places), arrays)
+            here = jax.tree.map(lambda a: at(a, places), arrays)
             return judge(predict(features, places), *here)
 
         said = jax.eval_shape(judge_at, features, one)
@@ -114,7 +114,7 @@ def _in_groups(
         number, result = carry
         places = jax.lax.dynamic_slice_in_dim(order, number * size, size, axis=1)
         said = judge_at(features, jnp.minimum(places, length - 1))
-        return number + 1, jax.tree.map(lambda a, part: _put(a, places, part), result, said)
+        return number + 1, jax.tree.map(lambda a, part: put(a, places, part), result, said)
 
     return jax.lax.while_loop(some_left, judge_group, (jnp.int32(0), result))[1]
 
@@ -122,11 +122,11 @@ def _in_groups(
 # Row by row: indexed by the rows' numbers, a batch that is split over devices would be exchanged.
 
 
-def _at(array: jax.Array, places: jax.Array) -> jax.Array:
+def at(array: jax.Array, places: jax.Array) -> jax.Array:
     """Return [B, K, ...] of an array [B, L, ...] at places [B, K]."""
     return jax.vmap(lambda row, at: row[at])(array, places)
 
 
-def _put(array: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
+def put(array: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
     """Put values [B, K, ...] into an array [B, L, ...] at places [B, K] that are not beyond it."""
     return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(array, places, values)

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from gidd_jax.errors import InputError
 from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
 from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.thinning import at, put
 
 Cache = Any
 
@@ -28,11 +29,12 @@ class View(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which call it is: the tokens of the rows to generate and those of its block, bool [B, L]; the
-    numbers of the block and of the step in it."""
+    """Which call it is: of the rows' tokens to generate, bool [B, L], all, those of its block and
+    those still to come; the numbers of the block and of the step in it."""
 
     free: jax.Array
     active: jax.Array
+    ahead: jax.Array
     block: ArrayLike
     step: ArrayLike
 
@@ -73,7 +75,9 @@ class Windows(NamedTuple):
             start = start.astype(jnp.int32)
             return View(self.open(view.cache, ids, start, jnp.equal(place.block, 0)), start)
 
-        return jax.lax.cond(jnp.equal(place.step, 0), opened, lambda: view)
+        # Schedules may have more blocks than rows.
+        opens = jnp.equal(place.step, 0) & jnp.any(place.active | place.ahead)
+        return jax.lax.cond(opens, opened, lambda: view)
 
     def denoiser(self, view: View | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """Return the network as the loop asks it: (noisy ids, times) -> features."""
@@ -104,8 +108,8 @@ def prefix_windows(
         places = start[:, None] + jnp.arange(width)[None]
         before = jnp.arange(length)[None] < start[:, None]
         seen = jnp.concatenate([before, places < ends[:, None]], axis=1)
-        h, _ = run(at(z_t, places), places, seen[:, None, None], cache)
-        return put(length, places, h)
+        h, _ = run(_ids_at(z_t, places), places, seen[:, None, None], cache)
+        return _in_rows(length, places, h)
 
     return Windows(open_at, features)
 
@@ -161,18 +165,15 @@ def _runner(network: Any, params: Any) -> Callable[..., Any]:
     return run
 
 
-def at(ids: jax.Array, places: jax.Array) -> jax.Array:
+def _ids_at(ids: jax.Array, places: jax.Array) -> jax.Array:
     """Return the ids [B, W] at places [B, W] of rows [B, L]; beyond the end the last one."""
-    return jax.vmap(lambda row, where: row[where])(ids, jnp.minimum(places, ids.shape[1] - 1))
+    return at(ids, jnp.minimum(places, ids.shape[1] - 1))
 
 
-def put(length: int, places: jax.Array, values: jax.Array) -> jax.Array:
-    """Return [B, length, D] with values [B, W, D] at places [B, W]; those beyond it are dropped."""
-
-    def one(where: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.zeros((length, new.shape[-1]), new.dtype).at[where].set(new, mode="drop")
-
-    return jax.vmap(one)(places, values)
+def _in_rows(length: int, places: jax.Array, values: jax.Array) -> jax.Array:
+    """Return [B, length, D] with values [B, W, D] at places [B, W], 0 elsewhere."""
+    zeros = jnp.zeros((len(values), length, values.shape[-1]), values.dtype)
+    return put(zeros, places, values)
 
 
 def causal_windows(
@@ -196,7 +197,7 @@ def causal_windows(
             places = start[:, None] - block_length + jnp.arange(block_length)[None]
             before = jnp.arange(ids.shape[1])[None] < places[:, :1]
             seen = jnp.concatenate([before, jnp.ones(places.shape, bool)], axis=1)
-            _, new = run(at(ids, places), places, seen[:, None, None], cache)
+            _, new = run(_ids_at(ids, places), places, seen[:, None, None], cache)
             return jax.tree.map(lambda old, part: _put_keys(old, places, part), cache, new)
 
         return whole() if cache is None else jax.lax.cond(is_first, whole, extended)
@@ -207,8 +208,8 @@ def causal_windows(
         before = jnp.arange(z_t.shape[1])[None] < start[:, None]
         ends = jnp.full(len(z_t), z_t.shape[1]) if lengths is None else lengths
         seen = jnp.concatenate([before, places < ends[:, None]], axis=1)
-        h, _ = run(at(z_t, places), places, seen[:, None, None], cache)
-        return put(z_t.shape[1], places, h)
+        h, _ = run(_ids_at(z_t, places), places, seen[:, None, None], cache)
+        return _in_rows(z_t.shape[1], places, h)
 
     return Windows(open_at, features, block_length)
 

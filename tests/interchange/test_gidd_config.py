@@ -180,6 +180,10 @@ def test_the_host_holds_a_tensor_at_a_time(tmp_path):
             "weight_scaling = 'fan': must be a number, or fan_in or fan_out",
         ),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be null"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_type must be default",
+        ),
         ({"is_causal": True}, "is_causal must be false"),
         ({"num_attention_heads": 5}, "hidden_size 32 with num_heads 5"),
         ({"use_qk_norm": "yes"}, "use_qk_norm = 'yes': must be true or false"),

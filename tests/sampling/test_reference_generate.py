@@ -5,6 +5,7 @@ inverse of the whole posterior at stored uniforms.
 """
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -186,7 +187,7 @@ def test_greedy_runs_through_the_loop_as_it_is(arrays, case):
 
 def saying(logits, process, temperature):
     """A network of these logits, for one step."""
-    weights = lambda said: unnormalised(said, temperature)  # noqa: E731
+    weights = functools.partial(unnormalised, temperature=temperature)
     return network_at(process, lambda z, t: logits, lambda h: h, weights, logits[..., 0], None)
 
 
