@@ -113,6 +113,26 @@ def on_first_device() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def call_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Call the main of gidd_jax.plots with flags, in an empty folder; they are gone afterwards."""
+    from absl.testing import flagsaver
+
+    from gidd_jax import plots
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(**values: object) -> None:
+        saved = flagsaver.save_flag_values(plots.flags.values)
+        try:
+            plots.flags.parse(["plots", *(f"--{name}={value}" for name, value in values.items())])
+            plots.main(["plots"])
+        finally:
+            flagsaver.restore_flag_values(saved, plots.flags.values)
+
+    return call
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_programs() -> Iterator[None]:
     """A program that one module compiled quickly must not serve the next, which compares bits."""

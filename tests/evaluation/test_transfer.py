@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 
-from gidd_jax import plots
 from gidd_jax.evaluation import transfer
 from gidd_jax.evaluation.reports import load_transfer, write_report
 from gidd_jax.evaluation.transfer import Sizes
@@ -96,7 +95,7 @@ def test_changes_are_flat_under_completep_alone(changes):
     assert changes["broken"][0] > 3
 
 
-def test_the_picture_shows_what_was_measured(tmp_path):
+def test_the_picture_shows_what_was_measured(call_plots, tmp_path):
     sizes = made("completep", 0.0) + made("standard", 1.0)
     report = json.loads(json.dumps(transfer.report(sizes)))
     lines = list(transfer.verdict(report))
@@ -112,8 +111,7 @@ def test_the_picture_shows_what_was_measured(tmp_path):
     file = tmp_path / "transfer.json"
     write_report(file, report)
     assert load_transfer(str(file)) == report
-    plots.flags.parse(["plots", f"--transfer={file}", f"--out={tmp_path}"])
-    plots.main([])
+    call_plots(transfer=file, out=tmp_path)
     assert {"transfer.png", "transfer.svg"} <= {path.name for path in tmp_path.iterdir()}
 
 

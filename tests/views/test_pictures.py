@@ -11,7 +11,6 @@ import pytest
 from matplotlib import image
 from tiny_run import tiny_settings
 
-from gidd_jax import plots
 from gidd_jax.checkpoints.workdir import open_workdir
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
@@ -214,24 +213,6 @@ def test_the_same_figures_make_the_same_files(tmp_path):
     assert len(list((tmp_path / "one").iterdir())) == 2  # no half files
 
 
-@pytest.fixture
-def entry(monkeypatch, tmp_path):
-    """Call the command's main with flags, in an empty folder."""
-    from absl.testing import flagsaver
-
-    monkeypatch.chdir(tmp_path)
-
-    def call(**values: object) -> None:
-        saved = flagsaver.save_flag_values(plots.flags.values)
-        try:
-            plots.flags.parse(["plots", *(f"--{name}={value}" for name, value in values.items())])
-            plots.main(["plots"])
-        finally:
-            flagsaver.restore_flag_values(saved, plots.flags.values)
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -249,14 +230,14 @@ def entry(monkeypatch, tmp_path):
         ({"workdir": "bare", "out": "bad.json"}, "--out=bad.json is a file"),
     ],
 )
-def test_bad_input_is_named(entry, tmp_path, values, message):
+def test_bad_input_is_named(call_plots, tmp_path, values, message):
     for name, text in {"bad": "{", "list": "[]", "empty": "{}"}.items():
         (tmp_path / f"{name}.json").write_text(text)
     for name, text in {"fresh": "", "bare": '{"step": 1, "train/loss": 2.0}\n'}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
-        entry(**values)
+        call_plots(**values)
     assert not (tmp_path / "o").exists()
 
 
