@@ -74,6 +74,14 @@ OPTIONS = {
     "block_length": flags.DEFINE_integer(
         "block_length", None, "Generate blocks of so many tokens from left to right."
     ),
+    "reopen": flags.DEFINE_integer(
+        "reopen",
+        None,
+        "With blocks: noise each finished block with so many before it, and denoise them together.",
+    ),
+    "reopen_at": flags.DEFINE_float(
+        "reopen_at", None, f"reopen: time to noise to. Default: {SamplerOptions.reopen_at}."
+    ),
     "stop_at_end": flags.DEFINE_bool(
         "stop_at_end", None, "With blocks: a text ends with its end token. Default: it goes on."
     ),

@@ -147,7 +147,7 @@ def sample_diffusion(
 
         Also tells whether there were any, which takes a call more.
         """
-        ends = here.active & (here.now.step == schedule.num_steps - 1)
+        ends = here.active & here.now.is_last
         asked = network(fold_in(here.keys, 3), taken.ids, times, view)
         filled = steps.fill_step(process, fold_in(here.keys, 4), asked, taken.ids, ends)
         log_probs = jnp.where(filled.asked, filled.log_probs, taken.log_probs)
@@ -155,20 +155,22 @@ def sample_diffusion(
 
     def call(state: _State, now: Schedule) -> _State:
         drawn, memory, was_done, view = state
-        active, ahead = (
-            prompt.free & which(block_of, now.block) for which in (jnp.equal, jnp.greater)
-        )
+        active = prompt.free & (block_of >= now.first) & (block_of <= now.block)
+        active &= (last_block >= now.block)[:, None]
+        ahead = prompt.free & (block_of > now.block)
         if end_id is not None:
             active &= ~was_done[:, None]
-        keys_now = fold_in(keys, 2 + now.block * schedule.num_steps + now.step)
-        here = Call(process, options, schedule.num_steps, keys_now, drawn.ids, active, now)
+        keys_now = fold_in(keys, 2 + drawn.num_calls)
+        ids = drawn.ids
+        if options.reopen:
+            again = noised(process, fold_in(keys_now, 5), ids, now.t)
+            ids = jnp.where(active & now.reopens & (now.step == 0), again, ids)
+        here = Call(process, options, keys_now, ids, active, now)
         times, memory = methods.times(here, memory)
         times = jnp.where(active, times, jnp.where(ahead, process.t_max, CLEAN))
         if windows is not None:
-            view = windows.moved(
-                view, drawn.ids, Place(prompt.free, active, ahead, now.block, now.step)
-            )
-        asked = network(fold_in(keys_now, 3), drawn.ids, times, view)
+            view = windows.moved(view, ids, Place(prompt.free, active, ahead, now))
+        asked = network(fold_in(keys_now, 3), ids, times, view)
         taken, memory = methods.step(here, asked, row_times(process, times, prompt.within), memory)
         if windows is not None and fills:
             was_asked = jnp.any(taken.asked)
@@ -182,7 +184,7 @@ def sample_diffusion(
             has_end = jnp.any(
                 prompt.free & (block_of <= now.block) & (drawn.ids == end_id), axis=-1
             )
-            stops |= has_end & (now.step == schedule.num_steps - 1)
+            stops |= has_end & now.closes
         first = stops & ~was_done
         drawn = drawn._replace(stopped_at=jnp.where(first, drawn.num_calls, drawn.stopped_at))
         return _State(drawn, memory, was_done | stops, view)
@@ -265,6 +267,14 @@ def _run(
     last = (state.drawn.ids, state.drawn.log_probs)
     filled = (jnp.where(later, b, a) for a, b in zip(after, last, strict=True))
     return state, Frames(start.drawn.ids, *filled)
+
+
+def noised(
+    process: InterpolatingProcess, keys: jax.Array, ids: jax.Array, t: jax.Array
+) -> jax.Array:
+    """Return ids [B, L] with the noise of time t, each row's by its key [B]."""
+    draws = jax.vmap(lambda key: process.noise_draws(key, ids.shape[1:]))(keys)
+    return process.corrupt(ids, t, draws)
 
 
 def filtered(options: SamplerOptions, log_probs: jax.Array) -> jax.Array:

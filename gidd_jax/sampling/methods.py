@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gidd_jax.draws import fold_in
 from gidd_jax.process import InterpolatingProcess
@@ -23,15 +24,18 @@ Memory = Editing | Rounds | jax.Array | None  # the jax.Array is the time [B] of
 
 class Call(NamedTuple):
     """Where a run stands: keys [B] of the call, ids int32 [B, L], active bool [B, L] where they may
-    change, `now` the call's own entry of the schedule, of num_steps calls a block."""
+    change, `now` the call's own entry of the schedule."""
 
     process: InterpolatingProcess
     options: SamplerOptions
-    num_steps: int
     keys: jax.Array
     ids: jax.Array
     active: jax.Array
     now: Schedule
+
+    @property
+    def num_steps(self) -> ArrayLike:
+        return self.now.calls
 
     @property
     def num_active(self) -> jax.Array:

@@ -53,6 +53,8 @@ READ_BY = {
     "loop_from": ("remdm_loop",),
     "loop_to": ("remdm_loop",),
     "loop_alpha": ("remdm_loop",),
+    "reopen": ANCESTRAL,
+    "reopen_at": ANCESTRAL,
     "tokens_per_step": ("mode_seeking",),
     "noise_at": ("mode_seeking",),
 }
@@ -73,6 +75,8 @@ class SamplerOptions:
     top_p: float = 1.0  # keep the most probable tokens of x_hat with this sum; 1: all
     min_p: float = 0.0  # drop what is less probable from the distribution that is drawn from
     block_length: int = 0  # generate blocks of so many tokens from left to right; 0: all at once
+    reopen: int = 0  # blocks: noise a finished block with so many before it, denoise all together
+    reopen_at: float = 0.5  # ... noised to this time
     stop_at_end: bool = False  # blocks: a text ends with the end token, what follows is padding
     kappa: float = 0.95  # psi: weight of the posterior against the marginal
     eta: float = 0.02  # remdm: cap of the remasking probability, or its share of the largest legal
@@ -101,7 +105,7 @@ class SamplerOptions:
                     f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(legal)}"
                 )
         least = {"num_steps": 1, "top_k": 0, "block_length": 0, "tokens_per_step": 0}
-        least |= {"sweeps": 1, "stop_after": 0}
+        least |= {"reopen": 0, "sweeps": 1, "stop_after": 0}
         for name, least_value in least.items():
             if getattr(self, name) < least_value:
                 raise InputError(f"{name} must be at least {least_value}: {getattr(self, name)}")
@@ -118,13 +122,16 @@ class SamplerOptions:
                 raise InputError(f"{name} must not be negative: {getattr(self, name)}")
         if not 0 <= self.guidance < float("inf"):
             raise InputError(f"guidance must be finite and at least 0: {self.guidance}")
-        if not 0 < self.loop_alpha < 1:
-            raise InputError(f"loop_alpha must lie in (0, 1): {self.loop_alpha}")
+        for name in ("loop_alpha", "reopen_at"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in (0, 1): {getattr(self, name)}")
         if self.loop_to > self.loop_from:
             raise InputError(f"loop_to must not exceed loop_from: {self.loop_to}, {self.loop_from}")
         self._check_read()
         if self.stop_entropy != SamplerOptions.stop_entropy and not self.stop_after:
             raise InputError("stop_entropy has no effect without stop_after: set stop_after, too")
+        if self.reopen_at != SamplerOptions.reopen_at and not self.reopen:
+            raise InputError("reopen_at has no effect without reopen: set reopen, too")
 
     def _check_read(self) -> None:
         for field in dataclasses.fields(self):

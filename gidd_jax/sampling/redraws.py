@@ -35,7 +35,7 @@ class Editing(NamedTuple):
     stopped: jax.Array
 
 
-def num_rounds(num_active: jax.Array, num_steps: int) -> jax.Array:
+def num_rounds(num_active: jax.Array, num_steps: ArrayLike) -> jax.Array:
     """Return how often every one of `num_active` [B] positions is drawn: at least once."""
     return jnp.maximum(1, num_steps // jnp.maximum(num_active, 1))
 
@@ -61,7 +61,7 @@ def adaptive_step(
     active: jax.Array,
     state: Rounds,
     step: ArrayLike,
-    num_steps: int,
+    num_steps: ArrayLike,
 ) -> tuple[Taken, Rounds]:
     """Redraw z_i ~ alpha_s x_hat + beta_s pi_s where z_i is the noisiest, in rounds of falling s.
 
@@ -107,7 +107,7 @@ def entropy_bound_step(
     state: Editing,
     t: jax.Array,
     step: ArrayLike,
-    num_steps: int,
+    num_steps: ArrayLike,
     options: SamplerOptions,
 ) -> tuple[Taken, Editing]:
     """Draw as many open positions as may be drawn together, and reopen tokens that look wrong.

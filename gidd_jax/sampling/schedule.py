@@ -1,5 +1,6 @@
 """The network calls of a run: their times, and what else a step needs to know about its place."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -119,8 +120,9 @@ class Schedule(NamedTuple):
     """The network calls of a run, arrays [num_calls] in the order of the calls.
 
     t and s: times before and after; sigma: remasking probability; kappa: weight of the posterior
-    against drawing anew; step: number of the call within its block; block: which block of positions
-    may change.
+    against drawing anew; block: which block of positions may change, with those from `first` on;
+    step: number of the call among the `calls` that these blocks get at a time; closes: whether the
+    block is done after it.
     """
 
     t: np.ndarray
@@ -129,10 +131,19 @@ class Schedule(NamedTuple):
     kappa: np.ndarray
     step: np.ndarray
     block: np.ndarray
+    first: np.ndarray
+    calls: np.ndarray
+    closes: np.ndarray
 
     @property
-    def num_steps(self) -> int:
-        return int(self.step[-1]) + 1
+    def reopens(self) -> np.ndarray | jax.Array:
+        """Whether blocks that were done may change again."""
+        return self.first < self.block
+
+    @property
+    def is_last(self) -> np.ndarray | jax.Array:
+        """Whether it is the last call that these blocks get at a time."""
+        return self.step == self.calls - 1
 
 
 def make_schedule(
@@ -153,9 +164,25 @@ def make_schedule(
     if options.method == "gibbs":
         kappa[t == s] = 1 - options.rho
     sigma = remasking(process, options, t, s)
-    one = Schedule(t, s, sigma, kappa, np.arange(len(t)), np.zeros(len(t)))
-    blocks = np.repeat(np.arange(num_blocks), len(t)).astype(np.int32)
-    return Schedule(*(np.tile(a, num_blocks) for a in one))._replace(block=blocks)
+    again = t <= options.reopen_at  # the end of the same way, from the time that was noised to
+    if options.reopen and not again.any():
+        raise InputError(
+            f"reopen_at = {options.reopen_at}: no step begins there or later, set num_steps to at "
+            f"least {math.ceil(1 / options.reopen_at)}"
+        )
+    entries = []
+    for block in range(num_blocks):
+        reopens = options.reopen > 0 and block > 0
+        phases = [(block, np.full(len(t), True))]
+        if reopens:
+            phases.append((max(block - options.reopen, 0), again))
+        for number, (first, made) in enumerate(phases):
+            count = int(made.sum())
+            step = np.arange(count)
+            closes = (step == count - 1) & (number == len(phases) - 1)
+            place = (np.full(count, n, np.int32) for n in (block, first, count))
+            entries.append((t[made], s[made], sigma[made], kappa[made], step, *place, closes))
+    return Schedule(*map(np.concatenate, zip(*entries, strict=True)))
 
 
 def remasking(

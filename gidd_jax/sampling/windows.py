@@ -11,32 +11,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from gidd_jax.errors import InputError
 from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
 from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.schedule import Schedule
 from gidd_jax.sampling.thinning import at, put
 
 Cache = Any
 
 
 class View(NamedTuple):
-    """Where windows are: the cache of what lies before `start` int32 [B]."""
+    """Where windows are: the cache of what lies before `start` int32 [B]; they reach to `end` int32
+    [B] (None: as far as they do)."""
 
     cache: Cache
     start: jax.Array
+    end: jax.Array | None = None
 
 
 class Place(NamedTuple):
-    """Which call it is: of the rows' tokens to generate, bool [B, L], all, those of its block and
-    those still to come; the numbers of the block and of the step in it."""
+    """Which call it is: of the rows' tokens to generate, bool [B, L], all, those of its blocks and
+    those still to come; its entry of the schedule."""
 
     free: jax.Array
     active: jax.Array
     ahead: jax.Array
-    block: ArrayLike
-    step: ArrayLike
+    now: Schedule
 
 
 class Windows(NamedTuple):
@@ -56,7 +57,7 @@ class Windows(NamedTuple):
         """Return a view of the shapes that `moved` fills."""
         start = jnp.zeros(ids.shape[:1], jnp.int32)
         shapes = jax.eval_shape(self.open, None, ids, start, start > 0)
-        return View(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), start)
+        return View(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), start, start)
 
     def moved(self, view: View | None, ids: jax.Array, place: Place) -> View:
         """Return the view of a call: at the first step of a block its windows are opened.
@@ -65,18 +66,25 @@ class Windows(NamedTuple):
         those in which it has nothing to generate: the cache grows by one at a time.
         """
         assert view is not None
+        free, active, ahead, now = place
 
         def opened() -> View:
-            if self.block_length:
-                first = jnp.argmax(place.free, axis=-1) // self.block_length
-                start = (first + place.block) * self.block_length
-            else:
-                start = jnp.argmax(place.active, axis=-1)
-            start = start.astype(jnp.int32)
-            return View(self.open(view.cache, ids, start, jnp.equal(place.block, 0)), start)
+            if not self.block_length:
+                start = jnp.argmax(active, axis=-1).astype(jnp.int32)
+                end = jnp.full_like(start, ids.shape[1])
+                return View(self.open(view.cache, ids, start, now.block == 0), start, end)
+            row = jnp.argmax(free, axis=-1).astype(jnp.int32) // self.block_length
+            start, end = ((row + n) * self.block_length for n in (now.first, now.block + 1))
+            # Of what is opened again the cache already has what lies before.
+            cache = jax.lax.cond(
+                now.reopens,
+                lambda: view.cache,
+                lambda: self.open(view.cache, ids, start, now.block == 0),
+            )
+            return View(cache, start, end)
 
         # Schedules may have more blocks than rows.
-        opens = jnp.equal(place.step, 0) & jnp.any(place.active | place.ahead)
+        opens = (now.step == 0) & jnp.any(active | ahead)
         return jax.lax.cond(opens, opened, lambda: view)
 
     def denoiser(self, view: View | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -102,7 +110,7 @@ def prefix_windows(
         return run(ids, places, (places[None] < start[:, None])[:, None, None])[1]
 
     def features(view: View, z_t: jax.Array) -> jax.Array:
-        cache, start = view
+        cache, start, _ = view
         rows, length = z_t.shape
         ends = jnp.full(rows, length) if lengths is None else lengths
         places = start[:, None] + jnp.arange(width)[None]
@@ -128,7 +136,7 @@ def windows_of(
     if not isinstance(network, TimeFreeTransformer) or options.guidance != 1.0:
         return None
     if network.block_length:
-        return causal_windows(network, params, network.block_length, lengths)
+        return causal_windows(network, params, network.block_length, lengths, options.reopen)
     # Without prompts in training finished tokens saw what follows, and still must.
     if options.block_length and network.position_times:
         return prefix_windows(network, params, width, lengths)
@@ -151,10 +159,11 @@ def by_blocks(network: Any, options: SamplerOptions) -> SamplerOptions:
             "guidance needs a model of whole rows: this one is by blocks, leave it at 1"
         )
     options = dataclasses.replace(options, block_length=options.block_length or length)
-    if options.stop_at_end and not options.block_length:
-        raise InputError(
-            "stop_at_end has no effect where all tokens are drawn at once: set block_length"
-        )
+    for name in ("stop_at_end", "reopen"):
+        if getattr(options, name) and not options.block_length:
+            raise InputError(
+                f"{name} has no effect where all tokens are drawn at once: set block_length"
+            )
     return options
 
 
@@ -166,8 +175,8 @@ def _runner(network: Any, params: Any) -> Callable[..., Any]:
 
 
 def _ids_at(ids: jax.Array, places: jax.Array) -> jax.Array:
-    """Return the ids [B, W] at places [B, W] of rows [B, L]; beyond the end the last one."""
-    return at(ids, jnp.minimum(places, ids.shape[1] - 1))
+    """Return the ids [B, W] at places [B, W] of rows [B, L]; outside the first or the last one."""
+    return at(ids, jnp.clip(places, 0, ids.shape[1] - 1))
 
 
 def _in_rows(length: int, places: jax.Array, values: jax.Array) -> jax.Array:
@@ -177,14 +186,21 @@ def _in_rows(length: int, places: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def causal_windows(
-    network: Any, params: Any, block_length: int, lengths: jax.Array | None = None
+    network: Any,
+    params: Any,
+    block_length: int,
+    lengths: jax.Array | None = None,
+    reopen: int = 0,
 ) -> Windows:
     """Return the windows of a network that was trained by blocks (`TrainSettings.block_length`).
 
     A block sees itself and the finished blocks before it, and nothing that follows; so the keys and
     values of a finished block are computed once, when the next one begins. lengths as above.
+    reopen: so many finished blocks may change again, in one window with the block after them, in
+    which all see each other; until then they are computed anew with each block.
     """
     run = _runner(network, params)
+    widest = (reopen + 1) * block_length
 
     def open_at(cache: Cache, ids: jax.Array, start: jax.Array, is_first: jax.Array) -> Cache:
         def whole() -> Cache:
@@ -194,22 +210,35 @@ def causal_windows(
             return run(ids, places, mask[None, None])[1]
 
         def extended() -> Cache:
-            places = start[:, None] - block_length + jnp.arange(block_length)[None]
+            places = start[:, None] - widest + jnp.arange(widest)[None]
             before = jnp.arange(ids.shape[1])[None] < places[:, :1]
-            seen = jnp.concatenate([before, jnp.ones(places.shape, bool)], axis=1)
-            _, new = run(_ids_at(ids, places), places, seen[:, None, None], cache)
-            return jax.tree.map(lambda old, part: _put_keys(old, places, part), cache, new)
+            block = jnp.arange(widest) // block_length
+            inside = (block[:, None] >= block[None])[None] & (places >= 0)[:, None]
+            before = jnp.broadcast_to(before[:, None], (*places.shape, ids.shape[1]))
+            seen = jnp.concatenate([before, inside], axis=-1)
+            _, new = run(_ids_at(ids, places), places, seen[:, None], cache)
+            kept = jnp.where(places < 0, ids.shape[1], places)  # those outside are dropped
+            return jax.tree.map(lambda old, part: _put_keys(old, kept, part), cache, new)
 
         return whole() if cache is None else jax.lax.cond(is_first, whole, extended)
 
     def features(view: View, z_t: jax.Array) -> jax.Array:
-        cache, start = view
-        places = start[:, None] + jnp.arange(block_length)[None]
-        before = jnp.arange(z_t.shape[1])[None] < start[:, None]
-        ends = jnp.full(len(z_t), z_t.shape[1]) if lengths is None else lengths
-        seen = jnp.concatenate([before, places < ends[:, None]], axis=1)
-        h, _ = run(_ids_at(z_t, places), places, seen[:, None, None], cache)
-        return _in_rows(z_t.shape[1], places, h)
+        cache, start, reach = view
+        rows, length = z_t.shape
+        ends = jnp.full(rows, length) if lengths is None else lengths
+
+        def of_width(width: int) -> jax.Array:
+            places = start[:, None] + jnp.arange(width)[None]
+            before = jnp.arange(length)[None] < start[:, None]
+            last = ends if reach is None else jnp.minimum(ends, reach)
+            seen = jnp.concatenate([before, places < last[:, None]], axis=1)
+            h, _ = run(_ids_at(z_t, places), places, seen[:, None, None], cache)
+            return _in_rows(length, places, h)
+
+        if reopen == 0 or reach is None:
+            return of_width(block_length)
+        is_wide = jnp.any(reach - start > block_length)
+        return jax.lax.cond(is_wide, lambda: of_width(widest), lambda: of_width(block_length))
 
     return Windows(open_at, features, block_length)
 

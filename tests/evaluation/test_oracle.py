@@ -22,6 +22,7 @@ from gidd_jax.sampling.thinning import network_at
 
 ROWS = 20_000
 FLOOR = oracle.noise_floor(oracle.law(CHAIN, LENGTH), ROWS)
+BORDER = (CHAIN.start @ CHAIN.moves)[:, None] * CHAIN.moves  # the law of the tokens 1 and 2
 
 
 def drawn(process, options, prompt=None, told="position", rows=ROWS, seed=0):
@@ -191,11 +192,11 @@ def gibbs_sweep(process, network):
     """The real call of method "gibbs" at which time stands still: its time, and (keys, ids, active)
     -> ids, which redraws a share of 0.7 of the active positions."""
     options = SamplerOptions(method="gibbs", num_steps=12, rho=0.7)
-    now = jax.tree.map(lambda a: a[7], make_schedule(process, options, LENGTH))
+    now = jax.tree.map(lambda a: jnp.asarray(a[7]), make_schedule(process, options, LENGTH))
     assert now.t == now.s
 
     def sweep(keys, ids, active):
-        call = methods.Call(process, options, 12, keys, ids, active, now)
+        call = methods.Call(process, options, keys, ids, active, now)
         times, memory = methods.times(call, None)
         weights = functools.partial(weights_of, options)
         asked = network_at(process, network, lambda logits: logits, weights, ids, times)
@@ -242,6 +243,42 @@ def test_gibbs_redraws_mend_what_few_steps_spoil():
     plain = distance(process, num_steps=6)
     swept = distance(process, method="gibbs", num_steps=60, sweeps=9, rho=0.1)
     assert swept < 0.6 * plain
+
+
+@pytest.mark.parametrize("name", ["hybrid", "masks"])
+def test_blocks_opened_again_keep_the_law(name):
+    """Noise and exact denoising leave it as it is; the error of few steps falls as they grow."""
+    few, many = (
+        distance(PROCESSES[name], num_steps=n, block_length=1, reopen=1, reopen_at=0.7)
+        for n in (2, 32)
+    )
+    assert few > 2.5 * FLOOR
+    assert many < 1.2 * FLOOR
+
+
+def test_blocks_opened_again_mend_their_borders():
+    """A network that does not see finished blocks draws each for itself; opened again they are
+    noise like others, and seen."""
+    process, rows = PROCESSES["hybrid"], {}
+    network = sampler_laws.exact_network(process, CHAIN, "position")
+
+    def forgetful(z, times):
+        return network(z, jnp.where(times == 0, process.t_max, times))
+
+    for reopen in (0, 2):
+        options = SamplerOptions(num_steps=32, block_length=2, reopen=reopen)
+        run = jax.jit(
+            functools.partial(sample_diffusion, process, forgetful, options, length=LENGTH)
+        )
+        rows[reopen] = oracle.places_of(
+            process, run(row_keys(jax.random.key(0), jnp.arange(ROWS))).ids
+        )
+    found = {
+        reopen: oracle.total_variation(oracle.bigrams(CHAIN, x[:, 1:3]), BORDER)
+        for reopen, x in rows.items()
+    }
+    assert found[0] > 0.2
+    assert found[2] < 0.5 * found[0]
 
 
 def test_guidance_sharpens_towards_what_is_given():

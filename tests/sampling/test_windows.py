@@ -1,6 +1,7 @@
 """Blocks with a cache against whole rows: the same features, the same samples."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -133,9 +134,13 @@ def drawn(params, options, network=NETWORK, use_windows=True, **kwargs):
     return run(keys), ids, free
 
 
-@pytest.mark.parametrize("method", ["ancestral", "psi", "mode_seeking"])
-def test_samples_with_a_cache_are_those_of_whole_rows(params, method):
-    options = SamplerOptions(num_steps=4, block_length=BLOCK, method=method, fill_masks=False)
+@pytest.mark.parametrize(
+    ("method", "reopen"), [("ancestral", 0), ("ancestral", 2), ("psi", 0), ("mode_seeking", 0)]
+)
+def test_samples_with_a_cache_are_those_of_whole_rows(params, method, reopen):
+    options = SamplerOptions(
+        num_steps=4, block_length=BLOCK, method=method, fill_masks=False, reopen=reopen
+    )
     found, ids, free = drawn(params, options)
     wanted, _, _ = drawn(params, options, use_windows=False)
     np.testing.assert_array_equal(found.ids, wanted.ids)
@@ -224,6 +229,68 @@ def test_gaps_in_several_blocks_are_filled_with_the_cache_of_what_lies_between(p
     assert np.max(differences) < 1e-4
 
 
+@dataclasses.dataclass
+class Uncached:
+    """Windows of a model by blocks without a cache: whole rows, in which what lies before a window
+    sees blocks before it and the window sees all up to its end."""
+
+    params: object
+    network: object
+    block_length: int = BLOCK
+
+    def empty(self, ids):
+        zeros = jnp.zeros(len(ids), jnp.int32)
+        return View(None, zeros, zeros)
+
+    def moved(self, view, ids, place):
+        first = jnp.argmax(place.free, axis=-1) // BLOCK
+        start, end = (first + place.now.first) * BLOCK, (first + place.now.block + 1) * BLOCK
+        return View(None, start.astype(jnp.int32), end.astype(jnp.int32))
+
+    def denoiser(self, view):
+        def features(z_t, times):
+            place = jnp.arange(LENGTH)
+            block, inside = place // BLOCK, place[None] >= view.start[:, None]
+            mask = (block[:, None] >= block[None])[None] & ~inside[:, :, None]
+            mask |= inside[:, :, None] & (place[None] < view.end[:, None])[:, None]
+            h, _ = self.network.apply(
+                {"params": self.params}, z_t, place, mask[:, None], method="run"
+            )
+            return h
+
+        return features
+
+
+@pytest.mark.parametrize("reopen", [1, 2])
+def test_blocks_opened_again_see_each_other_with_a_cache_that_follows(params, reopen):
+    network = NETWORK.clone(block_length=BLOCK)
+    options = SamplerOptions(num_steps=3, block_length=BLOCK, reopen=reopen)
+
+    def draw(windows):
+        free = jnp.arange(LENGTH)[None] >= PROMPTS
+        run = functools.partial(
+            sample_diffusion,
+            PROCESS,
+            None,
+            options,
+            length=LENGTH,
+            prompt=Prompt(rows(3), free),
+            project=lambda h: network.apply({"params": params}, h, method="project"),
+            windows=windows,
+        )
+        return jax.jit(lambda keys: run(keys=keys))(row_keys(jax.random.key(5), jnp.arange(3)))
+
+    found = draw(windows_of(network, params, options, LENGTH))
+    wanted = draw(Uncached(params, network))
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
+    assert not np.any(found.ids == PROCESS.mask_id)
+    # Calls 1 to 3 are the first block's; with one opened again its last tokens may be later ones.
+    drawn_at = np.asarray(found.drawn_at)[2]
+    assert drawn_at[:BLOCK].max() > 3
+    assert drawn_at.max() <= found.num_calls
+
+
 def test_a_model_that_knows_no_prompts_sees_the_whole_row():
     network = NETWORK.clone(position_times=False)
     assert windows_of(network, {}, SamplerOptions(block_length=4), LENGTH) is None
@@ -238,5 +305,6 @@ def test_what_blocks_cannot_do_is_said():
         by_blocks(network, SamplerOptions(block_length=3))
     with pytest.raises(InputError, match="guidance needs a model of whole rows"):
         by_blocks(network, SamplerOptions(guidance=2.0))
-    with pytest.raises(InputError, match="stop_at_end has no effect"):
-        by_blocks(NETWORK, SamplerOptions(stop_at_end=True))
+    for change in ({"stop_at_end": True}, {"reopen": 1}):
+        with pytest.raises(InputError, match="has no effect where all tokens are"):
+            by_blocks(NETWORK, SamplerOptions(**change))
