@@ -87,6 +87,34 @@ def test_loss_bound_and_gradients_are_the_references(golden_scaling, shift, rtol
         np.testing.assert_allclose(value, expected, rtol=rtol, atol=1e-11, err_msg=key)
 
 
+@pytest.mark.parametrize("effective", [False, True])
+@pytest.mark.parametrize("shift", [-1000, 0, 1000])
+def test_a_step_of_the_references_likelihood_is_our_bound_at_its_time(
+    golden_scaling, shift, effective
+):
+    """Also at the effective time of its evaluation: the share of a row's completion that noise left
+    as it was. Ours has the time of the noise."""
+    data = golden_scaling("s09_jax_sampler_likelihood.npz")
+    name = f"lik/shift{shift}"
+    x, z_t, completion = data["lik/labels"], data[f"{name}/z"], data["lik/completion_mask"]
+    log_snr = np.float64(0.4)
+    if effective:
+        kept = np.sum((z_t == x) & completion, axis=-1, keepdims=True) / completion.sum(-1)[:, None]
+        with np.errstate(divide="ignore"):
+            log_snr = np.clip(np.log(kept) - np.log1p(-kept), -9, 9)
+    with jax.enable_x64(True):
+        t = jnp.broadcast_to(1 / (1 + np.exp(log_snr)), x.shape)
+        process = LogSnrProcess(VOCAB, MASK, shift=float(shift))
+        logits = jnp.asarray(data["logits"], jnp.float64)
+        found = gidd_loss(process, logits, x, z_t, t, weighting="elbo").elbo
+        weights = process.loss_weights(x, z_t, t, weighting="elbo")
+        found += weights * added_by_reference(process, data["logits"], x, z_t, t)
+    want = data[f"{name}/eff{int(effective)}/elbo/f64"]
+    assert np.any(want != 0)
+    found = np.where(data["noise_mask"], found, 0.0)
+    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
+
+
 class Logits(nn.Module):
     """A network whose parameters are its logits."""
 

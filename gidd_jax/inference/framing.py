@@ -55,10 +55,11 @@ def widened(rows: Rows, tokenizer: Tokenizer, width: int) -> Rows:
 def scheduled_tokens(options: SamplerOptions, rows: Rows) -> int:
     """Return how many tokens a row a schedule is made for: rounded up, so that programs are shared.
 
-    Where the schedule does not depend on it, any number of tokens shares one program.
+    Where the schedule does not depend on it, any number of tokens shares one program; by blocks it
+    is made for all, and ends with the last block that a row has.
     """
     width = rows.ids.shape[1]
-    depends = options.block_length > 0 or options.method in SCHEDULED
+    depends = options.method in SCHEDULED and options.block_length == 0
     return bucket(int(rows.free.sum(-1).max()), width) if depends else width
 
 

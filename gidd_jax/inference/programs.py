@@ -158,7 +158,7 @@ def diffusion(
         batch.keys,
         length,
         prompt,
-        width if blocks_of(network) else num_free,
+        num_free,
         trace,
         project,
         windows,

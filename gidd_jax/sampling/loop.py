@@ -110,11 +110,12 @@ def sample_diffusion(
     time a row is told.
 
     prompt: given tokens stay as they are; num_free: the most tokens that a row of it generates, or
-    more (of a model by blocks those between the first and the last of them, too). Blocks count the
-    tokens to generate. The network sees the whole row: blocks still to come are prior noise. trace:
-    also return what every call left, 8 bytes a token and call. windows: the network by windows,
-    which then stands in for `denoise` (not with guidance). end_id: a row whose finished blocks hold
-    it is done; None: rows go on. Raises InputError when the method cannot sample this process.
+    more (of a model by blocks those between the first and the last of them, too): the calls end
+    with the last block that a row has. Blocks count the tokens to generate. The network sees the
+    whole row: blocks still to come are prior noise. trace: also return what every call left, 8
+    bytes a token and call. windows: the network by windows, which then stands in for `denoise` (not
+    with guidance). end_id: a row whose finished blocks hold it is done; None: rows go on. Raises
+    InputError when the method cannot sample this process.
     """
     check_options(process, options)
     shape = (keys.shape[0], length)
@@ -179,7 +180,9 @@ def sample_diffusion(
             drawn = drawn._replace(network_calls=drawn.network_calls + both)
         drawn = put(drawn, taken, process.mask_id, calls)
         done = methods.is_done(here, memory)
-        stops = was_done & False if done is None else done & (now.block >= last_block)
+        if done is None:
+            done = now.closes & (options.block_length > 0)
+        stops = done & (now.block >= last_block)
         if end_id is not None:
             has_end = jnp.any(
                 prompt.free & (block_of <= now.block) & (drawn.ids == end_id), axis=-1
@@ -204,7 +207,7 @@ def sample_diffusion(
     memory = methods.begin(process, options, prompt.free)
     view = None if windows is None else windows.empty(drawn.ids)
     start = _State(drawn, memory, row_zeros > 0, view)
-    may_stop = options.method == "entropy_bound" or end_id is not None
+    may_stop = options.method == "entropy_bound" or options.block_length > 0
     end, frames = _run(call, start, schedule, trace, stops=may_stop)
     drawn = end.drawn
     if fills and windows is None:
@@ -213,6 +216,7 @@ def sample_diffusion(
         filled = steps.fill_step(process, fold_in(keys, 1), last, drawn.ids, prompt.free)
         num_calls = drawn.num_calls + jnp.any(filled.asked)
         drawn = put(drawn, filled, process.mask_id, calls)._replace(num_calls=num_calls)
+        end = end._replace(done=end.done & ~jnp.any(filled.asked, axis=-1))
     stopped_at = jnp.where(end.done, drawn.stopped_at, drawn.num_calls)
     return drawn._replace(frames=frames, stopped_at=stopped_at)
 

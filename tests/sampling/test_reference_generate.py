@@ -222,6 +222,24 @@ def test_the_adaptive_rule_takes_the_positions_and_tokens_of_the_reference(split
     assert found >= 6
 
 
+@pytest.mark.parametrize("case", range(6))
+def test_ancestral_steps_of_the_references_own_sampler(case):
+    """Masks, both and uniform noise (in that order), early and late; by its draws."""
+    data = np.load(GOLDEN_SCALING / "s09_jax_sampler_likelihood.npz")
+    shift = (-1000.0, 0.0, 1000.0)[case // 2]
+    log_snr = ((-8.0, -3.0), (0.5, 1.5))[case % 2]
+    process = LogSnrProcess(97, MASK, shift=shift)
+    z = np.where((shift == 1000) & (data["z"] == MASK), 7, data["z"])
+    with jax.enable_x64(True):
+        t, s = (jnp.full(len(z), 1 / (1 + np.exp(value))) for value in log_snr)
+        x_hat = jax.nn.softmax(masked_logits(process, jnp.asarray(data["logits"], jnp.float64)))
+        probs = process.posterior_probs(x_hat, jnp.asarray(z), t, s)
+        drawn = by_inverse(probs, jnp.asarray(data["uniforms"][..., 0], jnp.float64))
+    found = np.where(data["noise_mask"], drawn, z)
+    assert np.any(found != z) or case == 0  # so early hardly any mask is lifted
+    np.testing.assert_array_equal(found, data[f"ancestral/{case}"])
+
+
 @pytest.mark.parametrize("steps", [1, 5, 16])
 def test_grids_are_the_references(steps):
     data = np.load(GOLDEN_SCALING / "s03_sampler_steps.npz")

@@ -26,6 +26,7 @@ from gidd_jax.training.objective import Objective
 from gidd_jax.training.step import init_state, train_step
 
 VOCAB, LENGTH = 7, 12
+STEPS = 3000  # of the slow test
 
 
 def objective_of(process, block_length, width=16, **changes):
@@ -129,10 +130,10 @@ def test_models_by_blocks_learn_a_chain_and_draw_it(block_length, p_uniform):
     process = HybridProcess(VOCAB, 6, p_uniform=p_uniform)
     chain = oracle.draw_chain(0, VOCAB - 1)
     objective = objective_of(process, block_length, width=64, mask_padding=False)
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 2000))
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, STEPS))
     state = nn.unbox(init_state(objective, optimizer, jax.random.key(0), use_ema=False))
-    places = oracle.draw_places(chain, 64 * 2000, LENGTH, 0)
-    x = jnp.asarray(oracle.chain_ids(process)[places]).reshape(2000, 64, LENGTH)
+    places = oracle.draw_places(chain, 64 * STEPS, LENGTH, 0)
+    x = jnp.asarray(oracle.chain_ids(process)[places]).reshape(STEPS, 64, LENGTH)
     wrapped = optax.with_extra_args_support(optimizer)
 
     def step(state, x):
