@@ -18,6 +18,7 @@ from gidd_jax.inference.framing import (
 from gidd_jax.inference.programs import Batch, special_ids
 from gidd_jax.inference.prompts import Rows, bucket, check_guidance
 from gidd_jax.inference.samples import Samples
+from gidd_jax.models.gidd import blocks_of
 from gidd_jax.sampling.autoregressive import check_autoregressive
 from gidd_jax.sampling.loop import Drawn
 from gidd_jax.sampling.options import SamplerOptions
@@ -52,6 +53,8 @@ def draw_rows(
             )
         width = bucket(whole_rows.ids.shape[1], model.max_seq_len)
         whole_rows = widened(whole_rows, model.tokenizer, width)
+    # The windows of a model by blocks are a block wide, whatever follows the prompt.
+    follow = whole_rows.ids.shape[1] if blocks_of(model.network) else following_tokens(whole_rows)
 
     def drawn(batch: Batch) -> Drawn:
         part = programs.draw(
@@ -61,7 +64,7 @@ def draw_rows(
             special=special_ids(model.tokenizer, model.network, is_framed=model.begins),
             options=options,
             num_free=scheduled_tokens(options, whole_rows),
-            width=following_tokens(whole_rows),
+            width=follow,
             trace=trace,
         )
         if trace:

@@ -5,6 +5,7 @@ import pytest
 from tiny_checkpoint import tiny_model
 
 from gidd_jax.errors import InputError
+from gidd_jax.inference import programs
 from gidd_jax.inference.onward import continued, seed_of
 from gidd_jax.inference.samples import Samples
 
@@ -29,6 +30,18 @@ def test_prompts_of_several_lengths_in_one_batch_are_those_of_many(model):
         ids = model.tokenizer.encode([prompt])[0]
         np.testing.assert_array_equal(row[1 : 1 + len(ids)], ids)
     assert not np.any(together.ids == model.tokenizer.mask_id)
+
+
+def test_prompts_of_all_lengths_are_one_program(tmp_path):
+    """They leave 62, 30 and 4 tokens to generate, of a context of 64."""
+    changes = {"model.name": "gidd", "model.max_seq_len": 64, "train.block_length": BLOCK}
+    model = tiny_model(tmp_path, **changes, **{"data.mode": "packed"})
+    before = programs.diffusion._cache_size()
+    calls = [
+        model.generate(prompts=["a" * length], num_steps=1).stopped_at[0] for length in (1, 33, 59)
+    ]
+    assert programs.diffusion._cache_size() - before == 1
+    assert calls == [16, 8, 1]  # one a block; a prompt ends within its first
 
 
 def test_windows_go_on_beyond_the_context(model):
