@@ -1,6 +1,10 @@
 """Build the embedded corpus and tokenizer from the plain text of three novels.
 
-python -m gidd_jax.data.build_assets --corpus=austen3.txt --out=gidd_jax/assets
+Examples:
+  python -m gidd_jax.data.build_assets --corpus=austen3.txt --out=gidd_jax/assets
+  python -m gidd_jax.data.build_assets --corpus=train.jsonl --out=outputs/pdmix
+
+Of a corpus of documents (.jsonl) only the tokenizer is made, from all of them.
 """
 
 import json
@@ -14,7 +18,7 @@ from gidd_jax.cli import CommandFlags, run
 flags = CommandFlags()
 FLAGS = flags.values
 flags.DEFINE_string(
-    "corpus", None, "Text file of the novels; chapters start 'Chapter N'.", required=True
+    "corpus", None, "Text file of the novels; chapters start 'Chapter N'. Or .jsonl.", required=True
 )
 flags.DEFINE_string("out", None, "Folder to write austen.jsonl and tokenizer/ to.", required=True)
 flags.DEFINE_integer("vocab_size", 4096, "Tokens, special ones included.", lower_bound=300)
@@ -65,12 +69,18 @@ def main(_: list[str]) -> None:
 
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    records = split_chapters(Path(FLAGS.corpus).read_text(encoding="utf-8"))
-    corpus = out / "austen.jsonl"
-    corpus.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-
-    splits = open_corpus(str(corpus), FLAGS.validation, "text", "file")
-    backend = train_tokenizer(iterate(splits.train, "Reading"), FLAGS.vocab_size)
+    corpus = Path(FLAGS.corpus)
+    if corpus.suffix == ".jsonl":
+        lines = filter(None, corpus.read_text(encoding="utf-8").split("\n"))
+        texts = (json.loads(line)["text"] for line in lines)
+    else:
+        records = split_chapters(corpus.read_text(encoding="utf-8"))
+        corpus = out / "austen.jsonl"
+        corpus.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        splits = open_corpus(str(corpus), FLAGS.validation, "text", "file")
+        print(f"{len(splits.train)} training and {len(splits.validation)} validation chapters")
+        texts = iterate(splits.train, "Reading")
+    backend = train_tokenizer(texts, FLAGS.vocab_size)
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -78,7 +88,6 @@ def main(_: list[str]) -> None:
         pad_token=PAD,
         mask_token=MASK,
     ).save_pretrained(str(out / "tokenizer"))
-    print(f"{len(splits.train)} training and {len(splits.validation)} validation chapters")
 
 
 if __name__ == "__main__":

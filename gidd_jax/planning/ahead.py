@@ -170,25 +170,26 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     """Return the bytes of activations that a micro batch's backward pass reads, on one device.
 
     By the shapes of what jax.vjp keeps: no compiler can do with less, and there are temporaries
-    beside it. The scores of attention [..., L, L] do not count where they are computed again, by a
-    kernel or by a CPU row by row; arrays with an axis of heads or hidden units are split over
-    tensor.
+    beside it. The scores of attention [..., L, L] (and one more for a learned key) do not count
+    where they are computed again, by a kernel or by a CPU row by row; arrays with an axis of heads
+    or hidden units are split over tensor.
     """
     model, train = build.settings.model, build.settings.train
     with taken_for("tpu"):  # whose plain attention is the same for two rows and for four
         small, large = (_residuals(build, rows) for rows in (2, 4))
-    L, backend, form = (
-        model.max_seq_len,
-        _backend(topology),
-        attention_form(build.settings, topology),
-    )
+    backend, form = _backend(topology), attention_form(build.settings, topology)
+    # By blocks a row is its noisy and its clean tokens.
+    L = model.max_seq_len * (2 if train.block_length else 1)
     scores = train.batch_size // train.micro_batches * model.num_heads * L**2
     by_row = backend == "cpu" and mesh.size == 1 and scores > MOST_SCORES
     is_recomputed = by_row or form in ("cudnn", "splash")
     split = {model.num_heads, MLP_RATIO * model.hidden_size}
     total = 0
     for a, b in zip(small, large, strict=True):  # arrays that do not grow are not activations
-        if not (is_recomputed and a.shape[-2:] == (L, L)):
+        # Features [rows, L, D] may have D = L: they have no axis of heads beside that of rows.
+        by_heads = a.shape[: max(a.ndim - 3, 0)] != b.shape[: max(b.ndim - 3, 0)]
+        is_scores = by_heads and a.shape[-2:] in ((L, L), (L, L + 1))
+        if not (is_recomputed and is_scores):
             ways = mesh.shape["tensor"] if split & set(a.shape) else 1
             total += (b.size - a.size) * a.dtype.itemsize // (2 * ways)
     return (

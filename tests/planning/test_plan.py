@@ -241,6 +241,20 @@ def test_kept_activations_by_hand(folder, monkeypatch):
     assert gpu < tensor < 4 * gpu
 
 
+def test_scores_of_a_learned_key_and_of_blocks_are_counted_where_they_are_kept(folder):
+    """Features of a width as large as the context are none; 2 layers, 8 rows of a device."""
+    changes = {"model.name": "gidd", "train.batch_size": 64, "mesh.data": -1}
+    changes |= {"model.max_seq_len": 16, "model.hidden_size": 16, "model.num_heads": 2}
+    mesh, topology = sharding.make_mesh(8, 1, 1), parse_topology("v5e-8")
+
+    def kept(**more):
+        return kept_bytes(builder(tiny_settings(folder, **(changes | more))), topology, mesh)
+
+    xla, splash = (kept(**{"model.attention": form}) for form in ("xla", "splash"))
+    # Four arrays of a layer in float32, and of the mask one more, with its booleans.
+    assert xla - splash == 8 * 2 * 16 * 17 * (2 * 4 * 4 + 4 + 1)
+
+
 def test_fits_or_not(plan):
     def fits(accepted=None, **memory):
         sizes = plan.memory._replace(optimizer=0, ema=0, gradients=0, **memory)
