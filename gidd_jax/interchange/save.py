@@ -114,6 +114,7 @@ def _write_weights(folder: Path, tensors: TorchTensors, extra: dict[str, np.ndar
         # transformers asks for the framework that the layout of the weights belongs to.
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(contiguous, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / CONFIG_FILE).stat().st_mode)  # it lets nobody else read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(

@@ -44,6 +44,8 @@ def test_published_folders_come_back_exactly(tmp_path, name, size):
     model.save_pretrained(tmp_path / "out")
     assert_same(Gidd.from_pretrained(tmp_path / "out"), model)
 
+    # Who may read one file may read all.
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     before, after = (load_file(f / "model.safetensors") for f in (source, tmp_path / "out"))
     assert set(before) == set(after)
     for key, array in before.items():
