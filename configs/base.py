@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 512  # sequences per step over all devices, integer >= 1
     train.micro_batches = 1  # gradient accumulation, a divisor of batch_size
     train.weighting = "dynamic"  # elbo | clip | dynamic | dynamic_v1_1 (the released code's)
+    # | dynamic_unbiased (hybrid: dynamic, with the minimum where the bound has it)
     train.min_weight = 0.0  # loss weights are clipped to [min_weight, max_weight], >= 0
     train.max_weight = 2.0  # >= min_weight
     train.aggregation = "mean"  # gradients are of the mean of the losses of a batch's positions

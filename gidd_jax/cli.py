@@ -168,8 +168,8 @@ def checkpoint_flag(command: CommandFlags) -> flags.FlagHolder[str]:
     return command.DEFINE_string(
         "checkpoint",
         None,
-        "A run, one of its checkpoints, a Hugging Face folder or owner/name, a checkpoint of the "
-        "original, or the small model of the package: embedded.",
+        "A run, one of its checkpoints, a Hugging Face folder or owner/name, or a checkpoint of "
+        "the original.",
         required=True,
     )
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from gidd_jax.errors import InputError
 
-WEIGHTINGS = ("elbo", "clip", "dynamic", "dynamic_v1_1")
+WEIGHTINGS = ("elbo", "clip", "dynamic", "dynamic_v1_1", "dynamic_unbiased")
 
 
 class NoiseMass(NamedTuple):
@@ -253,6 +253,17 @@ class InterpolatingProcess:
         moves = speed > 0
         return jnp.where(moves, self.elbo_weights(x, z_t, t) / jnp.where(moves, speed, 1.0), 0.0)
 
+    def unbiased_weights(self, x: jax.Array, z_t: jax.Array, t: ArrayLike) -> jax.Array:
+        """Return dynamic weights that leave the minimiser of the loss where the bound's is.
+
+        Only families whose dynamic weights do not have them: else it raises InputError.
+        """
+        del x, z_t, t
+        raise InputError(
+            f"weighting 'dynamic_unbiased' is of the hybrid family: that of {type(self).__name__}, "
+            "'dynamic', is without bias"
+        )
+
     def loss_weights(
         self,
         x: jax.Array,
@@ -267,7 +278,8 @@ class InterpolatingProcess:
 
         'elbo': the ELBO weight; 'clip': the same clipped to [min_weight, max_weight]; 'dynamic':
         the paper's closed-form relative weights, clipped; 'dynamic_v1_1': the released code's
-        version of them. Raises InputError for any other weighting.
+        version of them; 'dynamic_unbiased': see `InterpolatingProcess.unbiased_weights`. Raises
+        InputError for any other weighting.
         """
         if weighting not in WEIGHTINGS:
             raise InputError(
@@ -277,6 +289,8 @@ class InterpolatingProcess:
             return self.elbo_weights(x, z_t, t)
         if weighting == "clip":
             weights = self.elbo_weights(x, z_t, t)
+        elif weighting == "dynamic_unbiased":
+            weights = self.unbiased_weights(x, z_t, t)
         else:
             weights = self.dynamic_weights(x, z_t, t, v1_1=weighting == "dynamic_v1_1")
         return jnp.clip(weights, min_weight, max_weight)

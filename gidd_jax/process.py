@@ -123,6 +123,19 @@ class HybridProcess(InterpolatingProcess):
         on_x = jnp.exp(self.log_b + 0.5 * self.gamma * log_noise) / count
         return jnp.where(z_t == x, on_x, jnp.where(z_t == self.mask_id, 2.0, 1.0))
 
+    def unbiased_weights(self, x: jax.Array, z_t: jax.Array, t: ArrayLike) -> jax.Array:
+        """Return 2 on masks, 1 on other tokens, b / (alpha + b) where z_t = x, b the mass of x as
+        noise: the ELBO weights up to a factor of t and z_t.
+
+        Such a factor moves no minimiser. The paper's weight where z_t = x is larger, so that x_hat
+        of the token that stands there comes out too probable, its odds by a factor that falls with
+        t.
+        """
+        t = expand_time(t, x)
+        as_noise = self.mass_at(self.beta_pi(t), x)
+        on_x = as_noise / (self.alpha(t) + as_noise)
+        return jnp.where(z_t == x, on_x, jnp.where(z_t == self.mask_id, 2.0, 1.0))
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedProcess(InterpolatingProcess):

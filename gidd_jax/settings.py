@@ -152,7 +152,7 @@ class TrainSettings(Section):
     num_steps: int = at_least(1)
     batch_size: int = at_least(1)
     micro_batches: int = at_least(1)
-    weighting: str = one_of("elbo", "clip", "dynamic", "dynamic_v1_1")
+    weighting: str = one_of("elbo", "clip", "dynamic", "dynamic_v1_1", "dynamic_unbiased")
     min_weight: float = at_least(0)
     max_weight: float = at_least(0)
     aggregation: str = one_of("mean", "sum")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # How the losses of a process's tokens may be weighted.
 WEIGHTINGS = {
-    "hybrid": ("elbo", "clip", "dynamic", "dynamic_v1_1"),
+    "hybrid": ("elbo", "clip", "dynamic", "dynamic_v1_1", "dynamic_unbiased"),
     "log_snr": ("elbo", "clip", "dynamic"),
     "masked": ("elbo",),  # the MDLM loss is its bound
     "autoregressive": ("elbo",),  # the exact likelihood

@@ -194,6 +194,52 @@ def test_the_posterior_is_not_the_optimal_denoiser(tag):
     assert weights @ values @ p > entropy + 1e-3
 
 
+P_DATA = np.array([0.3, 0.05, 0.25, 0.1, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("weighting", "is_tilted"),
+    [
+        ("elbo", False),
+        ("dynamic_unbiased", False),
+        ("clip", True),
+        ("dynamic", True),
+        ("dynamic_v1_1", True),
+    ],
+)
+@pytest.mark.parametrize("tag", ["pu0.2", "pu0.5", "pu0.3_g2", "skewed"])
+@pytest.mark.parametrize("t", [0.003, 0.1, 0.6])
+def test_weights_move_the_minimum_by_the_odds_that_they_change(tag, t, weighting, is_tilted):
+    """The gradient of the expected loss of every z_t is 0 at p(x) q(z|x) w(x, z): without bias at
+    p itself, else with the odds of x_hat(z_t) multiplied by a factor."""
+    process = PROCESSES[tag]
+    tokens, times = clean_tokens(process), jnp.full(5, t)
+    x, tilts = tokens[:, None], []
+
+    def expected_loss(logits, z_t, joint):
+        rows = jnp.zeros((5, 1, V)).at[:, :, tokens].set(logits[None, None])
+        loss = gidd_loss(process, rows, x, z_t, times, weighting=weighting).loss[:, 0]
+        return jnp.sum(joint * loss)
+
+    for z in range(V):
+        z_t, is_z = jnp.full((5, 1), z), tokens == z
+        weights = process.loss_weights(x, z_t, times, weighting=weighting)[:, 0]
+        q = process.mass_at(process.beta_pi(times), z_t[:, 0])
+        joint = P_DATA * (q + jnp.where(is_z, process.alpha(times), 0.0))
+        if not np.any(joint * weights > 0):
+            continue  # a token that no noise is
+        m = np.asarray(joint * weights / jnp.sum(joint * weights))
+        gradient = jax.grad(expected_loss)(jnp.log(m), z_t, joint)
+        np.testing.assert_allclose(gradient, 0.0, atol=1e-12 * float(np.max(weights)))
+        ratio = m / P_DATA
+        tilts.append(1.0 if z == process.mask_id else float(ratio[is_z][0] / ratio[~is_z].mean()))
+        np.testing.assert_allclose(ratio[~is_z], ratio[~is_z][0], rtol=1e-12)
+    if not is_tilted:
+        np.testing.assert_allclose(tilts, 1.0, rtol=1e-12)
+    elif t == 0.1:
+        assert np.max(tilts) > 1.1
+
+
 @pytest.mark.parametrize("tag", SETTINGS)
 def test_two_tokens_with_the_leave_one_out_denoiser(golden, tag):
     data, process = golden("c09_exact_elbo.npz"), PROCESSES[tag]

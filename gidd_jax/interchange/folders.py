@@ -15,6 +15,7 @@ from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.fields import Fields, checked
 from gidd_jax.interchange.gidd_config import gidd_network, gidd_process
+from gidd_jax.interchange.llama_config import KINDS, check_attention, llama_network, rope
 from gidd_jax.interchange.placing import Target, place
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.tensors import dit_format, gidd_format, llama_format
@@ -24,7 +25,6 @@ from gidd_jax.interchange.weight_files import (
     read_torch,
 )
 from gidd_jax.models.dit import ROTARY_BASE, DiT, padded_vocab_size
-from gidd_jax.models.layers import Llama3RopeScaling, check_heads
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 
@@ -32,7 +32,7 @@ PROCESSES = {"hybrid": HybridProcess, "masked": MaskedProcess, "log_snr": LogSnr
 
 
 def from_hugging_face(folder: Path, target: Target) -> Pretrained:
-    """Load a folder in a Hugging Face format: GIDD of either paper, or a Llama."""
+    """Load a folder in a Hugging Face format: GIDD of either paper, a Llama or Qwen."""
     file = folder / CONFIG_FILE
     try:
         values = json.loads(file.read_text("utf-8"))
@@ -44,10 +44,11 @@ def from_hugging_face(folder: Path, target: Target) -> Pretrained:
         raise InputError(f"{file} holds no keys: fetch it again")
     fields = Fields(file, values)
     kind = fields.text("model_type")
-    if kind not in ("dit", "gidd", "llama"):
-        raise fields.error(f"model_type = {kind!r}: only dit, gidd and llama can be loaded")
-    if kind == "llama":
-        llama = _hugging_face_llama(fields)
+    if kind not in ("dit", "gidd", *KINDS):
+        legal = ", ".join(("dit", "gidd", *KINDS))
+        raise fields.error(f"model_type = {kind!r}: only {legal} can be loaded")
+    if kind in KINDS:
+        llama = llama_network(fields)
         tensors, weights = read_safetensors(folder)
         return _llama(llama, tensors, load_tokenizer(folder), weights, target)
     if kind == "gidd":
@@ -55,11 +56,7 @@ def from_hugging_face(folder: Path, target: Target) -> Pretrained:
     tensors, weights = read_safetensors(folder)
     tokenizer = load_tokenizer(folder)
     rows = fields.size("vocab_size")
-    _check_attention(fields)
-    if _rope(fields) != (ROTARY_BASE, None):
-        raise fields.error(f"rotary positions of a dit must have the base {ROTARY_BASE:g}")
-    if fields.flag("tie_word_embeddings", False):
-        raise fields.error("tie_word_embeddings must be false: a dit has its own output layer")
+    _check_dit(fields)
     network = _dit_network(
         fields,
         _real_vocab_size(rows, tokenizer, file),
@@ -125,64 +122,19 @@ def process_fields(kind: type[InterpolatingProcess]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.name not in tokens]
 
 
-def _hugging_face_llama(fields: Fields) -> Llama:
-    if fields.has("hidden_act") and fields.text("hidden_act") != "silu":
-        raise fields.error("hidden_act must be silu: this is another architecture")
-    _check_attention(fields)
-    hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    num_kv_heads = fields.size("num_key_value_heads", num_heads)
-    checked(fields.file, lambda: check_heads(hidden_size, num_heads, num_kv_heads))
-    theta, scaling = _rope(fields)
-    return Llama(
-        vocab_size=fields.size("vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=fields.size("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        intermediate_size=fields.size("intermediate_size"),
-        max_seq_len=fields.size("max_position_embeddings", 2048),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
-    )
-
-
-def _check_attention(fields: Fields) -> None:
-    """Raise InputError where a config asks for what neither network computes."""
+def _check_dit(fields: Fields) -> None:
+    """Raise InputError where a config asks for what a DiT does not compute."""
+    check_attention(fields)
     for key in ("attention_bias", "mlp_bias"):
         if fields.flag(key, False):
             raise fields.error(f"{key} must be false: biases are not supported")
-    if fields.has("sliding_window"):
-        raise fields.error("sliding_window must be null: tokens attend to the whole context")
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     if fields.has("head_dim") and fields.size("head_dim") * num_heads != hidden_size:
         raise fields.error("head_dim must be hidden_size / num_attention_heads")
-    rope = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
-    for section in (fields, *([fields.section(rope)] if fields.has(rope) else [])):
-        if section.number("partial_rotary_factor", 1.0) != 1.0:
-            raise fields.error("partial_rotary_factor must be 1: positions turn whole heads")
-
-
-def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling of the rotary positions, as transformers 4 and 5 write them."""
-    theta = fields.number("rope_theta", 10000.0)
-    key = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
-    if not fields.has(key):
-        return theta, None
-    rope = fields.section(key)
-    theta = rope.number("rope_theta", theta)
-    kind = rope.text("rope_type" if rope.has("rope_type") else "type")
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise fields.error(f"{key}: type {kind!r} is not supported, only default and llama3")
-    return theta, Llama3RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_len=rope.size("original_max_position_embeddings"),
-    )
+    if rope(fields) != (ROTARY_BASE, None):
+        raise fields.error(f"rotary positions of a dit must have the base {ROTARY_BASE:g}")
+    if fields.flag("tie_word_embeddings", False):
+        raise fields.error("tie_word_embeddings must be false: a dit has its own output layer")
 
 
 def from_original(folder: Path, target: Target) -> Pretrained:
@@ -293,8 +245,7 @@ def _llama(
                     "tie_word_embeddings is true, and lm_head.weight is not the embeddings: set it "
                     "to false in the config"
                 )
-        heads = network.num_heads, network.num_kv_heads or network.num_heads
-        form = llama_format(*heads, network.tie_embeddings)
+        form = llama_format(network.shape, network.tie_embeddings)
         return place(network, (jnp.zeros((1, 1), jnp.int32),), tensors, form, target)
 
     params = checked(file, put)

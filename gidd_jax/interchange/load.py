@@ -7,7 +7,6 @@ file and the fix.
 
 import json
 import re
-from importlib import resources
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from gidd_jax.checkpoints.checkpoint import CHECKPOINTS, Checkpoint, find_checkp
 from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.rows import check_mode
-from gidd_jax.data.tokenizer_files import EMBEDDED, looks_like_path
+from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.folders import PROCESSES, from_hugging_face, from_original
 from gidd_jax.interchange.placing import Target, as_dtype
@@ -60,10 +59,9 @@ def load_pretrained(
     dtype: str | None = None,
     mesh: Mesh | None = None,
 ) -> Pretrained:
-    """Load a workdir or step of `gidd_jax.train`, a published folder, owner/name on the hub, or the
-    model of the package, `embedded`.
+    """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
 
-    Folders: GIDD in the published Hugging Face formats of both papers, Hugging Face Llamas, and
+    Folders: GIDD in the published Hugging Face formats of both papers, Llamas, Qwen2 and Qwen3, and
     checkpoints of the original's training (model.pt and config.yaml; needs PyTorch).
 
     ema: the moving average of the parameters, which only `gidd_jax.train` keeps. A model with a
@@ -138,15 +136,13 @@ def _framed_as(model: Pretrained, row_mode: str, path: str | Path) -> Pretrained
 
 
 def _local_folder(path: str) -> Path:
-    if path == EMBEDDED:
-        return Path(str(resources.files("gidd_jax") / "assets/model"))
     folder = Path(path).expanduser()
     if path and folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or looks_like_path(path):
         raise InputError(
-            f"no such folder: {path} (give a folder with a model, owner/name of one on the "
-            "Hugging Face hub, or 'embedded')"
+            f"no such folder: {path} (give a folder with a model, or owner/name of one on the "
+            "Hugging Face hub)"
         )
     from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders: GIDD in the published format, Llamas for transformers."""
+"""Models as Hugging Face folders: GIDD in the published formats, Llamas and Qwens for others."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.folders import PROCESSES, process_fields
 from gidd_jax.interchange.gidd_config import gidd_config, gidd_noise
+from gidd_jax.interchange.llama_config import llama_config
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.tensors import TorchTensors, dit_rotary_buffers
 from gidd_jax.interchange.weight_files import INDEX_FILE, WEIGHTS_FILE
 from gidd_jax.models.dit import DiT, padded_vocab_size
 from gidd_jax.models.gidd import TimeFreeTransformer
-from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess
 
 MAX_SHARD_BYTES = 5_000_000_000  # of a file of weights, as the published ones have
@@ -64,7 +64,7 @@ def save_pretrained(model: Pretrained, path: str | Path) -> None:
     elif isinstance(model.network, TimeFreeTransformer):
         config = _published_gidd(model, model.network)
     else:
-        config = _hugging_face_llama(model, model.network)
+        config = llama_config(model.network, model.tokenizer)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     part.mkdir(parents=True)
@@ -184,36 +184,3 @@ def _process_section(process: InterpolatingProcess) -> dict[str, Any]:
             f"{', '.join(PROCESSES)}, with uniform noise"
         )
     return {"name": names[kind]} | {name: getattr(process, name) for name in process_fields(kind)}
-
-
-def _hugging_face_llama(model: Pretrained, network: Llama) -> dict[str, Any]:
-    scaling = network.rope_scaling
-    tokenizer = model.tokenizer
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "hidden_act": "silu",
-        "hidden_size": network.hidden_size,
-        "intermediate_size": network.intermediate_size or 4 * network.hidden_size,
-        "max_position_embeddings": network.max_seq_len,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": network.num_heads,
-        "num_hidden_layers": network.num_layers,
-        "num_key_value_heads": network.num_kv_heads or network.num_heads,
-        "pad_token_id": tokenizer.pad_id,
-        "rms_norm_eps": network.rms_norm_eps,
-        "rope_scaling": scaling
-        and {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_len,
-        },
-        "rope_theta": network.rope_theta,
-        "tie_word_embeddings": network.tie_embeddings,
-        "vocab_size": network.vocab_size,
-    }

@@ -15,6 +15,7 @@ import numpy as np
 
 from gidd_jax.errors import InputError
 from gidd_jax.models.dit import ROTARY_BASE, VOCAB_MULTIPLE
+from gidd_jax.models.llama import Shape
 
 StateDict = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -132,20 +133,31 @@ def dit_format(num_heads: int) -> Format:
     return Format(root, block, "blocks.", r"rotary_emb\.(cos|sin)_cached|logit_bias")
 
 
-def llama_format(num_heads: int, num_kv_heads: int, tie_embeddings: bool) -> Format:
-    """That of transformers' LlamaForCausalLM."""
+def llama_format(shape: Shape, tie_embeddings: bool) -> Format:
+    """That of transformers' LlamaForCausalLM, and of Qwen2's and Qwen3's."""
     head = {} if tie_embeddings else {"lm_head.weight": _Tensor(("output", "kernel"))}
     block = {
         "input_layernorm.weight": _Tensor(("norm1", "scale")),
-        "self_attn.q_proj.weight": _Tensor(("query", "kernel"), out_split=(num_heads,)),
-        "self_attn.k_proj.weight": _Tensor(("key", "kernel"), out_split=(num_kv_heads,)),
-        "self_attn.v_proj.weight": _Tensor(("value", "kernel"), out_split=(num_kv_heads,)),
-        "self_attn.o_proj.weight": _Tensor(("attn_out", "kernel"), in_split=(num_heads,)),
+        "self_attn.o_proj.weight": _Tensor(("attn_out", "kernel"), in_split=(shape.num_heads,)),
         "post_attention_layernorm.weight": _Tensor(("norm2", "scale")),
         "mlp.gate_proj.weight": _Tensor(("mlp_gate", "kernel")),
         "mlp.up_proj.weight": _Tensor(("mlp_in", "kernel")),
         "mlp.down_proj.weight": _Tensor(("mlp_out", "kernel")),
     }
+    heads = {"query": shape.num_heads, "key": shape.num_kv_heads, "value": shape.num_kv_heads}
+    for name, count in heads.items():
+        there = f"self_attn.{name[0]}_proj"
+        block[f"{there}.weight"] = _Tensor((name, "kernel"), out_split=(count,))
+        if shape.qkv_bias:
+            block[f"{there}.bias"] = _Tensor((name, "bias"), out_split=(count,))
+    if shape.head_norms:
+        block["self_attn.q_norm.weight"] = _Tensor(("query_norm", "scale"))
+        block["self_attn.k_norm.weight"] = _Tensor(("key_norm", "scale"))
+    if shape.out_bias:
+        block["self_attn.o_proj.bias"] = _Tensor(("attn_out", "bias"))
+    if shape.mlp_bias:
+        for there, name in (("gate", "mlp_gate"), ("up", "mlp_in"), ("down", "mlp_out")):
+            block[f"mlp.{there}_proj.bias"] = _Tensor((name, "bias"))
     ignored = r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tie_embeddings else "")
     return Format(_TRANSFORMERS_ROOT | head, block, "model.layers.", ignored)
 
@@ -190,16 +202,32 @@ def format_of(params: Params) -> Format:
     block = params["blocks"]
     if "qkv" in block:
         return dit_format(block["qkv"]["kernel"].shape[3])
-    num_heads, num_kv_heads = (block[name]["kernel"].shape[2] for name in ("query", "key"))
     is_tied = "output" not in params
     if "mlp_gate" in block:
-        return llama_format(num_heads, num_kv_heads, is_tied)
+        return llama_format(_llama_shape(block), is_tied)
     return gidd_format(
-        num_heads,
+        block["query"]["kernel"].shape[2],
         normed_heads="query_norm" in block,
         sink="sink_key" in block,
         mlp_bias="bias" in block["mlp_in"],
         tie_embeddings=is_tied,
+    )
+
+
+def _llama_shape(block: Params) -> Shape:
+    """Return what the parameters of Llama blocks, stacked, tell of their shape."""
+    _, hidden_size, num_heads, head_dim = block["query"]["kernel"].shape
+    return Shape(
+        hidden_size,
+        num_heads,
+        block["key"]["kernel"].shape[2],
+        head_dim,
+        block["mlp_in"]["kernel"].shape[2],
+        qkv_bias="bias" in block["query"],
+        out_bias="bias" in block["attn_out"],
+        mlp_bias="bias" in block["mlp_in"],
+        head_norms="query_norm" in block,
+        rms_norm_eps=0.0,  # no parameter
     )
 
 

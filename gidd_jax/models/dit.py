@@ -18,17 +18,15 @@ from gidd_jax.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
-    apply_rotary,
     check_heads,
     check_sequence,
     constrain,
     kept,
     layer_stack,
     recomputed,
-    rotary_frequencies,
-    rotary_tables,
     uniform_fan_in,
 )
+from gidd_jax.models.rotary import apply_rotary, rotary_frequencies, rotary_tables
 from gidd_jax.ops.attention import attention
 
 # The paper's configurations; tiny is the one for trying things out.

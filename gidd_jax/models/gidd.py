@@ -17,7 +17,6 @@ from gidd_jax.models.layers import (
     Initializer,
     Linear,
     RMSNorm,
-    apply_rotary,
     at_least_float32,
     check_heads,
     check_sequence,
@@ -26,9 +25,8 @@ from gidd_jax.models.layers import (
     layer_stack,
     param,
     recomputed,
-    rotary_frequencies,
-    rotary_tables,
 )
+from gidd_jax.models.rotary import apply_rotary, rotary_frequencies, rotary_tables
 from gidd_jax.ops.attention import attention
 
 ROTARY_BASE = 10000.0

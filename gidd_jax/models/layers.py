@@ -1,12 +1,11 @@
-"""Layers that both networks share: normalisation, rotary positions, linear maps.
+"""Layers that the networks share: normalisation, linear maps, the stack of blocks.
 
 Every parameter is float32 and carries logical axis names (`sharding.RULES` maps them to mesh
 axes). Vectors of the model width (norm scales, biases) are replicated: gathering them would cost
-more than the memory they take. Matrix products run in the module's `dtype`; normalisation
-and rotary angles run in float32.
+more than the memory they take. Matrix products run in the module's `dtype`; normalisation runs in
+float32.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -218,53 +217,6 @@ def _per_feature(scale: Array, x: Array) -> Array:
     return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Frequency scaling of the Llama 3 family: `rope_scaling` of type "llama3" in its configs.
-
-    Wavelengths (in tokens) above original_max_len / low_freq_factor are stretched by `factor`,
-    those below original_max_len / high_freq_factor are kept, the rest is interpolated.
-    """
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_len: int = 8192
-
-
-def rotary_frequencies(
-    head_dim: int,
-    base: float,
-    scaling: Llama3RopeScaling | None = None,
-    dtype: Any = jnp.float32,
-) -> Array:
-    """Angular frequencies base^(-2k/head_dim) in radians per token, [head_dim / 2]."""
-    exponent = jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim
-    frequency = 1.0 / jnp.power(jnp.asarray(base, dtype), exponent)
-    if scaling is None:
-        return frequency
-    turns = scaling.original_max_len * frequency / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return frequency * (kept + (1.0 - kept) / scaling.factor)
-
-
-def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
-    """Cosine and sine of position times frequency, each [L, 1, head_dim / 2]; also of [B, L]."""
-    angle = positions.astype(frequencies.dtype)[..., None, None] * frequencies.reshape(
-        (1,) * (positions.ndim + 1) + (-1,)
-    )
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the two halves of each head of x [B, L, heads, head_dim] in float32."""
-    a, b = jnp.split(x.astype(at_least_float32(x.dtype)), 2, axis=-1)
-    if cos.ndim == 3:  # the same positions in all rows
-        cos, sin = cos[None], sin[None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def layer_stack(
     block: type[nn.Module],
     num_layers: int,
@@ -308,9 +260,16 @@ def check_sequence(ids: Array, max_seq_len: int) -> None:
         )
 
 
-def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
-    """InputError unless the width splits into an even number of features per head and so on."""
-    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
+def check_heads(
+    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None
+) -> None:
+    """InputError unless heads have an even number of features and share keys evenly.
+
+    head_dim: None where the heads divide the width among them.
+    """
+    if head_dim is not None and head_dim % 2:
+        raise InputError(f"head_dim is {head_dim}: it must be even.")
+    if head_dim is None and (hidden_size % num_heads or (hidden_size // num_heads) % 2):
         raise InputError(
             f"hidden_size {hidden_size} with num_heads {num_heads}: hidden_size / num_heads must "
             "be an even whole number."

@@ -1,10 +1,12 @@
 """The autoregressive baseline: a Llama transformer, with a key-value cache for generation.
 
-Same architecture as transformers' LlamaForCausalLM (RMSNorm, SwiGLU, half-split rotary
-positions, grouped-query attention, no biases), so that its checkpoints load
+Same architecture as transformers' LlamaForCausalLM (RMSNorm, SwiGLU, half-split rotary positions,
+grouped-query attention), and Qwen2's and Qwen3's by what they do otherwise (biases, norms of the
+queries and keys of a head, heads whose size is not width / heads), so that their checkpoints load
 (see `interchange.tensors`).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,21 +18,24 @@ from gidd_jax.models.layers import (
     Array,
     Embedding,
     Linear,
-    Llama3RopeScaling,
     RMSNorm,
-    apply_rotary,
     check_heads,
     check_sequence,
     constrain,
     kept,
     layer_stack,
     recomputed,
+)
+from gidd_jax.models.rotary import (
+    RopeScaling,
+    apply_rotary,
     rotary_frequencies,
     rotary_tables,
 )
 from gidd_jax.ops.attention import attention
 
 INIT = nn.initializers.normal(0.02)
+ZEROS = nn.initializers.zeros_init()
 
 
 class Cache(NamedTuple):
@@ -40,6 +45,23 @@ class Cache(NamedTuple):
     values: Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a block is made of; biases of queries, keys and values, of the output of attention, of
+    the perceptron."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    head_norms: bool
+    rms_norm_eps: float
+
+
 class Block(nn.Module):
     """Causal transformer block: x [B, T, D] -> (x, cache of this layer).
 
@@ -47,49 +69,48 @@ class Block(nn.Module):
     keys and values the cache holds, and the returned cache holds those of x too.
     """
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    rms_norm_eps: float
+    shape: Shape
     dtype: Any
     attention: str
 
     def setup(self) -> None:
-        D, M, head_dim = self.hidden_size, self.intermediate_size, self._head_dim
-        self.norm1 = RMSNorm(D, self.rms_norm_eps)
-        self.norm2 = RMSNorm(D, self.rms_norm_eps)
-        self.query = self._head_map(self.num_heads)
-        self.key = self._head_map(self.num_kv_heads)
-        self.value = self._head_map(self.num_kv_heads)
+        shape = self.shape
+        D, M, eps = shape.hidden_size, shape.intermediate_size, shape.rms_norm_eps
+        self.norm1 = RMSNorm(D, eps)
+        self.norm2 = RMSNorm(D, eps)
+        self.query = self._head_map(shape.num_heads)
+        self.key = self._head_map(shape.num_kv_heads)
+        self.value = self._head_map(shape.num_kv_heads)
+        if shape.head_norms:
+            self.query_norm = RMSNorm(shape.head_dim, eps)
+            self.key_norm = RMSNorm(shape.head_dim, eps)
         self.attn_out = Linear(
-            in_shape=(self.num_heads, head_dim),
+            in_shape=(shape.num_heads, shape.head_dim),
             out_shape=(D,),
             in_axes=("heads", "kv"),
             out_axes=("embed",),
             kernel_init=INIT,
+            bias_init=ZEROS if shape.out_bias else None,
             dtype=self.dtype,
         )
         self.mlp_gate = self._mlp_map(D, M, "embed", "mlp")
         self.mlp_in = self._mlp_map(D, M, "embed", "mlp")
         self.mlp_out = self._mlp_map(M, D, "mlp", "embed")
 
-    @property
-    def _head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
     def _head_map(self, count: int) -> Linear:
         return Linear(
-            in_shape=(self.hidden_size,),
-            out_shape=(count, self._head_dim),
+            in_shape=(self.shape.hidden_size,),
+            out_shape=(count, self.shape.head_dim),
             in_axes=("embed",),
             out_axes=("heads", "kv"),
             kernel_init=INIT,
+            bias_init=ZEROS if self.shape.qkv_bias else None,
             dtype=self.dtype,
         )
 
     def _mlp_map(self, inputs: int, outputs: int, in_axis: str, out_axis: str) -> Linear:
-        return Linear((inputs,), (outputs,), (in_axis,), (out_axis,), INIT, dtype=self.dtype)
+        bias = ZEROS if self.shape.mlp_bias else None
+        return Linear((inputs,), (outputs,), (in_axis,), (out_axis,), INIT, bias, self.dtype)
 
     def __call__(
         self, x: Array, cos: Array, sin: Array, position: Array | None, cache: Cache | None
@@ -104,7 +125,11 @@ class Block(nn.Module):
 
     def _heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         h = self.norm1(x).astype(self.dtype)
-        q, k = (apply_rotary(heads(h), cos, sin) for heads in (self.query, self.key))
+        q, k = self.query(h), self.key(h)
+        if self.shape.head_norms:
+            q = self.query_norm(q).astype(self.dtype)
+            k = self.key_norm(k).astype(self.dtype)
+        q, k = (apply_rotary(part, cos, sin) for part in (q, k))
         return q, k, self.value(h)
 
     def _mlp(self, x: Array) -> Array:
@@ -129,10 +154,10 @@ def _attend_cached(
 class Llama(nn.Module):
     """Autoregressive language model: ids int32 [B, L] -> float32 logits [B, L, vocab_size].
 
-    `num_kv_heads` and `intermediate_size` default to num_heads and 4 * hidden_size. `dtype` is
-    that of the matrix products and the cache; parameters are float32. `remat` names what the
-    backward pass computes again (`layers.layer_stack`), `attention` the form of attention
-    (`ops.attention`).
+    `num_kv_heads`, `head_dim` and `intermediate_size` default to num_heads, hidden_size / num_heads
+    and 4 * hidden_size; `head_norms`: queries and keys of a head are normalised. `dtype` is that of
+    the matrix products and the cache; parameters are float32. `remat` names what the backward pass
+    computes again (`layers.layer_stack`), `attention` the form of attention (`ops.attention`).
     """
 
     vocab_size: int
@@ -140,10 +165,15 @@ class Llama(nn.Module):
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None
+    head_dim: int | None = None
     intermediate_size: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False
     max_seq_len: int = 512
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
     dtype: Any = jnp.float32
@@ -153,7 +183,7 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         D = self.hidden_size
-        check_heads(D, self.num_heads, self._kv_heads)
+        check_heads(D, self.num_heads, self.shape.num_kv_heads, self.head_dim)
         self.vocab_embed = Embedding(self.vocab_size, D, INIT, self.dtype)
         stack = layer_stack(
             Block,
@@ -162,15 +192,7 @@ class Llama(nn.Module):
             remat=self.remat,
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         )
-        self.blocks = stack(
-            D,
-            self.num_heads,
-            self._kv_heads,
-            self.intermediate_size or 4 * D,
-            self.rms_norm_eps,
-            self.dtype,
-            self.attention,
-        )
+        self.blocks = stack(self.shape, self.dtype, self.attention)
         self.final_norm = RMSNorm(D, self.rms_norm_eps)
         if not self.tie_embeddings:
             self.output = Linear(
@@ -184,8 +206,20 @@ class Llama(nn.Module):
             )
 
     @property
-    def _kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
+    def shape(self) -> Shape:
+        """What the blocks are made of, with the defaults filled in."""
+        return Shape(
+            self.hidden_size,
+            self.num_heads,
+            self.num_kv_heads or self.num_heads,
+            self.head_dim or self.hidden_size // self.num_heads,
+            self.intermediate_size or 4 * self.hidden_size,
+            self.qkv_bias,
+            self.out_bias,
+            self.mlp_bias,
+            self.head_norms,
+            self.rms_norm_eps,
+        )
 
     def __call__(self, ids: Array) -> Array:
         return self.project(self.features(ids))
@@ -217,8 +251,8 @@ class Llama(nn.Module):
             raise InputError(
                 f"the cache length is {length}; use 1 to max_seq_len ({self.max_seq_len})."
             )
-        head_dim = self.hidden_size // self.num_heads
-        shape = (self.num_layers, batch_size, length, self._kv_heads, head_dim)
+        heads, head_dim = self.shape.num_kv_heads, self.shape.head_dim
+        shape = (self.num_layers, batch_size, length, heads, head_dim)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def decode_step(self, ids: Array, cache: Cache, position: Array | int) -> tuple[Array, Cache]:
@@ -242,9 +276,11 @@ class Llama(nn.Module):
     def _run(
         self, ids: Array, positions: Array, position: Array | None, cache: Cache | None
     ) -> tuple[Array, Any]:
-        head_dim = self.hidden_size // self.num_heads
-        frequencies = rotary_frequencies(head_dim, self.rope_theta, self.rope_scaling)
+        scaling = self.rope_scaling
+        frequencies = rotary_frequencies(self.shape.head_dim, self.rope_theta, scaling)
         cos, sin = rotary_tables(positions, frequencies)
+        if scaling is not None:
+            cos, sin = (table * scaling.attention_factor for table in (cos, sin))
         x = self.vocab_embed(ids)
         x, cache = self.blocks(x, cos, sin, position, cache)
         return self.final_norm(x).astype(self.dtype), cache

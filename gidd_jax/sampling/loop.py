@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gidd_jax.draws import fold_in
 from gidd_jax.likelihood import Denoiser
@@ -274,7 +275,7 @@ def _run(
 
 
 def noised(
-    process: InterpolatingProcess, keys: jax.Array, ids: jax.Array, t: jax.Array
+    process: InterpolatingProcess, keys: jax.Array, ids: jax.Array, t: ArrayLike
 ) -> jax.Array:
     """Return ids [B, L] with the noise of time t, each row's by its key [B]."""
     draws = jax.vmap(lambda key: process.noise_draws(key, ids.shape[1:]))(keys)

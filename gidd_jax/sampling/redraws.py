@@ -146,7 +146,7 @@ def entropy_bound_step(
     )
     is_last = jnp.asarray(step) == num_steps - 1
     reopened = runs & ~state.open & (wrong > options.edit_above) & ~is_last
-    calls_left = num_steps - step
+    calls_left = jnp.asarray(num_steps) - step
     due = (jnp.sum(candidates, axis=-1) + calls_left - 1) // calls_left
     sure = _within_bound(spread, candidates, options.epsilon)
     chosen = highest(-spread, candidates, jnp.maximum(sure, due))

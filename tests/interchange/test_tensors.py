@@ -18,6 +18,7 @@ from gidd_jax.interchange.tensors import (
     params_from_torch,
 )
 from gidd_jax.models.dit import DiT
+from gidd_jax.models.llama import Llama
 
 BUFFERS = {"rotary_emb.cos_cached", "rotary_emb.sin_cached", "logit_bias"}
 
@@ -91,7 +92,10 @@ def test_bfloat16_weights_become_float32(golden):
 def test_llama_round_trips_exactly(golden):
     state_dict = golden("c06_llama_state_dict.safetensors")
     assert_same(
-        TorchTensors(params_from_torch(state_dict, llama_format(4, 4, False), 2)), state_dict
+        TorchTensors(
+            params_from_torch(state_dict, llama_format(Llama(67, 64, 2, 4).shape, False), 2)
+        ),
+        state_dict,
     )
 
 
@@ -102,7 +106,7 @@ def test_llama_with_grouped_heads_and_tied_embeddings(golden):
             key = f"model.layers.{i}.self_attn.{name}.weight"
             state_dict[key] = state_dict[key][:32]
     state_dict["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-    params = params_from_torch(state_dict, llama_format(4, 2, True), 2)
+    params = params_from_torch(state_dict, llama_format(Llama(67, 64, 2, 4, 2).shape, True), 2)
     assert params["blocks"]["key"]["kernel"].shape == (2, 64, 2, 16)
     assert "output" not in params
     ignored = {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
@@ -123,4 +127,4 @@ def test_wrong_names_are_named(golden):
     llama = golden("c06_llama_state_dict.safetensors")
     del llama["lm_head.weight"]
     with pytest.raises(InputError, match=r"missing lm_head\.weight; unknown nothing"):
-        params_from_torch(llama, llama_format(4, 4, False), 2)
+        params_from_torch(llama, llama_format(Llama(67, 64, 2, 4).shape, False), 2)

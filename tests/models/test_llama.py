@@ -13,8 +13,8 @@ from conftest import GOLDEN
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.tensors import TorchTensors, llama_format, params_from_torch
 from gidd_jax.models.dit import SIZES
-from gidd_jax.models.layers import Llama3RopeScaling, rotary_frequencies
 from gidd_jax.models.llama import Llama
+from gidd_jax.models.rotary import Llama3RopeScaling, rotary_frequencies
 
 SMALL = {"vocab_size": 67, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_seq_len": 32}
 LAYER_TENSORS = (
@@ -33,7 +33,9 @@ LAYER_TENSORS = (
 @pytest.fixture(scope="module")
 def params(golden):
     return params_from_torch(
-        golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+        golden("c06_llama_state_dict.safetensors"),
+        llama_format(Llama(67, 64, 2, 4).shape, False),
+        2,
     )
 
 

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from gidd_jax.errors import InputError
 from gidd_jax.models import dit, llama
 from gidd_jax.models.dit import DiT
-from gidd_jax.models.layers import Embedding, constrain, rotary_frequencies, rotary_tables
+from gidd_jax.models.layers import Embedding, constrain
 from gidd_jax.models.llama import Llama
+from gidd_jax.models.rotary import rotary_frequencies, rotary_tables
 from gidd_jax.parallel.sharding import (
     MESH_AXES,
     activate,

@@ -35,7 +35,9 @@ def begin(rows: int, length: int, first: int = BOS) -> Prompt:
 def network(golden):
     model = Llama(**SMALL)
     params = params_from_torch(
-        golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+        golden("c06_llama_state_dict.safetensors"),
+        llama_format(Llama(67, 64, 2, 4).shape, False),
+        2,
     )
 
     def decode(ids, cache, position):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chain_training
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,17 @@ import optax
 import pytest
 from tiny_run import tiny_settings
 
-from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import oracle
 from gidd_jax.likelihood import nelbo
 from gidd_jax.loss import masked_logits
 from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.sampling.loop import sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
-from gidd_jax.sampling.windows import windows_of
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.noising import Noising, block_times
 from gidd_jax.training.objective import Objective
-from gidd_jax.training.step import init_state, train_step
+from gidd_jax.training.step import init_state
 
 VOCAB, LENGTH = 7, 12
 STEPS = 3000  # of the slow test
@@ -123,61 +121,26 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, changes, message):
     ("block_length", "p_uniform"), [(1, 0.0), (4, 0.0), (LENGTH, 0.0), (4, 0.2), (LENGTH, 0.2)]
 )
 def test_models_by_blocks_learn_a_chain_and_draw_it(block_length, p_uniform):
-    """A minute or two each: the bound comes down to the entropy, samples under masks to the law.
+    """A minute or two each: the bound comes down to the entropy, the samples to the law.
 
-    Under hybrid noise so short a training leaves samples a distance that is not asked about here.
+    With weights that leave the minimum where it is: under hybrid noise the paper's leave 0.02 more.
+    Such noise leaves another 0.02 where the network is not told the time: rows of few tokens do not
+    tell it, either.
     """
     process = HybridProcess(VOCAB, 6, p_uniform=p_uniform)
     chain = oracle.draw_chain(0, VOCAB - 1)
-    objective = objective_of(process, block_length, width=64, mask_padding=False)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, STEPS))
-    state = nn.unbox(init_state(objective, optimizer, jax.random.key(0), use_ema=False))
-    places = oracle.draw_places(chain, 64 * STEPS, LENGTH, 0)
-    x = jnp.asarray(oracle.chain_ids(process)[places]).reshape(STEPS, 64, LENGTH)
-    wrapped = optax.with_extra_args_support(optimizer)
-
-    def step(state, x):
-        batch = {"tokens": x, "mask": jnp.ones(x.shape, bool)}
-        return train_step(objective, wrapped, 0.0, 1, state, batch, jax.random.key(1))[0], None
-
-    state, _ = jax.jit(lambda state, x: jax.lax.scan(step, state, x))(state, x)
-    fresh = oracle.draw_places(chain, 512, LENGTH, 1)
-    ids = jnp.asarray(oracle.chain_ids(process)[fresh])
-    bound = nelbo(
-        process,
-        lambda z, t: objective.denoise(state.params, ids, z, t),
-        jax.random.key(2),
-        ids,
-        num_samples_t=32,
+    objective = objective_of(
+        process, block_length, width=64, mask_padding=False, weighting="dynamic_unbiased"
     )
-    nats = np.asarray(bound.total.sum(-1))
-    exact = -oracle.log_prob(chain, fresh)
-    error = 3 * np.std(nats - exact) / len(nats) ** 0.5
-    excess = (nats - exact).mean()
+    params = chain_training.trained(objective, chain, LENGTH, STEPS)
+    excess, error = chain_training.excess(objective, params, chain, LENGTH)
     assert -error < excess < 0.04 * LENGTH + error
-
-    network = objective.model
-    options = SamplerOptions(num_steps=32, block_length=block_length)
-
-    def draw(keys):
-        def features(z, t):
-            return network.apply({"params": state.params}, z, t, method="features")
-
-        return sample_diffusion(
-            process,
-            features,
-            options,
-            keys,
-            LENGTH,
-            project=lambda h: network.apply({"params": state.params}, h, method="project"),
-            windows=windows_of(network, state.params, options, LENGTH),
-        ).ids
-
-    drawn = jax.jit(draw)(row_keys(jax.random.key(5), jnp.arange(4000)))
-    found = oracle.bigrams(chain, oracle.places_of(process, np.asarray(drawn)))
-    wanted = oracle.bigram_law(chain, LENGTH)
-    floor = oracle.noise_floor(wanted, 4000 * (LENGTH - 1))
-    distance = oracle.total_variation(found, wanted)
-    print(f"blocks of {block_length}, p_uniform {p_uniform}: {distance:.3f}, floor {floor:.3f}")
-    if p_uniform == 0:
-        assert distance < 0.03 + floor
+    for reopen in (0, 1) if block_length == 4 else (0,):
+        options = SamplerOptions(num_steps=64, block_length=block_length, reopen=reopen)
+        found, floor = chain_training.distance(objective, params, chain, LENGTH, options)
+        print(
+            f"blocks of {block_length}, p_uniform {p_uniform}, reopen {reopen}: {found:.3f}, "
+            f"exact draws {floor:.3f}"
+        )
+        if reopen == 0:
+            assert found < (0.03 if p_uniform == 0 else 0.05) + floor

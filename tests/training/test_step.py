@@ -108,7 +108,9 @@ STEPS = 20
 def trace_start(run: str, golden: Callable[[str], dict[str, np.ndarray]]) -> Any:
     if run == "ar":
         return params_from_torch(
-            golden("c06_llama_state_dict.safetensors"), llama_format(4, 4, False), 2
+            golden("c06_llama_state_dict.safetensors"),
+            llama_format(Llama(67, 64, 2, 4).shape, False),
+            2,
         )
     if run in ("strong", "clip"):
         return params_from_torch(golden("c05_dit_strong_state_dict.safetensors"), dit_format(4), 3)
