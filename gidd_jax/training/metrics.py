@@ -130,10 +130,11 @@ class MetricWriter:
         if self._file is None:
             return
         values = {name: float(value) for name, value in scalars.items()}
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        # JSON has no NaN and no infinity.
+        # JSON has no NaN and no infinity, and TensorBoard warns of them in every line.
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        for name, value in finite.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step)
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._wandb is not None:
