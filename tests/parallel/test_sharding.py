@@ -30,12 +30,13 @@ from gidd_jax.parallel.sharding import (
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 SIZE = {"vocab_size": 67, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_seq_len": 16}
+KIN = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "head_norms": True}
 IDS = jax.random.randint(jax.random.key(1), (8, 16), 0, 67)
 TIMES = jnp.linspace(0.1, 0.9, 8)
 MODELS = {
     "dit": (DiT(**SIZE, cond_dim=32), (IDS, TIMES)),
     # A vocabulary of 67 rows divides by no mesh axis.
-    "llama": (Llama(**SIZE, num_kv_heads=2), (IDS,)),
+    "llama": (Llama(**SIZE, **KIN, num_kv_heads=2, intermediate_size=96), (IDS,)),
 }
 
 
@@ -194,7 +195,7 @@ PARTS = {
         (X, jnp.ones((8, 32)), *ANGLES, None),
     ),
     "llama block": (
-        llama.Block(64, 4, 2, 96, 1e-6, jnp.float32, "xla"),
+        llama.Block(MODELS["llama"][0].shape, jnp.float32, "xla"),
         (X, *ANGLES, None, None),
     ),
 }
