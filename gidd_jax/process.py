@@ -128,8 +128,7 @@ class HybridProcess(InterpolatingProcess):
         noise: the ELBO weights up to a factor of t and z_t.
 
         Such a factor moves no minimiser. The paper's weight where z_t = x is larger, so that x_hat
-        of the token that stands there comes out too probable, its odds by a factor that falls with
-        t.
+        of the token that stands there comes out too probable.
         """
         t = expand_time(t, x)
         as_noise = self.mass_at(self.beta_pi(t), x)

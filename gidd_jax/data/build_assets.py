@@ -2,9 +2,9 @@
 
 Examples:
   python -m gidd_jax.data.build_assets --corpus=austen3.txt --out=gidd_jax/assets
-  python -m gidd_jax.data.build_assets --corpus=train.jsonl --out=outputs/pdmix
+  python -m gidd_jax.data.build_assets --corpus=train.jsonl --validation=path:val.jsonl --out=mine
 
-Of a corpus of documents (.jsonl) only the tokenizer is made, from all of them.
+Of a corpus of documents (.jsonl) only the tokenizer is made.
 """
 
 import json
@@ -70,17 +70,12 @@ def main(_: list[str]) -> None:
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     corpus = Path(FLAGS.corpus)
-    if corpus.suffix == ".jsonl":
-        lines = filter(None, corpus.read_text(encoding="utf-8").split("\n"))
-        texts = (json.loads(line)["text"] for line in lines)
-    else:
+    if corpus.suffix != ".jsonl":
         records = split_chapters(corpus.read_text(encoding="utf-8"))
         corpus = out / "austen.jsonl"
         corpus.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-        splits = open_corpus(str(corpus), FLAGS.validation, "text", "file")
-        print(f"{len(splits.train)} training and {len(splits.validation)} validation chapters")
-        texts = iterate(splits.train, "Reading")
-    backend = train_tokenizer(texts, FLAGS.vocab_size)
+    splits = open_corpus(str(corpus), FLAGS.validation, "text", "file")
+    backend = train_tokenizer(iterate(splits.train, "Reading"), FLAGS.vocab_size)
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -88,6 +83,7 @@ def main(_: list[str]) -> None:
         pad_token=PAD,
         mask_token=MASK,
     ).save_pretrained(str(out / "tokenizer"))
+    print(f"{len(splits.train)} training and {len(splits.validation)} validation documents")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def check_attention(fields: Fields) -> None:
     if fields.flag("use_sliding_window", True) and fields.has("sliding_window"):
         raise fields.error("sliding_window must be null: tokens attend to the whole context")
     kinds = fields.values.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) != {"full_attention"}):
+    if kinds is not None and (
+        not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    ):
         raise fields.error("layer_types must be full_attention: tokens attend to the whole context")
     section = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
     for part in (fields, *([fields.section(section)] if fields.has(section) else [])):
@@ -91,16 +93,25 @@ def rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     if kind not in readers:
         legal = ", ".join(readers)
         raise fields.error(f"{key}: type {kind!r} is not supported, only {legal}")
+    if not theta > 1:
+        raise fields.error(f"rope_theta = {theta:g}: must be above 1")
     return theta, readers[kind](section)
 
 
+def _factor(section: Fields) -> float:
+    factor = section.number("factor")
+    if not factor > 0:
+        raise section.error(f"factor = {factor:g}: must be above 0")
+    return factor
+
+
 def _linear(section: Fields) -> LinearRopeScaling:
-    return LinearRopeScaling(section.number("factor"))
+    return LinearRopeScaling(_factor(section))
 
 
 def _llama3(section: Fields) -> Llama3RopeScaling:
     return Llama3RopeScaling(
-        factor=section.number("factor"),
+        factor=_factor(section),
         low_freq_factor=section.number("low_freq_factor"),
         high_freq_factor=section.number("high_freq_factor"),
         original_max_len=section.size("original_max_position_embeddings"),
@@ -108,7 +119,7 @@ def _llama3(section: Fields) -> Llama3RopeScaling:
 
 
 def _yarn(section: Fields) -> YarnRopeScaling:
-    factor = section.number("factor")
+    factor = _factor(section)
 
     def grown(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -280,7 +280,7 @@ class Llama(nn.Module):
         frequencies = rotary_frequencies(self.shape.head_dim, self.rope_theta, scaling)
         cos, sin = rotary_tables(positions, frequencies)
         if scaling is not None:
-            cos, sin = (table * scaling.attention_factor for table in (cos, sin))
+            cos, sin = (table * scaling.amplitude for table in (cos, sin))
         x = self.vocab_embed(ids)
         x, cache = self.blocks(x, cos, sin, position, cache)
         return self.final_norm(x).astype(self.dtype), cache

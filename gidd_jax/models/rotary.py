@@ -3,6 +3,7 @@
 Angles are float32 (float64 where all is).
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any
@@ -15,17 +16,17 @@ from gidd_jax.models.layers import at_least_float32
 Array = jax.Array
 
 
-class RopeScaling:
-    """How frequencies were changed for a longer context, by a `rope_type` of transformers.
+class RopeScaling(abc.ABC):
+    """How frequencies were changed for a longer context, by a `rope_type` of transformers."""
 
-    attention_factor: of both cosine and sine.
-    """
+    @property
+    def amplitude(self) -> float:
+        """A factor of both cosine and sine."""
+        return 1.0
 
-    attention_factor = 1.0
-
+    @abc.abstractmethod
     def scaled(self, frequency: Array, base: float) -> Array:
         """Return the frequencies [head_dim / 2] that stand for those of a base."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,10 @@ class YarnRopeScaling(RopeScaling):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True  # the ends of that range are whole numbers
+
+    @property
+    def amplitude(self) -> float:
+        return self.attention_factor
 
     def scaled(self, frequency: Array, base: float) -> Array:
         count = frequency.shape[0]

@@ -168,7 +168,7 @@ def make_schedule(
     if options.reopen and not again.any():
         raise InputError(
             f"reopen_at = {options.reopen_at}: no step begins there or later, set num_steps to at "
-            f"least {math.ceil(1 / options.reopen_at)}"
+            f"least {math.floor(1 / options.reopen_at) + 1}"
         )
     entries = []
     for block in range(num_blocks):

@@ -79,6 +79,12 @@ def test_the_cache_goes_on_where_the_sequence_ended(folder):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "only default, linear, llama3, yarn"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
+        ({"layer_types": [{}]}, "layer_types must be"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor = 0: must be above 0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1}},
+            "rope_theta = 1: must be above 1",
+        ),
         ({"head_dim": 3}, "head_dim is 3: it must be even"),
         ({"num_key_value_heads": 3}, "num_kv_heads is 3; it must divide"),
         ({"num_key_value_heads": None}, "num_key_value_heads is missing"),

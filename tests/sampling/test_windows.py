@@ -15,6 +15,7 @@ from gidd_jax.models.gidd import TimeFreeTransformer, sees_prompt
 from gidd_jax.process import LogSnrProcess
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.schedule import make_schedule
 from gidd_jax.sampling.windows import View, by_blocks, causal_windows, prefix_windows, windows_of
 
 VOCAB, LENGTH, BLOCK = 17, 22, 4
@@ -296,6 +297,32 @@ def test_a_model_that_knows_no_prompts_sees_the_whole_row():
     assert windows_of(network, {}, SamplerOptions(block_length=4), LENGTH) is None
     assert windows_of(NETWORK, {}, SamplerOptions(block_length=4), LENGTH) is not None
     assert windows_of(NETWORK, {}, SamplerOptions(block_length=4, guidance=2.0), LENGTH) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reopen": 1, "method": "adaptive"}, "reopen has no effect with method 'adaptive'"),
+        ({"reopen": -1}, "reopen must be at least 0"),
+        ({"reopen_at": 0.3}, "reopen_at has no effect without reopen"),
+        ({"reopen": 1, "reopen_at": 1.0}, r"reopen_at must lie in \(0, 1\)"),
+    ],
+)
+def test_bad_ways_to_reopen_are_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        SamplerOptions(**changes)
+
+
+def test_the_steps_that_reopening_needs_are_enough():
+    """A step must begin at the time that is noised to, or later."""
+    options = SamplerOptions(block_length=2, reopen=1, reopen_at=0.25, num_steps=4)
+    with pytest.raises(InputError, match=r"reopen_at = 0.25: .* set num_steps to at least 5"):
+        make_schedule(PROCESS, options, 6)
+    schedule = make_schedule(PROCESS, dataclasses.replace(options, num_steps=5), 6)
+    np.testing.assert_array_equal(schedule.block, [0] * 5 + [1] * 6 + [2] * 6)
+    np.testing.assert_array_equal(schedule.first, [0] * 5 + [1] * 5 + [0] + [2] * 5 + [1])
+    np.testing.assert_array_equal(np.flatnonzero(schedule.closes), [4, 10, 16])
+    assert np.all(schedule.t[[10, 16]] <= 0.25)
 
 
 def test_what_blocks_cannot_do_is_said():
