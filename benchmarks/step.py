@@ -109,8 +109,9 @@ def ours(case: Case) -> Subject:
 
     from gidd_jax.parallel import sharding
     from gidd_jax.training.build import build_objective
-    from gidd_jax.training.loop import compile_step, put_batch, state_maker
+    from gidd_jax.training.loop import put_batch
     from gidd_jax.training.optimizer import learning_rate, make_optimizer
+    from gidd_jax.training.programs import compile_step, state_maker
 
     shape = case.shape
     settings = _settings(shape)

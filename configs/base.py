@@ -15,13 +15,14 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.name = "dit"  # dit (diffusion) | gidd (diffusion, the scaling paper's network, which is
-    # told no time) | llama (autoregressive)
+    # told no time) | llama (autoregressive, or with a diffusion process a denoiser)
     model.parametrization = "standard"  # standard | completep (gidd only): multipliers, and rates
     # by group of parameters, with which the best learning rate keeps as width and depth grow
     model.hidden_size = 768  # multiple of 2 * num_heads (rotary embedding turns pairs)
     model.num_layers = 12  # integer >= 1
     model.num_heads = 12  # integer >= 1
-    model.cond_dim = 128  # width of the time embedding, integer >= 1 (dit only)
+    model.cond_dim = 128  # width of the time embedding, integer >= 1 (dit), or >= 0 (llama that
+    # denoises; 0: it is told no time)
     model.max_seq_len = 512  # context in tokens, integer >= 2
     model.dtype = "bfloat16"  # of the computation: bfloat16 | float32; parameters stay float32
     model.scan_layers = True  # one compiled layer in a loop (True) or unrolled (False)
@@ -29,6 +30,25 @@ def get_config() -> ConfigDict:
     model.attention = ""  # '' (automatic) | xla | cudnn | splash (TPU)
     model.keep_padding_columns = False  # True: softmax over the columns that pad the vocabulary to
     # a multiple of 128, as the original implementation does
+
+    model.start = ""  # folder or hub name of a model to start from, which sets the keys of its
+    # architecture, and data.tokenizer; '': from nothing
+    # A Llama alone reads what follows; 0 is the usual: num_heads, hidden_size / num_heads, and
+    # 4 * hidden_size.
+    model.num_kv_heads = 0  # a divisor of num_heads
+    model.head_dim = 0  # even
+    model.intermediate_size = 0  # of the perceptron, integer >= 0
+    model.qkv_bias = False  # biases of queries, keys and values (Qwen2)
+    model.out_bias = False  # of the output of attention
+    model.mlp_bias = False  # of the perceptron
+    model.head_norms = False  # norms of each head's queries and keys (Qwen3)
+    model.rope_theta = 10_000.0  # base of the rotary positions, > 1
+    model.rope_scaling = ""  # linear:FACTOR | llama3:FACTOR,LOW,HIGH,LENGTH | yarn:FACTOR,LENGTH,
+    # AMPLITUDE,FAST,SLOW,TRUNCATE | '' (none)
+    model.rms_norm_eps = 1e-6  # > 0
+    model.tie_embeddings = False  # the embedding is the output layer, too
+    model.shift = False  # denoiser: the state at a token predicts the next one, as in the
+    # autoregressive model that it starts from
 
     config.process = process = ConfigDict()
     process.name = "hybrid"  # hybrid | masked | log_snr | autoregressive | FILE.py:CLASS, your own
@@ -58,8 +78,8 @@ def get_config() -> ConfigDict:
     # | WEIGHT:PATH,WEIGHT:PATH,... a mixture, as 0.7:wiki/,0.3:books/*.txt; weights are shares of
     # the training rows, numbers in [1e-6, 1e6]; the validation split is that of all parts
     data.tokenizer = "embedded"  # embedded | local folder | name on the Hugging Face hub
-    # | ids:VOCAB, symbols 0 to VOCAB - 1 | chars:FILE, one token a character of FILE, which is
-    # written from the texts where it is missing
+    # | start, that of model.start | ids:VOCAB, symbols 0 to VOCAB - 1 | chars:FILE, one token a
+    # character of FILE, which is written from the texts where it is missing
     data.validation = "hash:0.05"  # last:COUNT documents | hash:FRACTION of the documents
     # | path:FILES | split:NAME (tfds and hf)
     data.text_key = "text"  # field that holds the text in jsonl, parquet, tfds and hf records
@@ -115,6 +135,13 @@ def get_config() -> ConfigDict:
     # target, as the original does
     train.eval_every = 5_000  # steps between validations, integer >= 0; 0 is never
     train.eval_batches = 64  # batches of a validation, integer >= 1
+
+    # What a start (model.start) gives up step by step, from its first step on.
+    config.adapt = adapt = ConfigDict()
+    adapt.attention_steps = 0  # steps in which a Llama's attention goes from causal to full, at
+    # most train.num_steps; 0: full at once
+    adapt.noise_steps = 0  # hybrid: steps in which the share of uniform noise goes from 0 to
+    # process.p_uniform, at most train.num_steps; 0: at once
 
     # data * fsdp * tensor is the number of devices; at most one may be -1, the rest.
     config.mesh = mesh = ConfigDict()

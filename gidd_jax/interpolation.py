@@ -103,6 +103,10 @@ class InterpolatingProcess:
 
     # What follows from them; families override what has a more accurate closed form.
 
+    def settled(self) -> "InterpolatingProcess":
+        """Return the process with no traced number in it: of the same tokens and background."""
+        return self
+
     @property
     def num_noise_tokens(self) -> int:
         """N, the number of tokens that are not the mask."""

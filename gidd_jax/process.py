@@ -56,24 +56,34 @@ class HybridProcess(InterpolatingProcess):
 
     c_t = B (t(1-t))^(gamma/2), B = 2^gamma p_uniform/(1-p_uniform), alpha_t = (1-t)/(1+c_t),
     beta_t pi_t = (t m + c_t u)/(1+c_t) (eqs. 9-11). p_uniform in [0, 1): 0 is mask-only GIDD;
-    gamma in (0, 2]: beyond 2 transition rates near t = 1 are negative.
+    gamma in (0, 2]: beyond 2 transition rates near t = 1 are negative. A traced p_uniform, of a
+    share that training anneals, is not checked.
     """
 
-    p_uniform: float
+    p_uniform: float | jax.Array
     gamma: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 <= self.p_uniform < 1.0:
+        if not isinstance(self.p_uniform, jax.Array) and not 0.0 <= self.p_uniform < 1.0:
             raise InputError(f"p_uniform must lie in [0, 1): {self.p_uniform}")
         if not 0.0 < self.gamma <= 2.0:
             raise InputError(f"gamma must lie in (0, 2]: {self.gamma}")
 
     @property
-    def log_b(self) -> float:
+    def log_b(self) -> float | jax.Array:
         """log B, floored at -20."""
+        log_scale = self.gamma * math.log(2)
+        if isinstance(self.p_uniform, jax.Array):
+            p = jnp.maximum(self.p_uniform, math.exp(MIN_LOG_UNIFORM))
+            return jnp.maximum(log_scale + jnp.log(p) - jnp.log1p(-p), MIN_LOG_UNIFORM)
         p = max(self.p_uniform, math.exp(MIN_LOG_UNIFORM))
-        return max(self.gamma * math.log(2) + math.log(p) - math.log1p(-p), MIN_LOG_UNIFORM)
+        return max(log_scale + math.log(p) - math.log1p(-p), MIN_LOG_UNIFORM)
+
+    def settled(self) -> "HybridProcess":
+        if isinstance(self.p_uniform, jax.Array):
+            return dataclasses.replace(self, p_uniform=0.0)
+        return self
 
     def uniform_odds(self, t: jax.Array) -> jax.Array:
         """Return c_t, the uniform mass before normalisation by 1 + c_t."""

@@ -57,13 +57,28 @@ class ModelSettings(Section):
     hidden_size: int = at_least(2)
     num_layers: int = at_least(1)
     num_heads: int = at_least(1)
-    cond_dim: int = at_least(1)
+    cond_dim: int = at_least(0)
     max_seq_len: int = at_least(2)
     dtype: str = one_of("float32", "bfloat16")
     scan_layers: bool
     remat: str = one_of("none", "full", "attention", "dots")
     attention: str = one_of("", "xla", "cudnn", "splash")
     keep_padding_columns: bool
+    start: str
+    num_kv_heads: int = at_least(0)
+    head_dim: int = legal(lambda value: value >= 0 and value % 2 == 0, "even and >= 0")
+    intermediate_size: int = at_least(0)
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    head_norms: bool
+    rope_theta: float = above(1)
+    rope_scaling: str = matches(
+        r"|(linear|llama3|yarn):[^,]+(,[^,]+)*", "linear:NUMBERS | llama3:NUMBERS | yarn:NUMBERS"
+    )
+    rms_norm_eps: float = above(0)
+    tie_embeddings: bool
+    shift: bool
 
 
 def _is_process(name: str) -> bool:
@@ -164,6 +179,12 @@ class TrainSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptSettings(Section):
+    attention_steps: int = at_least(0)
+    noise_steps: int = at_least(0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshSettings(Section):
     data: int = axis()
     fsdp: int = axis()
@@ -189,6 +210,7 @@ _SECTIONS = (
     DataSettings,
     OptimizerSettings,
     TrainSettings,
+    AdaptSettings,
     MeshSettings,
     CheckpointSettings,
     LoggingSettings,
@@ -205,6 +227,7 @@ class Settings:
     data: DataSettings
     optimizer: OptimizerSettings
     train: TrainSettings
+    adapt: AdaptSettings
     mesh: MeshSettings
     checkpoint: CheckpointSettings
     logging: LoggingSettings

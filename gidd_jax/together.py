@@ -28,26 +28,29 @@ OF_OWN = ("elbo", "clip", "dynamic")
 def check_together(settings: "Settings") -> None:
     """Raise InputError for values that are legal alone but not together."""
     model, process, train, mesh = settings.model, settings.process, settings.train, settings.mesh
-    if model.hidden_size % (2 * model.num_heads):
+    if not (model.name == "llama" and model.head_dim) and model.hidden_size % (2 * model.num_heads):
         raise InputError(
             f"model.hidden_size = {model.hidden_size}: must be a multiple of 2 * model.num_heads = "
             f"{2 * model.num_heads} (rotary embedding needs an even width per head)"
         )
-    if (model.name == "llama") != (process.name == "autoregressive"):
+    autoregressive = process.name == "autoregressive"
+    if autoregressive and model.name != "llama":
         raise InputError(
             f"model.name = {model.name} does not fit process.name = {process.name}: use llama with "
-            "autoregressive, and dit or gidd with every other process"
+            "autoregressive, and any model with every other process"
         )
-    if model.name == "llama" and settings.data.givens:
+    _check_llama(model, autoregressive)
+    _check_annealing(settings)
+    if autoregressive and settings.data.givens:
         raise InputError(
             f"data.givens = {settings.data.givens}: only diffusion fills in beside given tokens: "
             "set it to 0"
         )
     _check_noising(process, settings.data)
-    if model.name == "llama" and settings.data.frame == "none":
+    if autoregressive and settings.data.frame == "none":
         raise InputError(
-            "data.frame = none: llama predicts the tokens after one that begins a row: set it to "
-            "ends, or take a diffusion model"
+            "data.frame = none: an autoregressive model predicts what follows the token that "
+            "begins a row: set it to ends, or take a diffusion model"
         )
     if settings.data.marked and settings.data.frame == "ends":
         raise InputError("data.marked = True: only rows without a frame do: set data.frame=none")
@@ -87,6 +90,42 @@ def check_together(settings: "Settings") -> None:
         )
     if [mesh.data, mesh.fsdp, mesh.tensor].count(-1) > 1:
         raise InputError("mesh: at most one of mesh.data, mesh.fsdp and mesh.tensor may be -1")
+
+
+def _check_llama(model: "ModelSettings", autoregressive: bool) -> None:
+    if model.name == "dit" and model.cond_dim == 0:
+        raise InputError("model.cond_dim = 0: a dit is told the time: must be >= 1")
+    if model.name == "llama" and model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise InputError(
+            f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = "
+            f"{model.num_heads}"
+        )
+    if model.shift and (model.name != "llama" or autoregressive):
+        raise InputError(
+            "model.shift = True: only a llama with a diffusion process has a token to be off by: "
+            "set it to False"
+        )
+
+
+def _check_annealing(settings: "Settings") -> None:
+    """Refuse annealing of what a run does not have, or that it would not end."""
+    adapt, model, process = settings.adapt, settings.model, settings.process
+    if adapt.attention_steps and (model.name != "llama" or process.name == "autoregressive"):
+        raise InputError(
+            f"adapt.attention_steps = {adapt.attention_steps}: only the attention of a llama with "
+            "a diffusion process is annealed: set it to 0"
+        )
+    if adapt.noise_steps and process.name != "hybrid":
+        raise InputError(
+            f"adapt.noise_steps = {adapt.noise_steps}: process.name = {process.name} has no "
+            "p_uniform: use hybrid, or set it to 0"
+        )
+    for key in ("attention_steps", "noise_steps"):
+        if getattr(adapt, key) > settings.train.num_steps:
+            raise InputError(
+                f"adapt.{key} = {getattr(adapt, key)}: must be at most train.num_steps = "
+                f"{settings.train.num_steps}"
+            )
 
 
 def _check_blocks(train: "TrainSettings", model: "ModelSettings") -> None:

@@ -4,6 +4,7 @@ Examples:
   python -m gidd_jax.train --config=configs/quickstart.py --workdir=outputs/quickstart
   python -m gidd_jax.train --config=gidd:small --config.data.path='texts/*.jsonl'
   python -m gidd_jax.train --config=mdlm --config.mesh.fsdp=8 --config.train.batch_size=64
+  python -m gidd_jax.train --config=adapt --config.model.start=FOLDER_OR_HUB_NAME
   python -m gidd_jax.train --config=gidd:1B --config.mesh.fsdp=8 --plan=8xH200   # does it fit?
   python -m gidd_jax.train --config=gidd:base --distributed   # on every host of a cluster
 """
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
     del argv
     from gidd_jax.checkpoints.storage import run_folder
     from gidd_jax.evaluation.reports import written
+    from gidd_jax.interchange.start import from_start
     from gidd_jax.settings import Settings
     from gidd_jax.training.loop import train
 
@@ -82,7 +84,9 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
     run_folder(workdir)  # what is wrong with it is said before the processes find each other
     DISTRIBUTED.start()
-    figures = train(settings, workdir, ALLOW_CONFIG_CHANGE.value, PROFILE.value, ALLOW_CODE.value)
+    settings, start = from_start(settings)
+    options = ALLOW_CONFIG_CHANGE.value, PROFILE.value, ALLOW_CODE.value
+    figures = train(settings, workdir, *options, start)
     words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())
     print(f"validation: {words or 'none since this start'}\nworkdir: {workdir}")
 
@@ -91,12 +95,13 @@ def plan(settings: "Settings", topology: str) -> None:
     """Print what a run needs on a topology, and write it where --out says."""
     from gidd_jax.evaluation.reports import write_report
     from gidd_jax.inference.samples import check_output
+    from gidd_jax.interchange.start import from_start
     from gidd_jax.planning.plan import make_plan, set_devices
     from gidd_jax.planning.report import as_report, describe
 
     out = check_output(OUT.value, ".json") if OUT.value else None
     set_devices(topology)
-    found = make_plan(settings, topology)
+    found = make_plan(from_start(settings)[0], topology)
     print(describe(found))
     if out:
         write_report(out, as_report(found))

@@ -178,7 +178,7 @@ def test_a_real_program_sums_over_its_devices():
 
 def test_step_flops_are_those_of_the_package():
     shape = next(c.shape for c in step.cases("cpu", "float32") if c.name == "step_8x512_b4_l512")
-    want = flops_per_token(step._settings(shape).model, shape["vocab_size"])
+    want = flops_per_token(step._settings(shape), shape["vocab_size"])
     assert step.step_flops_per_token(shape) == pytest.approx(want, rel=1e-12)
 
 

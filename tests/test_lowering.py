@@ -25,8 +25,8 @@ from gidd_jax.sampling.loop import sample_diffusion
 from gidd_jax.sampling.options import CorrectionOptions, SamplerOptions
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
-from gidd_jax.training.loop import compile_step, state_maker
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
+from gidd_jax.training.programs import compile_step, state_maker
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BACKENDS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # jax.default_backend() on each

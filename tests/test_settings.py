@@ -74,7 +74,23 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
         ({"sede": 3}, "unknown config key sede: did you mean seed?"),
         ({"model__num_heads": 7}, "must be a multiple of 2 * model.num_heads = 14"),
         ({"model__hidden_size": 12}, "must be a multiple of 2 * model.num_heads = 24"),
-        ({"model__name": "llama"}, "does not fit process.name = hybrid"),
+        ({"model__cond_dim": 0}, "model.cond_dim = 0: a dit is told the time"),
+        ({"model__head_dim": 3}, "model.head_dim = 3: must be even and >= 0"),
+        (
+            {"model__name": "llama", "model__num_kv_heads": 5},
+            "model.num_kv_heads = 5: must divide model.num_heads = 12",
+        ),
+        ({"model__rope_scaling": "ntk:2"}, "must be linear:NUMBERS | llama3:NUMBERS | yarn:"),
+        ({"model__shift": True}, "model.shift = True: only a llama with a diffusion process"),
+        ({"adapt__attention_steps": 1}, "only the attention of a llama with a diffusion process"),
+        (
+            {"adapt__noise_steps": 1, "process__name": "log_snr"},
+            "adapt.noise_steps = 1: process.name = log_snr has no p_uniform",
+        ),
+        (
+            {"adapt__noise_steps": 500_001},
+            "adapt.noise_steps = 500001: must be at most train.num_steps = 500000",
+        ),
         ({"process__name": "autoregressive"}, "model.name = dit does not fit"),
         ({"process__max_log_snr": -9.0}, "must be less than process.max_log_snr"),
         ({"train__micro_batches": 3}, "must be a multiple of train.micro_batches = 3"),
@@ -128,7 +144,7 @@ def test_rows_without_a_frame_are_of_diffusion_and_read_no_mode():
     data = make(data__frame="none", data__mode="padded", data__tokenizer="ids:9").data
     assert data.row_mode == "none"
     assert make(data__mode="padded").data.row_mode == "padded"
-    with pytest.raises(InputError, match=r"data\.frame = none: llama predicts the tokens after"):
+    with pytest.raises(InputError, match=r"data\.frame = none: an autoregressive model"):
         make("ar", data__frame="none")
 
 

@@ -37,10 +37,10 @@ def get_config(parametrization: str = "completep") -> ConfigDict:
         weight_decay=0.0,
         clip_norm=0.0,
         schedule="wsd",
-        warmup_steps=100,
-        cooldown_steps=200,
+        warmup_steps=50,
+        cooldown_steps=150,
     )
-    config.base.train.update(num_steps=1000, max_weight=1000.0)
+    config.base.train.update(num_steps=500, max_weight=1000.0)
     config.grid = ConfigDict()
     config.grid.model = ConfigDict({"hidden_size": WIDTHS})
     rates = tuple(rate * FACTORS[parametrization] for rate in RATES)

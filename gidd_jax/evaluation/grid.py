@@ -20,6 +20,7 @@ from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import InputError, RunError
 from gidd_jax.evaluation.reports import NOTES, table, write_report, written
 from gidd_jax.inference.gidd import Gidd
+from gidd_jax.interchange.start import from_start
 from gidd_jax.own_process import PAPER_IDS, read_source
 from gidd_jax.sections import split_own_process
 from gidd_jax.settings import Settings, flatten
@@ -94,7 +95,8 @@ def finish(one: Run, folder: Path, judge: Judge | None = None) -> dict[str, Any]
     settings, RunError when training failed.
     """
     # As training makes them; not before: a sweep may be planned before its rows are written.
-    one = one._replace(settings=with_marks(one.settings))
+    settings, begin = from_start(with_marks(one.settings))
+    one = one._replace(settings=settings)
     check_workdir(folder, one.settings, read_source(one.settings.process.name))
     path, num_steps = folder / RESULT_FILE, one.settings.train.num_steps
     if path.is_file():
@@ -104,7 +106,7 @@ def finish(one: Run, folder: Path, judge: Judge | None = None) -> dict[str, Any]
             return {name: math.nan if v is None else v for name, v in result.items()}
     start = time.monotonic()
     try:
-        figures = loop.train(one.settings, folder)
+        figures = loop.train(one.settings, folder, start=begin)
     except RunError as error:
         raise type(error)(f"run {one.name}: {error}") from error
     if find_checkpoint(folder).step < num_steps:

@@ -50,9 +50,7 @@ from gidd_jax.inference.samples import Corrected, Likelihoods, Samples, Suspicio
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.save import save_pretrained
-from gidd_jax.models.dit import DiT
-from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
-from gidd_jax.models.llama import Llama
+from gidd_jax.models.gidd import blocks_of
 from gidd_jax.process import InterpolatingProcess
 from gidd_jax.sampling.correction import Correction, check_correction
 from gidd_jax.sampling.estimators import check_estimator, log_mean_exp
@@ -65,13 +63,14 @@ from gidd_jax.sampling.options import (
 )
 from gidd_jax.sampling.suspicion import check_suspicion
 from gidd_jax.sampling.trace import changes_of_correction
+from gidd_jax.training.objective import Network
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gidd:
     """A network with its parameters, tokenizer and forward process (None: autoregressive)."""
 
-    network: DiT | TimeFreeTransformer | Llama
+    network: Network
     params: Any
     tokenizer: Tokenizer
     process: InterpolatingProcess | None

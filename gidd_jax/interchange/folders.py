@@ -15,7 +15,14 @@ from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.fields import Fields, checked
 from gidd_jax.interchange.gidd_config import gidd_network, gidd_process
-from gidd_jax.interchange.llama_config import KINDS, check_attention, llama_network, rope
+from gidd_jax.interchange.llama_config import (
+    DENOISER,
+    KINDS,
+    check_attention,
+    denoiser_network,
+    llama_network,
+    rope,
+)
 from gidd_jax.interchange.placing import Target, place
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.tensors import dit_format, gidd_format, llama_format
@@ -32,7 +39,7 @@ PROCESSES = {"hybrid": HybridProcess, "masked": MaskedProcess, "log_snr": LogSnr
 
 
 def from_hugging_face(folder: Path, target: Target) -> Pretrained:
-    """Load a folder in a Hugging Face format: GIDD of either paper, a Llama or Qwen."""
+    """Load a folder in a Hugging Face format: GIDD of either paper, a Llama or Qwen, a denoiser."""
     file = folder / CONFIG_FILE
     try:
         values = json.loads(file.read_text("utf-8"))
@@ -44,13 +51,15 @@ def from_hugging_face(folder: Path, target: Target) -> Pretrained:
         raise InputError(f"{file} holds no keys: fetch it again")
     fields = Fields(file, values)
     kind = fields.text("model_type")
-    if kind not in ("dit", "gidd", *KINDS):
-        legal = ", ".join(("dit", "gidd", *KINDS))
+    if kind not in (known := ("dit", "gidd", *KINDS, DENOISER)):
+        legal = ", ".join(known)
         raise fields.error(f"model_type = {kind!r}: only {legal} can be loaded")
     if kind in KINDS:
         llama = llama_network(fields)
         tensors, weights = read_safetensors(folder)
         return _llama(llama, tensors, load_tokenizer(folder), weights, target)
+    if kind == DENOISER:
+        return _framed(_denoiser(fields, folder, target), fields)
     if kind == "gidd":
         return _framed(_gidd(fields, folder, target), fields)
     tensors, weights = read_safetensors(folder)
@@ -90,6 +99,21 @@ def _gidd(fields: Fields, folder: Path, target: Target) -> Pretrained:
             mlp_bias=network.mlp_bias,
             tie_embeddings=network.tie_embeddings,
         )
+        inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1)
+        return place(network, inputs, tensors, form, target)
+
+    return Pretrained(network, checked(weights, put), tokenizer, process, False)
+
+
+def _denoiser(fields: Fields, folder: Path, target: Target) -> Pretrained:
+    network = denoiser_network(fields)
+    tensors, weights = read_safetensors(folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(network.vocab_size, (tokenizer.vocab_size,), tokenizer, fields.file)
+    process = written_process(fields, tokenizer)
+
+    def put() -> Any:
+        form = llama_format(network.shape, network.tie_embeddings)
         inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1)
         return place(network, inputs, tensors, form, target)
 

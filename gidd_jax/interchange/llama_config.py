@@ -1,4 +1,7 @@
-"""Configs of autoregressive models as transformers writes them: Llama, Qwen2 and Qwen3."""
+"""Configs of autoregressive models as transformers writes them: Llama, Qwen2 and Qwen3.
+
+And of the denoisers that are made of them: the same keys, with what a denoiser has beside them.
+"""
 
 import math
 from typing import Any
@@ -7,7 +10,8 @@ from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.fields import Fields, checked
 from gidd_jax.models.layers import check_heads
-from gidd_jax.models.llama import Llama
+from gidd_jax.models.llama import Llama, LlamaTransformer
+from gidd_jax.models.llama_denoiser import LlamaDenoiser
 from gidd_jax.models.rotary import (
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -20,6 +24,8 @@ KINDS = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+DENOISER = "llama_denoiser"
+_BASE = "base_model_type"  # of a denoiser: the one of KINDS whose blocks it has
 _QWEN3_HEAD_DIM = 128  # where a config does not say
 
 
@@ -28,7 +34,27 @@ def llama_network(fields: Fields) -> Llama:
 
     Raises InputError that names the key for what the network does not compute.
     """
-    kind = fields.text("model_type")
+    return Llama(**_architecture(fields, fields.text("model_type")))
+
+
+def denoiser_network(fields: Fields) -> LlamaDenoiser:
+    """Return the network of a config whose model_type is DENOISER; raises as `llama_network`."""
+    kind = fields.text(_BASE)
+    if kind not in KINDS:
+        raise fields.error(f"{_BASE} = {kind!r}: must be one of {', '.join(KINDS)}")
+    width = fields.number("timestep_cond_dim", 0)
+    if width < 0 or width != int(width):
+        raise fields.error(f"timestep_cond_dim = {width:g}: must be a whole number from 0")
+    return LlamaDenoiser(
+        **_architecture(fields, kind),
+        cond_dim=int(width),
+        shift=fields.flag("shift", False),
+        position_times=fields.flag("position_times", False),
+    )
+
+
+def _architecture(fields: Fields, kind: str) -> dict[str, Any]:
+    """Return the fields of a network that a config says, as one of KINDS means it."""
     if fields.has("hidden_act") and fields.text("hidden_act") != "silu":
         raise fields.error("hidden_act must be silu: this is another architecture")
     check_attention(fields)
@@ -40,7 +66,7 @@ def llama_network(fields: Fields) -> Llama:
         head_dim = None  # what it is anyway
     has_bias = kind != "qwen2" and fields.flag("attention_bias", False)
     theta, scaling = rope(fields)
-    return Llama(
+    return dict(
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
         num_layers=fields.size("num_hidden_layers"),
@@ -139,7 +165,7 @@ def _yarn(section: Fields) -> YarnRopeScaling:
     )
 
 
-def llama_config(network: Llama, tokenizer: Tokenizer) -> dict[str, Any]:
+def llama_config(network: LlamaTransformer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the config of a network, with the model_type that computes the same.
 
     Raises InputError for biases that none of the three has.
@@ -179,6 +205,19 @@ def llama_config(network: Llama, tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         config["use_sliding_window"] = False
     return config
+
+
+def denoiser_config(network: LlamaDenoiser, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the config of a denoiser that `denoiser_network` reads; raises as `llama_config`."""
+    config = llama_config(network, tokenizer)
+    return config | {
+        "architectures": ["LlamaDenoiser"],
+        _BASE: config["model_type"],
+        "model_type": DENOISER,
+        "position_times": network.position_times,
+        "shift": network.shift,
+        "timestep_cond_dim": network.cond_dim,
+    }
 
 
 def _written(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -3,10 +3,8 @@
 from typing import Any, NamedTuple
 
 from gidd_jax.data.tokenizer import Tokenizer
-from gidd_jax.models.dit import DiT
-from gidd_jax.models.gidd import TimeFreeTransformer
-from gidd_jax.models.llama import Llama
 from gidd_jax.process import InterpolatingProcess
+from gidd_jax.training.objective import Network
 
 
 class Pretrained(NamedTuple):
@@ -16,7 +14,7 @@ class Pretrained(NamedTuple):
     how rows were framed in training, one of `data.rows.MODES`.
     """
 
-    network: DiT | TimeFreeTransformer | Llama
+    network: Network
     params: Any
     tokenizer: Tokenizer
     process: InterpolatingProcess | None

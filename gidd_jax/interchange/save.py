@@ -16,12 +16,13 @@ from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.folders import PROCESSES, process_fields
 from gidd_jax.interchange.gidd_config import gidd_config, gidd_noise
-from gidd_jax.interchange.llama_config import llama_config
+from gidd_jax.interchange.llama_config import denoiser_config, llama_config
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.tensors import TorchTensors, dit_rotary_buffers
 from gidd_jax.interchange.weight_files import INDEX_FILE, WEIGHTS_FILE
 from gidd_jax.models.dit import DiT, padded_vocab_size
 from gidd_jax.models.gidd import TimeFreeTransformer
+from gidd_jax.models.llama_denoiser import LlamaDenoiser
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess
 
 MAX_SHARD_BYTES = 5_000_000_000  # of a file of weights, as the published ones have
@@ -63,6 +64,8 @@ def save_pretrained(model: Pretrained, path: str | Path) -> None:
         extra = dit_rotary_buffers(model.network.max_seq_len, head_dim)
     elif isinstance(model.network, TimeFreeTransformer):
         config = _published_gidd(model, model.network)
+    elif isinstance(model.network, LlamaDenoiser):
+        config = denoiser_config(model.network, model.tokenizer) | _process(model)
     else:
         config = llama_config(model.network, model.tokenizer)
     part = folder.with_name(folder.name + ".part")
@@ -160,6 +163,11 @@ def _published_gidd(model: Pretrained, network: TimeFreeTransformer) -> dict[str
         **(section if noise is None else noise),
         **_row_mode(model),
     }
+
+
+def _process(model: Pretrained) -> dict[str, Any]:
+    assert model.process is not None
+    return {"process": _process_section(model.process), **_row_mode(model)}
 
 
 def _row_mode(model: Pretrained) -> dict[str, str]:

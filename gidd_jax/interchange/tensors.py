@@ -108,12 +108,7 @@ def dit_format(num_heads: int) -> Format:
     """
     root = {
         "vocab_embed.embedding": _Tensor(("vocab_embed", "embedding"), fill=VOCAB_MULTIPLE),
-        **{
-            name: dataclasses.replace(tensor, into=("time_embed", *tensor.into))
-            for name, tensor in (
-                _linear("sigma_map.mlp.0", "input") | _linear("sigma_map.mlp.2", "output")
-            ).items()
-        },
+        **_time_embedding("sigma_map.mlp.0", "sigma_map.mlp.2"),
         "output_layer.norm_final.weight": _Tensor(("final_norm", "scale")),
         **_linear("output_layer.adaLN_modulation", "final_modulation", (2,)),
         **{
@@ -134,7 +129,10 @@ def dit_format(num_heads: int) -> Format:
 
 
 def llama_format(shape: Shape, tie_embeddings: bool) -> Format:
-    """That of transformers' LlamaForCausalLM, and of Qwen2's and Qwen3's."""
+    """That of transformers' LlamaForCausalLM, and of Qwen2's and Qwen3's.
+
+    A denoiser that is told the time has tensors of its own beside them.
+    """
     head = {} if tie_embeddings else {"lm_head.weight": _Tensor(("output", "kernel"))}
     block = {
         "input_layernorm.weight": _Tensor(("norm1", "scale")),
@@ -158,8 +156,21 @@ def llama_format(shape: Shape, tie_embeddings: bool) -> Format:
     if shape.mlp_bias:
         for there, name in (("gate", "mlp_gate"), ("up", "mlp_in"), ("down", "mlp_out")):
             block[f"mlp.{there}_proj.bias"] = _Tensor((name, "bias"))
+    root = _TRANSFORMERS_ROOT | head
+    if shape.cond_dim:
+        root |= _time_embedding("model.time_embed.0", "model.time_embed.2")
+        root |= _linear("model.modulation", "final_modulation", (2,))
+        block |= _linear("modulation", "modulation", (6,))
     ignored = r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tie_embeddings else "")
-    return Format(_TRANSFORMERS_ROOT | head, block, "model.layers.", ignored)
+    return Format(root, block, "model.layers.", ignored)
+
+
+def _time_embedding(first: str, second: str) -> dict[str, _Tensor]:
+    linear = _linear(first, "input") | _linear(second, "output")
+    return {
+        name: dataclasses.replace(tensor, into=("time_embed", *tensor.into))
+        for name, tensor in linear.items()
+    }
 
 
 def gidd_format(
@@ -228,6 +239,7 @@ def _llama_shape(block: Params) -> Shape:
         mlp_bias="bias" in block["mlp_in"],
         head_norms="query_norm" in block,
         rms_norm_eps=0.0,  # no parameter
+        cond_dim=block["modulation"]["kernel"].shape[1] if "modulation" in block else 0,
     )
 
 

@@ -1,9 +1,10 @@
-"""The autoregressive baseline: a Llama transformer, with a key-value cache for generation.
+"""The Llama transformer, and as the autoregressive baseline, with a key-value cache.
 
 Same architecture as transformers' LlamaForCausalLM (RMSNorm, SwiGLU, half-split rotary positions,
 grouped-query attention), and Qwen2's and Qwen3's by what they do otherwise (biases, norms of the
 queries and keys of a head, heads whose size is not width / heads), so that their checkpoints load
-(see `interchange.tensors`).
+(see `interchange.tensors`). `models.llama_denoiser` has the same network, of which all tokens see
+all.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gidd_jax.errors import InputError
+from gidd_jax.models.conditioning import modulate, modulation
 from gidd_jax.models.layers import (
     Array,
     Embedding,
@@ -60,16 +62,36 @@ class Shape:
     mlp_bias: bool
     head_norms: bool
     rms_norm_eps: float
+    cond_dim: int = 0  # of the time embedding; 0: blocks are told no time
+
+
+class Place(NamedTuple):
+    """Where tokens stand, and what they see.
+
+    cos, sin: of their positions; position: how many tokens a cache holds before them; lengths as in
+    `ops.attention`; future: what is added to the scores of later tokens, float32 []; None: nothing
+    where blocks are bidirectional. condition: what the time says, [B or 1, cond_dim] or
+    [B, T, cond_dim]; None where blocks are told none.
+    """
+
+    cos: Array
+    sin: Array
+    position: Array | None = None
+    lengths: Array | None = None
+    future: Array | None = None
+    condition: Array | None = None
 
 
 class Block(nn.Module):
-    """Causal transformer block: x [B, T, D] -> (x, cache of this layer).
+    """Transformer block: x [B, T, D] -> (x, cache of this layer).
 
     Without a cache x is the whole sequence. With one, x continues the `position` tokens whose
-    keys and values the cache holds, and the returned cache holds those of x too.
+    keys and values the cache holds, and the returned cache holds those of x too; such a block is
+    causal.
     """
 
     shape: Shape
+    is_causal: bool
     dtype: Any
     attention: str
 
@@ -96,6 +118,8 @@ class Block(nn.Module):
         self.mlp_gate = self._mlp_map(D, M, "embed", "mlp")
         self.mlp_in = self._mlp_map(D, M, "embed", "mlp")
         self.mlp_out = self._mlp_map(M, D, "mlp", "embed")
+        if shape.cond_dim:
+            self.modulation = modulation(shape.cond_dim, 6, D)
 
     def _head_map(self, count: int) -> Linear:
         return Linear(
@@ -112,29 +136,59 @@ class Block(nn.Module):
         bias = ZEROS if self.shape.mlp_bias else None
         return Linear((inputs,), (outputs,), (in_axis,), (out_axis,), INIT, bias, self.dtype)
 
-    def __call__(
-        self, x: Array, cos: Array, sin: Array, position: Array | None, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
-        q, k, v = recomputed(Block._heads)(self, x, cos, sin)
+    def __call__(self, x: Array, place: Place, cache: Cache | None) -> tuple[Array, Cache | None]:
+        parts: list[Array | None] = [None] * 6
+        if place.condition is not None:
+            told = self.modulation(place.condition)
+            parts = [told[..., i, :] for i in range(6)]
+        q, k, v = recomputed(Block._heads)(self, x, place, *parts[:2])
         if cache is None:
-            h = attention(q, k, v, is_causal=True, implementation=self.attention)
+            h = self._attend(q, k, v, place)
         else:
-            h, cache = _attend_cached(q, k, v, position, cache)
-        x = x + self.attn_out(h)
-        return constrain(x + recomputed(Block._mlp)(self, x), "batch", None, None), cache
+            h, cache = _attend_cached(q, k, v, place.position, cache)
+        x = x + _gated(self.attn_out(h), parts[2])
+        x = x + recomputed(Block._mlp)(self, x, *parts[3:])
+        return constrain(x, "batch", None, None), cache
 
-    def _heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        h = self.norm1(x).astype(self.dtype)
+    def _heads(
+        self, x: Array, place: Place, shift: Array | None, scale: Array | None
+    ) -> tuple[Array, Array, Array]:
+        h = _modulated(self.norm1(x), shift, scale).astype(self.dtype)
         q, k = self.query(h), self.key(h)
         if self.shape.head_norms:
             q = self.query_norm(q).astype(self.dtype)
             k = self.key_norm(k).astype(self.dtype)
-        q, k = (apply_rotary(part, cos, sin) for part in (q, k))
+        q, k = (apply_rotary(part, place.cos, place.sin) for part in (q, k))
         return q, k, self.value(h)
 
-    def _mlp(self, x: Array) -> Array:
-        h = self.norm2(x).astype(self.dtype)
-        return self.mlp_out(nn.silu(kept(self.mlp_gate(h))) * kept(self.mlp_in(h)))
+    def _attend(self, q: Array, k: Array, v: Array, place: Place) -> Array:
+        if place.future is None:
+            return attention(
+                q,
+                k,
+                v,
+                is_causal=self.is_causal,
+                lengths=place.lengths,
+                implementation=self.attention,
+            )
+        later = jnp.triu(jnp.ones((q.shape[1], k.shape[1]), bool), 1)
+        bias = jnp.where(later, place.future, 0.0)[None, None]
+        # No kernel is worth its while for the part of a run in which attention is annealed.
+        return attention(q, k, v, bias=bias, lengths=place.lengths, implementation="xla")
+
+    def _mlp(self, x: Array, shift: Array | None, scale: Array | None, gate: Array | None) -> Array:
+        h = _modulated(self.norm2(x), shift, scale).astype(self.dtype)
+        h = self.mlp_out(nn.silu(kept(self.mlp_gate(h))) * kept(self.mlp_in(h)))
+        return _gated(h, gate)
+
+
+def _modulated(x: Array, shift: Array | None, scale: Array | None) -> Array:
+    return x if shift is None or scale is None else modulate(x, shift, scale)
+
+
+def _gated(h: Array, gate: Array | None) -> Array:
+    """A branch times 1 + gate: a gate of 0, where it starts, changes nothing."""
+    return h if gate is None else modulate(h, jnp.zeros_like(gate), gate).astype(h.dtype)
 
 
 def _attend_cached(
@@ -151,8 +205,8 @@ def _attend_cached(
     return h, cache
 
 
-class Llama(nn.Module):
-    """Autoregressive language model: ids int32 [B, L] -> float32 logits [B, L, vocab_size].
+class LlamaTransformer(nn.Module):
+    """What both Llamas are: embedding, blocks, output projection.
 
     `num_kv_heads`, `head_dim` and `intermediate_size` default to num_heads, hidden_size / num_heads
     and 4 * hidden_size; `head_norms`: queries and keys of a head are normalised. `dtype` is that of
@@ -190,9 +244,9 @@ class Llama(nn.Module):
             self.num_layers,
             scan_layers=self.scan_layers,
             remat=self.remat,
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0),
         )
-        self.blocks = stack(self.shape, self.dtype, self.attention)
+        self.blocks = stack(self.shape, self.is_causal, self.dtype, self.attention)
         self.final_norm = RMSNorm(D, self.rms_norm_eps)
         if not self.tie_embeddings:
             self.output = Linear(
@@ -204,6 +258,16 @@ class Llama(nn.Module):
                 dtype=self.dtype,
                 out_dtype=jnp.float32,
             )
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        raise NotImplementedError
+
+    @property
+    def time_width(self) -> int:
+        """Width of the time embedding; 0: the network is told no time."""
+        return 0
 
     @property
     def shape(self) -> Shape:
@@ -219,7 +283,37 @@ class Llama(nn.Module):
             self.mlp_bias,
             self.head_norms,
             self.rms_norm_eps,
+            self.time_width,
         )
+
+    def project(self, h: Array) -> Array:
+        """Logits of features h [..., hidden_size], float32 [..., vocab_size]."""
+        return self.vocab_embed.attend(h) if self.tie_embeddings else self.output(h)
+
+    @nn.nowrap
+    def output_weights(self, params: Any) -> tuple[Array, Array | None]:
+        """Kernel [hidden_size, vocab_size] of `project` (no bias), out of the parameters."""
+        if self.tie_embeddings:
+            return params["vocab_embed"]["embedding"].T, None
+        return params["output"]["kernel"], None
+
+    def _tables(self, positions: Array) -> tuple[Array, Array]:
+        """Cosines and sines of positions int [T], as blocks take them."""
+        scaling = self.rope_scaling
+        frequencies = rotary_frequencies(self.shape.head_dim, self.rope_theta, scaling)
+        tables = rotary_tables(positions, frequencies)
+        if scaling is None:
+            return tables
+        cos, sin = (table * scaling.amplitude for table in tables)
+        return cos, sin
+
+
+class Llama(LlamaTransformer):
+    """Autoregressive language model: ids int32 [B, L] -> float32 logits [B, L, vocab_size]."""
+
+    @property
+    def is_causal(self) -> bool:
+        return True
 
     def __call__(self, ids: Array) -> Array:
         return self.project(self.features(ids))
@@ -232,17 +326,6 @@ class Llama(nn.Module):
         check_sequence(ids, self.max_seq_len)
         h, _ = self._run(ids, jnp.arange(ids.shape[1]), None, None)
         return h
-
-    def project(self, h: Array) -> Array:
-        """Logits of features h [..., hidden_size], float32 [..., vocab_size]."""
-        return self.vocab_embed.attend(h) if self.tie_embeddings else self.output(h)
-
-    @nn.nowrap
-    def output_weights(self, params: Any) -> tuple[Array, Array | None]:
-        """Kernel [hidden_size, vocab_size] of `project` (no bias), out of the parameters."""
-        if self.tie_embeddings:
-            return params["vocab_embed"]["embedding"].T, None
-        return params["output"]["kernel"], None
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int) -> Cache:
@@ -276,11 +359,6 @@ class Llama(nn.Module):
     def _run(
         self, ids: Array, positions: Array, position: Array | None, cache: Cache | None
     ) -> tuple[Array, Any]:
-        scaling = self.rope_scaling
-        frequencies = rotary_frequencies(self.shape.head_dim, self.rope_theta, scaling)
-        cos, sin = rotary_tables(positions, frequencies)
-        if scaling is not None:
-            cos, sin = (table * scaling.amplitude for table in (cos, sin))
-        x = self.vocab_embed(ids)
-        x, cache = self.blocks(x, cos, sin, position, cache)
+        place = Place(*self._tables(positions), position)
+        x, cache = self.blocks(self.vocab_embed(ids), place, cache)
         return self.final_norm(x).astype(self.dtype), cache

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gidd_jax.errors import InputError
 from gidd_jax.models.layers import at_least_float32
 
 Array = jax.Array
@@ -89,6 +90,38 @@ class YarnRopeScaling(RopeScaling):
         ramp = (jnp.arange(count, dtype=frequency.dtype) - low) / (high - low)
         kept = 1.0 - jnp.clip(ramp, 0.0, 1.0)
         return frequency * (kept + (1.0 - kept) / self.factor)
+
+
+SCALINGS = {"linear": LinearRopeScaling, "llama3": Llama3RopeScaling, "yarn": YarnRopeScaling}
+
+
+def scaling_of(text: str) -> RopeScaling | None:
+    """Return the scaling that 'TYPE:NUMBER,...' says, its fields in their order; '' is none.
+
+    Raises InputError for another type, and numbers that are too many, too few or no numbers.
+    """
+    if not text:
+        return None
+    name, _, numbers = text.partition(":")
+    if name not in SCALINGS:
+        raise InputError(f"rope_scaling {text!r}: legal types: {', '.join(SCALINGS)}")
+    kinds = {field.name: field.type for field in dataclasses.fields(SCALINGS[name])}
+    read = {int: int, float: float, bool: {"True": True, "False": False}.__getitem__}
+    try:
+        pairs = zip(kinds.items(), numbers.split(","), strict=True)
+        return SCALINGS[name](**{key: read[kind](number) for (key, kind), number in pairs})
+    except (ValueError, KeyError):
+        raise InputError(
+            f"rope_scaling {text!r}: give {name}:{','.join(kinds)}, each a number or True | False"
+        ) from None
+
+
+def scaling_text(scaling: RopeScaling | None) -> str:
+    """Return what `scaling_of` reads."""
+    if scaling is None:
+        return ""
+    name = {kind: name for name, kind in SCALINGS.items()}[type(scaling)]
+    return f"{name}:{','.join(str(value) for value in dataclasses.astuple(scaling))}"  # pyright: ignore[reportArgumentType]
 
 
 def rotary_frequencies(

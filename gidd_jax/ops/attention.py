@@ -37,6 +37,7 @@ def attention(
     implementation: str,
     is_causal: bool = False,
     mask: Array | None = None,
+    bias: Array | None = None,
     lengths: Array | None = None,
     soft_cap: float = 0.0,
     sink: tuple[Array, Array] | None = None,
@@ -44,9 +45,10 @@ def attention(
     """Scaled dot-product attention, q [B, T, heads, head_dim], k and v [B, S, kv_heads, head_dim].
 
     `implementation` is 'xla', 'cudnn', 'splash' or '' (see `automatic`). `mask` is boolean,
-    broadcast to [B, heads, T, S], and not for splash; `lengths` int32 [B], at least 1: keys and
-    values from there on are padding, which nothing attends to. soft_cap c > 0 makes each score s
-    c tanh(s / c). sink: a key and a value of each head, [heads, head_dim], that every query sees,
+    broadcast to [B, heads, T, S], and not for splash; `bias`, of such a shape, is added to the
+    scores, in the plain form without soft cap and sink alone; `lengths` int32 [B], at least 1: keys
+    and values from there on are padding, which nothing attends to. soft_cap c > 0 makes each score
+    s c tanh(s / c). sink: a key and a value of each head, [heads, head_dim], that every query sees,
     whatever the mask; not with is_causal. Raises InputError for another implementation, splash with
     a mask, or cudnn with a soft cap.
     """
@@ -66,6 +68,10 @@ def attention(
         if mask is not None:
             raise InputError("attention is 'splash', which takes no mask; use 'xla'.")
         return _on_mesh(q, k, v, lengths, is_causal, soft_cap, interpret=backend != "tpu")
+    if bias is not None:
+        assert implementation == "xla"
+        assert soft_cap == 0
+        assert sink is None
     form: Any = implementation
     attend: Any = functools.partial(
         jax.nn.dot_product_attention, is_causal=is_causal, implementation=form
@@ -74,7 +80,9 @@ def attention(
         if implementation == "cudnn":
             raise InputError("attention is 'cudnn', which has no soft cap of scores; use 'xla'.")
         attend = functools.partial(_capped, soft_cap=soft_cap, is_causal=is_causal)
-    if mask is not None or not _goes_row_by_row(q, k):
+    if bias is not None:
+        attend = functools.partial(attend, bias=bias)
+    if mask is not None or bias is not None or not _goes_row_by_row(q, k):
         return attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
 
     @jax.checkpoint  # the backward pass computes the scores of a row again

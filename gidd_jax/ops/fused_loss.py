@@ -254,7 +254,9 @@ def fused_loss(
     # A kernel cannot sum over devices, and runs on each of several only where the batch is split.
     goes_by_rows = wanted and split == 1 and (mesh.size <= 1 or batch_axes != ())
     vocabulary = Vocabulary(vocab_axis, major=backend == "cpu" and not goes_by_rows)
-    config = ChunkLoss(process, cross_entropy, vocab_size, keep_padding_columns, vocabulary)
+    # What is annealed has traced numbers, and they are all in the targets.
+    tokens = None if process is None else process.settled()
+    config = ChunkLoss(tokens, cross_entropy, vocab_size, keep_padding_columns, vocabulary)
     if bias is None:
         bias = jnp.zeros(kernel.shape[1], jnp.float32)
     size = tokens_per_chunk or chunk_size(kernel.shape[1] // split, kernel.shape[0], backend)

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gidd_jax import hardware
 from gidd_jax.hardware import Chip
-from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.ops.attention import MOST_SCORES, automatic
 from gidd_jax.own_process import read_source
 from gidd_jax.parallel import sharding
@@ -24,10 +23,11 @@ from gidd_jax.planning.estimate import Estimate, find_kernels, read_estimate
 from gidd_jax.planning.roofline import Topology
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
-from gidd_jax.training.loop import compile_step, state_maker
+from gidd_jax.training.metrics import hidden_units
 from gidd_jax.training.noising import Noised
 from gidd_jax.training.objective import Objective
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
+from gidd_jax.training.programs import compile_step, state_maker
 from gidd_jax.training.step import TrainState, abstract_params
 
 
@@ -183,7 +183,7 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     scores = train.batch_size // train.micro_batches * model.num_heads * L**2
     by_row = backend == "cpu" and mesh.size == 1 and scores > MOST_SCORES
     is_recomputed = by_row or form in ("cudnn", "splash")
-    split = {model.num_heads, MLP_RATIO * model.hidden_size}
+    split = {model.num_heads, hidden_units(model)}
     total = 0
     for a, b in zip(small, large, strict=True):  # arrays that do not grow are not activations
         # Features [rows, L, D] may have D = L: they have no axis of heads beside that of rows.
@@ -205,7 +205,8 @@ def attention_form(settings: Settings, topology: Topology) -> str:
         has_mask = settings.data.has_givens or settings.train.block_length > 0
         if has_mask or _backend(topology) == "gpu":
             return "xla"
-    head_dim, dtype = model.hidden_size // model.num_heads, jnp.dtype(model.dtype)
+    head_dim = model.head_dim if model.name == "llama" else 0
+    head_dim, dtype = head_dim or model.hidden_size // model.num_heads, jnp.dtype(model.dtype)
     return model.attention or automatic(_backend(topology), dtype, model.max_seq_len, head_dim)
 
 

@@ -16,13 +16,17 @@ from jax.sharding import Mesh
 from gidd_jax.data.arrays import with_marks
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.hardware import find_chip
-from gidd_jax.models.dit import MLP_RATIO
 from gidd_jax.parallel import sharding
 from gidd_jax.planning.ahead import Builder, attention_form, kept_bytes, temporaries
 from gidd_jax.planning.estimate import Estimate
 from gidd_jax.planning.roofline import Roofline, Sent, Topology, parse_topology, roofline
 from gidd_jax.settings import Settings
-from gidd_jax.training.metrics import flops_per_token, num_columns, recomputed_flops_per_token
+from gidd_jax.training.metrics import (
+    flops_per_token,
+    hidden_units,
+    num_columns,
+    recomputed_flops_per_token,
+)
 from gidd_jax.training.scaling_laws import Advice, advise
 
 HERE = "here"  # the topology of `--plan` without a value
@@ -162,10 +166,9 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
         kept=kept_bytes(build, topology, mesh),
     )
     tokens = settings.train.batch_size * settings.model.max_seq_len
-    by_blocks = settings.train.block_length > 0
-    flops = flops_per_token(settings.model, vocab_size, by_blocks=by_blocks)
+    flops = flops_per_token(settings, vocab_size)
     keeps_attention = attention_form(settings, topology) == "splash"
-    again = recomputed_flops_per_token(settings.model, keeps_attention, by_blocks=by_blocks)
+    again = recomputed_flops_per_token(settings, keeps_attention)
     computed = flops + again
     return Plan(
         topology=topology,
@@ -277,7 +280,7 @@ def _layout_notes(settings: Settings, vocab_size: int, mesh: Mesh) -> list[str]:
     sizes = {
         "vocab": ("vocabulary", num_columns(model, vocab_size)),
         "heads": ("model.num_heads", model.num_heads),
-        "mlp": ("hidden units of the MLP", MLP_RATIO * model.hidden_size),
+        "mlp": ("hidden units of the MLP", hidden_units(model)),
         "embed": ("model.hidden_size", model.hidden_size),
     }
     notes = []

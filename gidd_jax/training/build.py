@@ -8,11 +8,14 @@ from gidd_jax.models import gidd
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.models.llama import Llama
+from gidd_jax.models.llama_denoiser import LlamaDenoiser
+from gidd_jax.models.rotary import scaling_of
 from gidd_jax.own_process import Source, make
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import ModelSettings, ProcessSettings, Settings
+from gidd_jax.training.annealing import Annealing
 from gidd_jax.training.noising import Noising
-from gidd_jax.training.objective import Objective
+from gidd_jax.training.objective import Network, Objective
 
 
 def build_process(
@@ -44,35 +47,55 @@ def build_process(
     )
 
 
-def build_model(
-    settings: ModelSettings, vocab_size: int, position_times: bool = False, block_length: int = 0
-) -> DiT | TimeFreeTransformer | Llama:
-    """Return the network (a Linen module without parameters).
-
-    position_times: it is told the times of positions, as `Settings.position_times` says;
-    block_length: `TrainSettings.block_length`.
-    """
+def build_model(settings: Settings, vocab_size: int) -> Network:
+    """Return the network (a Linen module without parameters)."""
+    model, position_times = settings.model, settings.position_times
     shared = {
         "vocab_size": vocab_size,
-        "hidden_size": settings.hidden_size,
-        "num_layers": settings.num_layers,
-        "num_heads": settings.num_heads,
-        "max_seq_len": settings.max_seq_len,
-        "dtype": jnp.dtype(settings.dtype),
-        "scan_layers": settings.scan_layers,
-        "remat": settings.remat,
-        "attention": settings.attention,
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "max_seq_len": model.max_seq_len,
+        "dtype": jnp.dtype(model.dtype),
+        "scan_layers": model.scan_layers,
+        "remat": model.remat,
+        "attention": model.attention,
     }
-    if settings.name == "llama":
-        return Llama(**shared)
-    if settings.name == "gidd":
+    if model.name == "llama":
+        shape = _llama_shape(model)
+        if settings.process.name == "autoregressive":
+            return Llama(**shared, **shape)
+        return LlamaDenoiser(
+            **shared,
+            **shape,
+            cond_dim=model.cond_dim,
+            shift=model.shift,
+            position_times=position_times,
+        )
+    if model.name == "gidd":
         return TimeFreeTransformer(
             **shared,
-            **_parametrization(settings),
+            **_parametrization(model),
             position_times=position_times,
-            block_length=block_length,
+            block_length=settings.train.block_length,
         )
-    return DiT(cond_dim=settings.cond_dim, position_times=position_times, **shared)
+    return DiT(cond_dim=model.cond_dim, position_times=position_times, **shared)
+
+
+def _llama_shape(settings: ModelSettings) -> dict[str, Any]:
+    return {
+        "num_kv_heads": settings.num_kv_heads or None,
+        "head_dim": settings.head_dim or None,
+        "intermediate_size": settings.intermediate_size or None,
+        "qkv_bias": settings.qkv_bias,
+        "out_bias": settings.out_bias,
+        "mlp_bias": settings.mlp_bias,
+        "head_norms": settings.head_norms,
+        "rope_theta": settings.rope_theta,
+        "rope_scaling": scaling_of(settings.rope_scaling),
+        "rms_norm_eps": settings.rms_norm_eps,
+        "tie_embeddings": settings.tie_embeddings,
+    }
 
 
 def _parametrization(settings: ModelSettings) -> dict[str, Any]:
@@ -102,9 +125,7 @@ def build_objective(
 ) -> Objective:
     """Return what the network is trained on; `own` as in `build_process`."""
     return Objective(
-        model=build_model(
-            settings.model, vocab_size, settings.position_times, settings.train.block_length
-        ),
+        model=build_model(settings, vocab_size),
         process=build_process(settings.process, vocab_size, mask_id, own),
         weighting=settings.train.weighting,
         min_weight=settings.train.min_weight,
@@ -122,4 +143,5 @@ def build_objective(
             whole_vocabulary=settings.process.uniform_ids == "all",
             block_length=settings.train.block_length,
         ),
+        annealing=Annealing(settings.adapt.attention_steps, settings.adapt.noise_steps),
     )

@@ -9,8 +9,6 @@ from time import perf_counter as clock
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from absl import logging
 from clu import parameter_overview, profiler
 from etils import epath
@@ -30,19 +28,13 @@ from gidd_jax.training.build import build_objective
 from gidd_jax.training.metrics import (
     MetricWriter,
     Progress,
-    StepMetrics,
     check_wandb,
     flops_per_token,
 )
-from gidd_jax.training.objective import Objective
+from gidd_jax.training.objective import Params
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
-from gidd_jax.training.step import (
-    TrainState,
-    evaluation_step,
-    init_state,
-    split_micro_batches,
-    train_step,
-)
+from gidd_jax.training.programs import compile_evaluation, compile_step, state_maker
+from gidd_jax.training.step import TrainState
 
 PROFILED_STEPS = 5
 MOST_PADDING = 0.5  # share of the rows from which a run is told how to have less
@@ -54,14 +46,15 @@ def train(
     allow_config_change: bool = False,
     profile: bool = False,
     allow_code: bool = False,
+    start: Callable[[], Params] | None = None,
 ) -> dict[str, Any]:
     """Train to settings.train.num_steps, continuing from the newest checkpoint in the workdir.
 
     `profile` writes a trace of PROFILED_STEPS steps, the second of this start and those after it,
     into the workdir's tensorboard folder. `allow_code` runs the recorded text of a process of the
-    user's own whose file is gone. Returns the figures of the last validation. Raises
-    InputError for bad input before anything is written, DivergenceError when a loss or a gradient
-    is not finite.
+    user's own whose file is gone. `start` makes the parameters that a new run begins with. Returns
+    the figures of the last validation. Raises InputError for bad input before anything is written,
+    DivergenceError when a loss or a gradient is not finite.
     """
     settings = with_marks(settings)
     own = agree(workdir, settings, allow_config_change=allow_config_change, allow_code=allow_code)
@@ -99,7 +92,7 @@ def train(
         stopping = stack.enter_context(stop_requests(checkpointer))
         make_state, abstract_state = state_maker(settings, objective, optimizer, mesh)
         if checkpointer.latest_step() is None:
-            state = make_state(init_key)
+            state = make_state(init_key, None if start is None else start())
         else:
             state, position = checkpointer.restore(abstract_state)
             check_same_tokenizer(find_checkpoint(workdir), tokenizer, settings)
@@ -122,16 +115,14 @@ def train(
             num_steps,
             first,
             tokens_per_step=batch_size * seq_len,
-            flops_per_token=flops_per_token(
-                settings.model,
-                tokenizer.vocab_size,
-                by_blocks=settings.train.block_length > 0,
-            ),
+            flops_per_token=flops_per_token(settings, tokenizer.vocab_size),
         )
         stack.enter_context(contextlib.closing(progress))
         reporter = Reporter(settings, writer, progress, checkpointer, workdir)
         rate = learning_rate(settings.optimizer, num_steps)
-        step_fn = compile_step(settings, objective, optimizer, rate, abstract_state, mesh)
+        parts = (optimizer, rate, abstract_state, mesh)
+        step_fn = compile_step(settings, objective, *parts)
+        annealed = settings.adapt.attention_steps
         eval_fn = compile_evaluation(settings, objective, abstract_state, mesh)
         figures: dict[str, Any] = {}
         profiled_until = 0  # the first step compiles
@@ -140,6 +131,8 @@ def train(
 
         started = clock()
         for step in range(first + 1, num_steps + 1):
+            if annealed and step > annealed:  # full attention from here on, which kernels know
+                step_fn, annealed = compile_step(settings, objective.unannealed(), *parts), 0
             if profile and step == first + 2:
                 profiler.start(str(run_folder(workdir) / "tensorboard"))
                 profiled_until = min(step + PROFILED_STEPS - 1, num_steps)
@@ -189,90 +182,6 @@ def describe_data(batches: TrainBatches, validation: ValidationBatches) -> None:
         logging.info("%.0f %% of the training rows is padding", 100 * share)
     if validation.surprise:
         logging.warning("there will be no eval/bits_per_byte: %s", validation.surprise)
-
-
-def state_maker(
-    settings: Settings,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
-    """Return the jitted initialisation (key -> state on the mesh) and the state's description.
-
-    The description holds a jax.ShapeDtypeStruct with its sharding for every array.
-    """
-
-    def init(key: jax.Array) -> Any:
-        return init_state(objective, optimizer, key, use_ema=settings.optimizer.ema_decay > 0)
-
-    def unboxed_init(key: jax.Array) -> Any:
-        return sharding.unbox(init(key))
-
-    key = jax.random.key(0)
-    shardings = sharding.state_shardings(jax.eval_shape(init, key), mesh)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(unboxed_init, key),
-        shardings,
-    )
-    return jax.jit(unboxed_init, out_shardings=shardings), abstract
-
-
-def compile_step(
-    settings: Settings,
-    objective: Objective,
-    optimizer: optax.GradientTransformationExtraArgs,
-    rate: Callable[[Any], Any],
-    abstract_state: TrainState,
-    mesh: jax.sharding.Mesh,
-) -> Callable[..., Any]:
-    """Return the jitted step (state, batch, run key) -> (state, metrics); state is donated."""
-
-    def step(state: TrainState, batch: Any, run_key: jax.Array) -> Any:
-        new_state, metrics = train_step(
-            objective,
-            optimizer,
-            settings.optimizer.ema_decay,
-            settings.train.micro_batches,
-            state,
-            batch,
-            run_key,
-        )
-        metrics["learning_rate"] = rate(state.step)
-        return new_state, StepMetrics.single_from_model_output(**metrics)
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    return jax.jit(
-        step,
-        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-
-
-def compile_evaluation(
-    settings: Settings, objective: Objective, abstract_state: TrainState, mesh: jax.sharding.Mesh
-) -> Callable[..., Any]:
-    """Return the jitted evaluation (parameters, batch, key) -> sums over the batch.
-
-    It works on as many rows at a time as a training step does: their logits must fit.
-    """
-    parts = settings.train.micro_batches
-
-    def evaluation(params: Any, batch: Any, key: jax.Array) -> Any:
-        def part_sums(part: Any) -> Any:
-            number, rows = part
-            return evaluation_step(objective, params, rows, jax.random.fold_in(key, number))
-
-        sums = jax.lax.map(part_sums, (jnp.arange(parts), split_micro_batches(batch, parts)))
-        return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.params)
-    return jax.jit(
-        evaluation,
-        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
-        out_shardings=sharding.replicated(mesh),
-    )
 
 
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:

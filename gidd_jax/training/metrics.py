@@ -20,8 +20,8 @@ from etils import epath
 from gidd_jax.checkpoints.storage import is_remote, named_failures, run_folder, write_atomically
 from gidd_jax.errors import InputError, StorageError
 from gidd_jax.hardware import peak_flops
-from gidd_jax.models.dit import padded_vocab_size
-from gidd_jax.settings import ModelSettings
+from gidd_jax.models.dit import MLP_RATIO, padded_vocab_size
+from gidd_jax.settings import ModelSettings, Settings
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_AXIS = "step"  # the axis of its charts, so that each figure stands at its step of training
@@ -44,28 +44,26 @@ def num_columns(model: ModelSettings, vocab_size: int) -> int:
     return padded_vocab_size(vocab_size) if model.name == "dit" else vocab_size
 
 
-def flops_per_token(model: ModelSettings, vocab_size: int, *, by_blocks: bool = False) -> float:
+def flops_per_token(settings: Settings, vocab_size: int) -> float:
     """Return the FLOPs of one token's forward and backward pass at the full context length.
 
     Six per weight of a matrix product (the output projection too, with the columns that pad the
     vocabulary) and the two products of attention, of which causal attention needs half. The
-    time conditioning is computed once per sequence and left out: less than 0.1 %. by_blocks: the
-    layers go through noisy and clean tokens, all against all, as the plain form computes it.
+    time conditioning is computed once per sequence and left out: less than 0.1 %. Of a model by
+    blocks the layers go through noisy and clean tokens, all against all, as the plain form does.
     """
-    weights, attention = _layer_products(model, by_blocks)
+    model, (weights, attention) = settings.model, _layer_products(settings)
     output = model.hidden_size * num_columns(model, vocab_size)
     return 6.0 * (model.num_layers * weights + output) + 3.0 * model.num_layers * attention
 
 
-def recomputed_flops_per_token(
-    model: ModelSettings, keeps_attention: bool, *, by_blocks: bool = False
-) -> float:
+def recomputed_flops_per_token(settings: Settings, keeps_attention: bool) -> float:
     """Return the FLOPs of one token that model.remat adds: what the backward pass computes again.
 
     `full`: the layers' whole forward pass; `attention` and `dots`: attention, but where it
     `keeps_attention` (the TPU's kernel does), and `attention` the products with weights, too.
     """
-    weights, attention = _layer_products(model, by_blocks)
+    weights, attention = _layer_products(settings)
     kept = attention if keeps_attention else 0.0
     again = {
         "none": 0.0,
@@ -73,16 +71,28 @@ def recomputed_flops_per_token(
         "attention": 2.0 * weights + attention - kept,
         "full": 2.0 * weights + attention,
     }
-    return model.num_layers * again[model.remat]
+    return settings.model.num_layers * again[settings.model.remat]
 
 
-def _layer_products(model: ModelSettings, by_blocks: bool) -> tuple[int, int]:
+def hidden_units(model: ModelSettings) -> int:
+    """Return the hidden units of a block's perceptron."""
+    is_llama = model.name == "llama"
+    return (model.intermediate_size if is_llama else 0) or MLP_RATIO * model.hidden_size
+
+
+def _layer_products(settings: Settings) -> tuple[int, int]:
     """Return the weights of a layer's products, and the FLOPs of its attention (one token)."""
-    D, L = model.hidden_size, model.max_seq_len
+    model = settings.model
+    D, L, M = model.hidden_size, model.max_seq_len, hidden_units(model)
     if model.name == "llama":
-        return 4 * D * D + 3 * D * (4 * D), 2 * L * D
-    twice = 2 if by_blocks else 1
-    return twice * (4 * D * D + 2 * D * (4 * D)), twice**2 * 4 * L * D
+        head_dim = model.head_dim or D // model.num_heads
+        width, kv_width = (
+            head_dim * count for count in (model.num_heads, model.num_kv_heads or model.num_heads)
+        )
+        sees = 2 if settings.process.name == "autoregressive" else 4
+        return 2 * D * (width + kv_width) + 3 * D * M, sees * L * width
+    twice = 2 if settings.train.block_length else 1
+    return twice * (4 * D * D + 2 * D * M), twice**2 * 4 * L * D
 
 
 class MetricWriter:

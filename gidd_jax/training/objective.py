@@ -11,22 +11,29 @@ from gidd_jax.loss import GiddLoss, autoregressive_loss, gidd_loss, mdlm_loss, m
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
 from gidd_jax.models.llama import Llama
+from gidd_jax.models.llama_denoiser import LlamaDenoiser
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
 from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
 from gidd_jax.sampling.times import told
+from gidd_jax.training.annealing import NOTHING, Annealing
 from gidd_jax.training.noising import PLAIN, Noised, Noising
 
 Params = Any
+Network = DiT | TimeFreeTransformer | Llama | LlamaDenoiser
 # tokens int32 [B, L], mask bool [B, L] (False on padding); given bool [B, L], where rows mark some
 Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a network is trained on: a process and a loss (process None: autoregressive)."""
+    """What a network is trained on: a process and a loss (process None: autoregressive).
 
-    model: DiT | TimeFreeTransformer | Llama
+    annealing: what of them changes from step to step (see `at`); future: what a Llama's attention
+    adds to the scores of later tokens (None: nothing).
+    """
+
+    model: Network
     process: InterpolatingProcess | None
     weighting: str
     min_weight: float
@@ -37,6 +44,18 @@ class Objective:
     keep_padding_columns: bool
     aggregation: str = "mean"  # of the losses of positions: mean | sum
     noising: Noising = PLAIN
+    annealing: Annealing = NOTHING
+    future: jax.Array | None = None
+
+    def at(self, step: jax.Array) -> "Objective":
+        """Return the objective of a 0-based step of training."""
+        process, future = self.annealing.process(self.process, step), self.annealing.future(step)
+        return dataclasses.replace(self, process=process, future=future)
+
+    def unannealed(self) -> "Objective":
+        """Return the objective of the steps after attention has become full."""
+        annealing = dataclasses.replace(self.annealing, attention_steps=0)
+        return dataclasses.replace(self, annealing=annealing)
 
     def apply(self, params: Params, *inputs: jax.Array | None) -> jax.Array:
         """Return the network's logits."""
@@ -52,7 +71,9 @@ class Objective:
     def _inputs(self, x: jax.Array, z_t: jax.Array, times: jax.Array) -> tuple[Any, ...]:
         assert self.process is not None
         inputs = z_t, told(self.model, self.process, times)
-        return (*inputs, None, x) if blocks_of(self.model) else inputs
+        if blocks_of(self.model):
+            return (*inputs, None, x)
+        return inputs if self.future is None else (*inputs, None, self.future)
 
     def noise(
         self,

@@ -28,7 +28,11 @@ def init_state(
     """Return the state before the first step; parameters still boxed with their axis names."""
     ids = jnp.zeros((1, min(8, objective.model.max_seq_len)), jnp.int32)
     inputs = (ids,) if objective.process is None else (ids, jnp.zeros(1, jnp.float32))
-    params = objective.model.init(key, *inputs)["params"]
+    return started(objective.model.init(key, *inputs)["params"], optimizer, use_ema)
+
+
+def started(params: Params, optimizer: optax.GradientTransformation, use_ema: bool) -> TrainState:
+    """Return the state before the first step that begins with these parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -108,6 +112,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Make one update; its random numbers depend on the run's key and the step alone."""
     key = jax.random.fold_in(run_key, state.step)
+    objective = objective.at(state.step)
     noised = objective.noise(key, batch["tokens"], batch["mask"], batch.get("given"))
     return update(objective, optimizer, ema_decay, micro_batches, state, batch, noised)
 

@@ -74,7 +74,7 @@ def test_the_cache_goes_on_where_the_sequence_ended(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "only dit, gidd, llama, qwen2, qwen3 can be loaded"),
+        ({"model_type": "mistral"}, "only dit, gidd, llama, qwen2, qwen3, llama_denoiser can"),
         ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window must be null"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "only default, linear, llama3, yarn"),

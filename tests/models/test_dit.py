@@ -13,7 +13,8 @@ from gidd_jax.errors import InputError
 from gidd_jax.interchange.tensors import TorchTensors, dit_format, params_from_torch
 from gidd_jax.loss import gidd_loss, token_mean
 from gidd_jax.models import dit
-from gidd_jax.models.dit import SIZES, DiT, padded_vocab_size, time_features
+from gidd_jax.models.conditioning import time_features
+from gidd_jax.models.dit import SIZES, DiT, padded_vocab_size
 from gidd_jax.process import HybridProcess
 
 SMALL = {

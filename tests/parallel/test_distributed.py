@@ -26,8 +26,9 @@ from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.parallel.sharding import activate, make_mesh
 from gidd_jax.training.build import build_objective
-from gidd_jax.training.loop import state_maker, train
+from gidd_jax.training.loop import train
 from gidd_jax.training.optimizer import make_optimizer
+from gidd_jax.training.programs import state_maker
 
 CHANGES = {
     "train.num_steps": 10,

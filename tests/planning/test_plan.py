@@ -25,9 +25,9 @@ from gidd_jax.planning.report import describe
 from gidd_jax.planning.roofline import Roofline, Sent, parse_topology, roofline
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
-from gidd_jax.training.loop import state_maker
 from gidd_jax.training.metrics import flops_per_token, recomputed_flops_per_token
 from gidd_jax.training.optimizer import make_optimizer
+from gidd_jax.training.programs import state_maker
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/golden/c05_param_counts.json").read_text())
 CHIP = {chip.name: chip for chip in CHIPS}
@@ -135,14 +135,15 @@ def test_parameters_of_the_paper(config, key):
 
 
 def test_work_of_a_step(settings, plan):
-    assert plan.flops == flops_per_token(settings.model, VOCAB_SIZE)
+    assert plan.flops == flops_per_token(settings, VOCAB_SIZE)
     assert plan.tokens_per_step == 8 * 16
     assert plan.device_flops == plan.flops * 128 / 8  # nothing is computed twice
     # 2 layers of width 32 at 16 tokens: 12 D^2 weights, and attention of 4 L D.
     weights, attention = 2 * 2 * 12 * 32**2, 2 * 4 * 16 * 32
     again = {
         (name, keeps): recomputed_flops_per_token(
-            dataclasses.replace(settings.model, remat=name), keeps_attention=keeps
+            dataclasses.replace(settings, model=dataclasses.replace(settings.model, remat=name)),
+            keeps_attention=keeps,
         )
         for name in ("none", "full", "attention", "dots")
         for keeps in (False, True)

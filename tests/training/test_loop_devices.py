@@ -13,7 +13,7 @@ from tiny_run import (
 
 from gidd_jax.parallel import sharding
 from gidd_jax.settings import Settings
-from gidd_jax.training import loop
+from gidd_jax.training import loop, programs
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
 from gidd_jax.training.step import TrainState
@@ -48,9 +48,9 @@ def run_steps(
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     rng, losses = np.random.default_rng(0), []
     with sharding.activate(mesh):
-        make_state, abstract = loop.state_maker(settings, objective, optimizer, mesh)
+        make_state, abstract = programs.state_maker(settings, objective, optimizer, mesh)
         rate = learning_rate(settings.optimizer, settings.train.num_steps)
-        step_fn = loop.compile_step(settings, objective, optimizer, rate, abstract, mesh)
+        step_fn = programs.compile_step(settings, objective, optimizer, rate, abstract, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.device_put(start, shardings) if start else make_state(jax.random.key(0))
         first, batch = jax.device_get(state), None

@@ -17,7 +17,7 @@ from tiny_run import (
 
 from gidd_jax.data.pipeline import ValidationBatches
 from gidd_jax.parallel import sharding
-from gidd_jax.training import loop
+from gidd_jax.training import loop, programs
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import train
 from gidd_jax.training.optimizer import make_optimizer
@@ -120,8 +120,8 @@ def test_validation_in_parts_is_validation_of_the_whole(folder):
         rows = [rng.integers(0, 257, n).astype(np.int32) for n in range(1, 17)]
         validation = ValidationBatches(rows, [len(row) for row in rows], 16, 257, 16)
         with sharding.activate(mesh):
-            make_state, abstract = loop.state_maker(settings, objective, optimizer, mesh)
-            evaluation = loop.compile_evaluation(settings, objective, abstract, mesh)
+            make_state, abstract = programs.state_maker(settings, objective, optimizer, mesh)
+            evaluation = programs.compile_evaluation(settings, objective, abstract, mesh)
             state = make_state(jax.random.key(0))
             found.append(loop.evaluate(evaluation, state, validation, jax.random.key(1), mesh))
     assert found[0] == pytest.approx(found[1], rel=1e-5)

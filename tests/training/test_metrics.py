@@ -12,13 +12,13 @@ import pytest
 
 from gidd_jax.cli import load_config
 from gidd_jax.hardware import peak_flops
-from gidd_jax.settings import ModelSettings, Settings
+from gidd_jax.settings import Settings
 from gidd_jax.training import metrics
 from gidd_jax.training.metrics import MetricWriter, Progress, StepMetrics, flops_per_token
 
 
-def model_of(config: str) -> ModelSettings:
-    return Settings.from_config(load_config(config)).model
+def settings_of(config: str) -> Settings:
+    return Settings.from_config(load_config(config))
 
 
 def lines_of(workdir) -> list[dict]:
@@ -138,23 +138,23 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 def test_flops_by_hand():
     # tiny DiT: 8 layers of (4 + 8) 512^2 weights, 50,304 x 512 for the output; attention 4 L D.
     weights = 8 * 12 * 512**2 + 50304 * 512
-    assert flops_per_token(model_of("gidd:tiny"), 50259) == 6 * weights + 3 * 8 * 4 * 512 * 512
+    assert flops_per_token(settings_of("gidd:tiny"), 50259) == 6 * weights + 3 * 8 * 4 * 512 * 512
     # tiny Llama: three matrices in the MLP, no padding of the vocabulary, causal attention.
     weights = 8 * 16 * 512**2 + 50259 * 512
-    assert flops_per_token(model_of("ar:tiny"), 50259) == 6 * weights + 3 * 8 * 2 * 512 * 512
+    assert flops_per_token(settings_of("ar:tiny"), 50259) == 6 * weights + 3 * 8 * 2 * 512 * 512
 
 
 def test_flops_agree_with_the_compiler():
     """XLA counts the forward pass: twice the weights and attention, plus what is not a product."""
     from gidd_jax.training.build import build_model
 
-    model = Settings.from_config(load_config("quickstart")).model
-    network, vocab_size, batch = build_model(model, 500), 500, 8
+    settings = settings_of("quickstart")
+    model, network, vocab_size, batch = settings.model, build_model(settings, 500), 500, 8
     network = network.clone(scan_layers=False)  # XLA counts a loop's body once
     inputs = jnp.zeros((batch, model.max_seq_len), jnp.int32), jnp.ones(batch)
     variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     cost = jax.jit(network.apply).lower(variables, *inputs).cost_analysis()
-    ours = flops_per_token(model, vocab_size) / 3 * batch * model.max_seq_len
+    ours = flops_per_token(settings, vocab_size) / 3 * batch * model.max_seq_len
     assert ours <= cost["flops"] < 1.1 * ours
 
 

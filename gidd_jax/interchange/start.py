@@ -1,0 +1,210 @@
+"""A run that begins with the weights of a model that is there, of this package or of others.
+
+The model decides the architecture and, with data.tokenizer=start, the tokenizer. Of an
+autoregressive model becomes a denoiser of the same blocks (`models.llama_denoiser`): its table gets
+rows for the tokens that it lacks, each the mean of the others, and so does its output layer.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gidd_jax.data.tokenizer import Tokenizer
+from gidd_jax.data.tokenizer_files import SPEC_FILE, read_tokenizer_files
+from gidd_jax.errors import InputError
+from gidd_jax.interchange.load import load_pretrained
+from gidd_jax.interchange.pretrained import Pretrained
+from gidd_jax.models.dit import DiT
+from gidd_jax.models.gidd import TimeFreeTransformer
+from gidd_jax.models.llama import Llama
+from gidd_jax.models.llama_denoiser import LlamaDenoiser
+from gidd_jax.models.rotary import scaling_text
+from gidd_jax.settings import ModelSettings, Settings
+from gidd_jax.training.build import build_model
+from gidd_jax.training.objective import Network, Params
+
+START = "start"  # data.tokenizer: that of the start
+# Not of the architecture: how a run computes, and what the noise of its training asks for.
+_OF_RUN = (
+    "dtype",
+    "scan_layers",
+    "remat",
+    "attention",
+    "max_seq_len",
+    "position_times",
+    "block_length",
+    "vocab_size",
+    "init_std",
+    "head_std",
+    "parent",
+    "name",
+)
+
+
+def from_start(settings: Settings) -> tuple[Settings, Callable[[], Params] | None]:
+    """Return the settings with the architecture of model.start, and what makes its parameters.
+
+    Without a start the settings are as they were, and there is None. Raises InputError where the
+    start cannot be loaded, or the run could not go on with it.
+    """
+    path = settings.model.start
+    if not path:
+        if settings.data.tokenizer == START:
+            raise InputError(
+                f"model.start = '': data.tokenizer = {START} is its: set model.start to the folder "
+                "or hub name of a model"
+            )
+        return settings, None
+    source = load_pretrained(path)
+    settings = _with_architecture(settings, source)
+    data = settings.data
+    if data.tokenizer == START:
+        data = dataclasses.replace(data, tokenizer=_tokenizer_folder(path))
+        settings = dataclasses.replace(settings, data=data)
+        tokenizer = None
+    else:
+        tokenizer = source.tokenizer
+    return settings, lambda: _params(settings, source, tokenizer)
+
+
+def _with_architecture(settings: Settings, source: Pretrained) -> Settings:
+    network, model, adapt = source.network, settings.model, settings.adapt
+    if settings.process.name == "autoregressive" and source.process is not None:
+        raise InputError(
+            f"model.start = {model.start}: is a diffusion model, and process.name = autoregressive "
+            "is not: start from an autoregressive model"
+        )
+    if model.max_seq_len > network.max_seq_len:
+        raise InputError(
+            f"model.max_seq_len = {model.max_seq_len}: must be at most {network.max_seq_len}, the "
+            f"context of model.start = {model.start}"
+        )
+    model = dataclasses.replace(model, **_architecture(network, settings, source))
+    if source.process is not None:  # its attention is full already
+        adapt = dataclasses.replace(adapt, attention_steps=0)
+    settings = dataclasses.replace(settings, model=model, adapt=adapt)
+    _check_same(build_model(settings, network.vocab_size), network, settings)
+    return settings
+
+
+def _architecture(network: Network, settings: Settings, source: Pretrained) -> dict[str, Any]:
+    """Return the keys of the section model that say a network."""
+    found: dict[str, Any] = {
+        "hidden_size": network.hidden_size,
+        "num_layers": network.num_layers,
+        "num_heads": network.num_heads,
+        "keep_padding_columns": source.keep_padding_columns,
+    }
+    if isinstance(network, DiT):
+        return found | {"name": "dit", "cond_dim": network.cond_dim}
+    if isinstance(network, TimeFreeTransformer):
+        kind = "standard" if network.resid_scale == network.num_layers else "completep"
+        return found | {"name": "gidd", "parametrization": kind}
+    names = {field.name for field in dataclasses.fields(ModelSettings)} & {
+        field.name for field in dataclasses.fields(network)
+    }
+    values = {name: getattr(network, name) for name in names - set(_OF_RUN)}
+    values = {name: value or 0 for name, value in values.items() if value is None} | {
+        name: value for name, value in values.items() if value is not None
+    }
+    values |= {"name": "llama", "rope_scaling": scaling_text(network.rope_scaling)}
+    if isinstance(network, Llama):
+        values["shift"] = settings.process.name != "autoregressive"
+    return found | values
+
+
+def _check_same(made: Network, network: Network, settings: Settings) -> None:
+    """Raise InputError where the settings cannot say what the network computes."""
+    names = {field.name for field in dataclasses.fields(made)} & {
+        field.name for field in dataclasses.fields(network)
+    }
+    for name in sorted(names - set(_OF_RUN)):
+        ours, theirs = getattr(made, name), getattr(network, name)
+        usual = {"num_kv_heads": network.num_heads, "intermediate_size": 4 * network.hidden_size}
+        if (ours or usual.get(name)) != (theirs or usual.get(name)):
+            raise InputError(
+                f"model.start = {settings.model.start}: its {name} is {theirs}, which no run can "
+                f"have here, only {ours}: start from another model"
+            )
+
+
+def _tokenizer_folder(path: str) -> str:
+    """Return the folder of a start's tokenizer, or its name on the hub."""
+    folder = Path(path).expanduser()
+    for place in (folder, folder / "tokenizer", folder.parent.parent / "tokenizer"):
+        if (place / SPEC_FILE).is_file():
+            return str(place)
+    return path
+
+
+def _params(settings: Settings, source: Pretrained, wanted: Tokenizer | None) -> Params:
+    """Return the start's parameters as those of the run's network."""
+    from gidd_jax.data.sources import run_tokenizer
+
+    tokenizer = run_tokenizer(settings.data)
+    if wanted is not None and not tokenizer.gives_ids_of(wanted):
+        raise InputError(
+            f"data.tokenizer = {settings.data.tokenizer}: model.start = {settings.model.start} has "
+            f"another tokenizer: set it to {START}"
+        )
+    network, params = build_model(settings, tokenizer.vocab_size), source.params
+    if isinstance(network, LlamaDenoiser) and isinstance(source.network, Llama):
+        params = with_tokens(params, tokenizer, _is_new(tokenizer, source.network.vocab_size))
+    return _completed(network, params, jax.random.key(settings.seed))
+
+
+def _is_new(tokenizer: Tokenizer, rows: int) -> list[int]:
+    """Return the ids that a model of so many rows was not trained on.
+
+    Beside those beyond its rows: of [MASK] and [PAD] where the tokenizer's own files do not name
+    them. They may have rows that only fill the table up.
+    """
+    files = read_tokenizer_files(tokenizer.name)
+    named = {token["content"] for token in files.spec["added_tokens"]}
+    named |= {token.content for token in files.further.values()}
+    added = [
+        token_id
+        for token_id in (tokenizer.pad_id, tokenizer.mask_id)
+        if tokenizer.backend.id_to_token(token_id) not in named | set(files.spec["model"]["vocab"])
+    ]
+    return sorted({*range(rows, tokenizer.vocab_size), *added})
+
+
+def with_tokens(params: Params, tokenizer: Tokenizer, new: list[int]) -> Params:
+    """Return parameters of a Llama with a row for each token of the tokenizer, none beyond.
+
+    Rows (and columns of the output layer) of the ids `new` are the mean of the others.
+    """
+    count, others = tokenizer.vocab_size, [i for i in range(tokenizer.vocab_size) if i not in new]
+
+    def grown(table: jax.Array) -> jax.Array:
+        kept = table[jnp.asarray(others)]
+        full = jnp.zeros((count, table.shape[1]), table.dtype).at[jnp.asarray(others)].set(kept)
+        return full.at[jnp.asarray(new, jnp.int32)].set(jnp.mean(kept, axis=0))
+
+    params = dict(params)
+    params["vocab_embed"] = {"embedding": grown(params["vocab_embed"]["embedding"])}
+    if "output" in params:
+        params["output"] = {"kernel": grown(params["output"]["kernel"].T).T}
+    return params
+
+
+def _completed(network: Network, params: Params, key: jax.Array) -> Params:
+    """Return the parameters with freshly drawn ones where the network has more (of the time)."""
+    flat: dict[Any, Any] = dict(flatten_dict(params))
+    inputs = (jnp.zeros((1, 2), jnp.int32),)
+    if not isinstance(network, Llama):
+        inputs += (jnp.zeros(1),)
+
+    def fresh(key: jax.Array) -> dict[Any, Any]:
+        made = nn.unbox(network.init(key, *inputs)["params"])
+        made = flatten_dict(made)
+        return {path: leaf for path, leaf in made.items() if path not in flat}
+
+    return unflatten_dict(flat | jax.jit(fresh)(key))
