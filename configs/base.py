@@ -84,7 +84,8 @@ def get_config() -> ConfigDict:
     # | path:FILES | split:NAME (tfds and hf)
     data.text_key = "text"  # field that holds the text in jsonl, parquet, tfds and hf records
     data.txt_documents = "blank_line"  # what is one document in a .txt: file | line | blank_line
-    data.mode = "crop"  # crop (random window of a document, padded) | packed | padded
+    data.mode = "crop"  # crop (random window of a document, padded) | packed | padded | answers
+    # (records of prompt and answer, or messages: the prompt is given, the answer learnt)
     data.frame = "ends"  # ends (texts begin and end with a token, as mode says) | none (not llama:
     # rows of max_seq_len tokens and nothing else, of arrays or of texts end to end; mode is unread)
     data.givens = 0.0  # share of the training rows in which some tokens are given, as in a prompt:
@@ -131,6 +132,8 @@ def get_config() -> ConfigDict:
     train.block_length = 0  # gidd only: a model by blocks of so many tokens, of which each sees the
     # clean ones before it; a divisor of model.max_seq_len; 0 is a model of whole rows
     train.mask_padding = False  # True: padding tokens do not count in the loss
+    train.padding_weight = 1.0  # how much a padding token counts in the loss where it does, in
+    # [0, 1]: with data.mode=answers rows are padded with the token that ends the answer
     train.align_mask_to_input = False  # autoregressive: True masks by the input token, not the
     # target, as the original does
     train.eval_every = 5_000  # steps between validations, integer >= 0; 0 is never

@@ -24,8 +24,7 @@ transitions, sampling, the bound) follows from them:
           noise = jnp.sin(0.5 * jnp.pi * t) ** 2
           return NoiseMass(mask=0.9 * noise, uniform=0.1 * noise / (self.vocab_size - 1))
 
-Prints one line per check: ok or FAIL, the error found, the largest error allowed, and what was
-compared.
+Prints a line a check: ok or FAIL, the error found, the largest one allowed, what was compared.
 Exit code 1 if a check fails. Errors are absolute for probabilities and nats, relative for weights
 and gradients; those of draws are -log10 of the chance that right draws look like that. Runs on the
 CPU. A log_snr process with scale > 1 fails: some of its rates are negative.
@@ -48,8 +47,9 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from gidd_jax.cli import CommandFlags, code_flags, config_flag, run
+from gidd_jax.cli import CommandFlags, config_flag, run
 from gidd_jax.errors import InputError
+from gidd_jax.model_flags import code_flags
 
 if TYPE_CHECKING:
     from pathlib import Path

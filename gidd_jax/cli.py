@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -160,46 +160,6 @@ def config_flag(command: CommandFlags, default: str | None = None) -> flags.Flag
         "those that take one. Override a key with --config.section.key=value."
         + (f" Default: {default}." if default else ""),
         flag_values=command.values,
-    )
-
-
-def checkpoint_flag(command: CommandFlags) -> flags.FlagHolder[str]:
-    """Define `--checkpoint`, the model of a command that needs one."""
-    return command.DEFINE_string(
-        "checkpoint",
-        None,
-        "A run, one of its checkpoints, a Hugging Face folder or owner/name, or a checkpoint of "
-        "the original.",
-        required=True,
-    )
-
-
-class CodeFlags(NamedTuple):
-    """The flags of a command that reads models, whose process may be code of its own."""
-
-    allow_code: flags.FlagHolder[bool]
-    process: flags.FlagHolder[str | None]
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The keywords of `Gidd.from_pretrained` and of all that reads models."""
-        return {"allow_code": self.allow_code.value, "process": self.process.value}
-
-
-def code_flags(command: CommandFlags, process_help: str = "") -> CodeFlags:
-    """Define `--allow_code` and `--process`; `process_help` says what else the latter means."""
-    return CodeFlags(
-        command.DEFINE_bool(
-            "allow_code",
-            False,
-            "Run the process code that is recorded in the checkpoint. It is not part of this "
-            "package: read it first.",
-        ),
-        command.DEFINE_string(
-            "process",
-            None,
-            process_help or "FILE.py:CLASS to run in place of the code recorded in the checkpoint.",
-        ),
     )
 
 

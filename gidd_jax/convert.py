@@ -11,7 +11,8 @@ Examples:
   python -m gidd_jax.convert --checkpoint=RUN --dtype=bfloat16 --out=half
 """
 
-from gidd_jax.cli import CommandFlags, checkpoint_flag, run
+from gidd_jax.cli import CommandFlags, run
+from gidd_jax.model_flags import checkpoint_flag, dtype_flag
 
 flags = CommandFlags()
 CHECKPOINT = checkpoint_flag(flags)
@@ -23,12 +24,7 @@ ROW_MODE = flags.DEFINE_string(
     "packed or padded. Default: as its folder says, or else packed.",
 )
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
-DTYPE = flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16"],
-    "Of parameters and products. Default: float32, of runs as they were trained.",
-)
+DTYPE = dtype_flag(flags)
 
 
 def main(argv: list[str]) -> None:

@@ -35,7 +35,8 @@ and calls_per_token. --against adds
       that the first model predicts better
 """
 
-from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, run
+from gidd_jax.cli import CommandFlags, run
+from gidd_jax.model_flags import checkpoint_flag, code_flags
 from gidd_jax.parallel.distributed import distributed_flags
 from gidd_jax.sampling.options import (
     CHAIN_ORDERS,

@@ -32,6 +32,7 @@ from typing import Any
 
 from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
+from gidd_jax.model_flags import DTYPES
 
 flags = CommandFlags()
 SAMPLES = flags.DEFINE_string("samples", None, "File of samples or texts.", required=True)
@@ -46,7 +47,7 @@ BACKEND = flags.DEFINE_enum(
     "backend", "auto", ["auto", "jax", "torch"], "What runs the scorer; auto: jax for Llamas."
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Precision of the scorer's matrix products."
+    "dtype", "float32", list(DTYPES), "Precision of the scorer's matrix products."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Samples scored together.", lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer(

@@ -25,8 +25,9 @@ A figure that the tokens do not determine is null, and `notes` says why.
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
+from gidd_jax.model_flags import checkpoint_flag, code_flags
 from gidd_jax.sampling.options import SUSPICION_METHODS, SuspicionOptions
 
 flags = CommandFlags()

@@ -21,8 +21,9 @@ Files of --out (each as .png and .svg):
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, code_flags, run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
+from gidd_jax.model_flags import code_flags
 
 flags = CommandFlags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")

@@ -2,8 +2,8 @@
 
 Examples:
   python -m gidd_jax.sample --checkpoint=outputs/quickstart --num_samples=4 --num_steps=128
-  python -m gidd_jax.sample --checkpoint=RUN --prompt="It was" --prompt="Call me" --top_p=0.9
-  python -m gidd_jax.sample --checkpoint=RUN --num_samples=64 --method=psi --out=samples.npz
+  python -m gidd_jax.sample --checkpoint=RUN --prompt="It was" --top_p=0.9
+  python -m gidd_jax.sample --checkpoint=TUNED --chat --prompt="Who wrote Emma?"
   python -m gidd_jax.sample --checkpoint=RUN --num_samples=4 --replay=replay.html --watch
 
 The npz file holds `ids` (int32 [N, L]), `texts` (their bytes and, in `texts_ends`, where each ends:
@@ -13,8 +13,9 @@ log-probability in the network call that put it there, and the number of that st
 texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
 
-from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, printable, run
+from gidd_jax.cli import CommandFlags, printable, run
 from gidd_jax.errors import InputError
+from gidd_jax.model_flags import checkpoint_flag, code_flags, dtype_flag
 from gidd_jax.parallel.distributed import distributed_flags
 from gidd_jax.sampling.options import GRIDS, METHODS, NOISE_TIMES, ORDERS, SamplerOptions
 
@@ -24,6 +25,7 @@ NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Sequences to draw. Default: 16, or one for each prompt.", lower_bound=1
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue")
+CHAT = flags.DEFINE_bool("chat", False, "Write --prompt, a message, by the chat template.")
 OUT = flags.DEFINE_string("out", None, "File to write, ending in .npz.")
 TRACE = flags.DEFINE_string("trace", None, "File for every change on the way, ending in .npz.")
 REPLAY = flags.DEFINE_string("replay", None, "Page that plays the changes, ending in .html.")
@@ -38,12 +40,7 @@ NEW_TOKENS = flags.DEFINE_integer(
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed; the same seed draws the same texts.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", False, "Use the moving average of the parameters.")
-DTYPE = flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16"],
-    "Of parameters and products. Default: float32, of runs as they were trained.",
-)
+DTYPE = dtype_flag(flags)
 CODE = code_flags(flags)
 DISTRIBUTED = distributed_flags(flags)
 
@@ -158,6 +155,8 @@ def main(argv: list[str]) -> None:
     num_samples = NUM_SAMPLES.value
     if PROMPT.value and num_samples is not None:
         raise InputError("give --num_samples or --prompt: each prompt gets one continuation")
+    if CHAT.value and not PROMPT.value:
+        raise InputError("--chat needs --prompt, the message to answer")
     if not PROMPT.value and num_samples is None:
         num_samples = 16
 
@@ -170,6 +169,7 @@ def main(argv: list[str]) -> None:
     samples = model.generate(
         num_samples,
         prompts=PROMPT.value or None,
+        chat=CHAT.value,
         batch_size=BATCH_SIZE.value,
         length=LENGTH.value,
         new_tokens=NEW_TOKENS.value,

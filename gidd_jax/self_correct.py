@@ -30,8 +30,9 @@ with standard errors and 95% intervals by bootstrap over documents, counts, and 
 
 from pathlib import Path
 
-from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, printable, run
+from gidd_jax.cli import CommandFlags, printable, run
 from gidd_jax.errors import InputError
+from gidd_jax.model_flags import checkpoint_flag, code_flags
 from gidd_jax.sampling.options import CORRECTION_SCORES, CorrectionOptions, correction_grid
 
 flags = CommandFlags()

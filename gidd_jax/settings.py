@@ -124,7 +124,7 @@ class DataSettings(Section):
     )
     text_key: str = not_empty()
     txt_documents: str = one_of("file", "line", "blank_line")
-    mode: str = one_of("crop", "packed", "padded")
+    mode: str = one_of("crop", "packed", "padded", "answers")
     frame: str = one_of("ends", "none")
     givens: float = share()
     givens_kind: str = one_of("mixed", "prompt", "infilling")
@@ -138,9 +138,19 @@ class DataSettings(Section):
         return "none" if self.frame == "none" else self.mode
 
     @property
+    def has_marks(self) -> bool:
+        """Whether rows say themselves which of their tokens are given."""
+        return self.marked or self.row_mode == "answers"
+
+    @property
     def has_givens(self) -> bool:
         """Whether training gives some tokens of some rows, drawn or marked."""
-        return self.givens > 0 or self.marked
+        return self.givens > 0 or self.has_marks
+
+    @property
+    def record_key(self) -> str | None:
+        """The field of a record that is its text; None: the record itself is read."""
+        return None if self.row_mode == "answers" else self.text_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +183,7 @@ class TrainSettings(Section):
     aggregation: str = one_of("mean", "sum")
     block_length: int = at_least(0)
     mask_padding: bool
+    padding_weight: float = share()
     align_mask_to_input: bool
     eval_every: int = at_least(0)
     eval_batches: int = at_least(1)

@@ -40,6 +40,13 @@ def check_together(settings: "Settings") -> None:
             "autoregressive, and any model with every other process"
         )
     _check_llama(model, autoregressive)
+    if autoregressive and settings.data.row_mode == "answers":
+        raise InputError("data.mode = answers: answers are filled in by diffusion: use crop")
+    if train.mask_padding and train.padding_weight != 1:
+        raise InputError(
+            f"train.padding_weight = {train.padding_weight}: nothing reads it with "
+            "train.mask_padding = True: set one of them back"
+        )
     _check_annealing(settings)
     if autoregressive and settings.data.givens:
         raise InputError(

@@ -19,6 +19,7 @@ FLOORS = (
         "errors",
         "compiled",
         "cli",
+        "model_flags",
         "sections",
         "together",
         "settings",

@@ -16,8 +16,9 @@ Examples:
 plays the hardest puzzles as the first of --methods fills them in.
 """
 
-from gidd_jax.cli import CommandFlags, checkpoint_flag, code_flags, run
+from gidd_jax.cli import CommandFlags, run
 from gidd_jax.errors import InputError
+from gidd_jax.model_flags import checkpoint_flag, code_flags
 
 flags = CommandFlags()
 CHECKPOINT = checkpoint_flag(flags)

@@ -3,8 +3,9 @@
 from absl import logging
 
 from gidd_jax.checkpoints.checkpoint import Checkpoint
-from gidd_jax.data.tokenizer import Tokenizer, recorded_fingerprint
+from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.data.tokenizer_files import CONFIG_FILE
+from gidd_jax.data.tokenizer_spec import recorded_fingerprint
 from gidd_jax.errors import InputError
 from gidd_jax.settings import Settings
 

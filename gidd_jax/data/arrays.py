@@ -121,7 +121,7 @@ def with_marks(settings: Settings) -> Settings:
             "to False, or put `given` beside `ids`"
         )
     rule, _, held_out = data.validation.partition(":")
-    is_told = data.row_mode != NO_FRAME or marked or data.givens > 0
+    is_told = data.row_mode != NO_FRAME or marked or data.has_givens
     if rule == "path" and not is_told and _has_marks(held_out):
         raise InputError(
             f"data.validation={data.validation} marks given positions, and no array of "

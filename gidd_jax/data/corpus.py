@@ -125,9 +125,12 @@ def open_corpus(path: str, validation: str, text_key: str, txt_documents: str) -
 
 
 def open_parts(
-    paths: Sequence[str], validation: str, text_key: str, txt_documents: str
+    paths: Sequence[str], validation: str, text_key: str | None, txt_documents: str
 ) -> CorpusSplits:
-    """Open the parts of a mixture, as `open_corpus` does, without their weights."""
+    """Open the parts of a mixture, as `open_corpus` does, without their weights.
+
+    text_key None: documents are whole records, as JSON.
+    """
     parts = [_open_part(path, validation, text_key, txt_documents) for path in paths]
     if len(parts) == 1:
         return parts[0]
@@ -139,9 +142,13 @@ def open_parts(
     )
 
 
-def _open_part(path: str, validation: str, text_key: str, txt_documents: str) -> CorpusSplits:
+def _open_part(
+    path: str, validation: str, text_key: str | None, txt_documents: str
+) -> CorpusSplits:
     dataset = dataset_of(path)
     if dataset is not None:
+        if text_key is None:
+            raise InputError(f"data path {path!r}: records are read from .jsonl and .parquet alone")
         return _open_dataset(*dataset, validation, text_key)
     rule, _, argument = validation.partition(":")
     files = list_files(path)
@@ -260,7 +267,7 @@ def iterate(documents: Documents, label: str) -> Iterator[str]:
         yield documents[index]
 
 
-def _open_files(files: Sequence[Path], text_key: str, txt_documents: str) -> Documents:
+def _open_files(files: Sequence[Path], text_key: str | None, txt_documents: str) -> Documents:
     parts: list[FileDocuments | ParquetDocuments] = []
     for file in tqdm(files, "Indexing files", disable=None, unit="file", leave=False):
         parts.append(open_text_file(file, text_key, txt_documents))

@@ -89,11 +89,14 @@ class FileDocuments:
 
 
 class ParquetDocuments:
-    """Documents of a .parquet file; one row group is held in memory at a time."""
+    """Documents of a .parquet file; one row group is held in memory at a time.
+
+    text_key: the column of the texts; None: documents are whole rows, as JSON.
+    """
 
     is_random_access = False
 
-    def __init__(self, file: Path, text_key: str):
+    def __init__(self, file: Path, text_key: str | None):
         import pyarrow
         import pyarrow.parquet
 
@@ -105,7 +108,7 @@ class ParquetDocuments:
             names = metadata.schema.to_arrow_schema().names
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{file} is not a Parquet file: {error}") from error
-        if text_key not in names:
+        if text_key is not None and text_key not in names:
             raise InputError(f"{file} has no column {text_key!r}; it has: {', '.join(names)}")
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
         self._ends = np.cumsum([g.num_rows for g in groups], dtype=np.int64)
@@ -121,6 +124,8 @@ class ParquetDocuments:
             rows = self._read_group(group)
             self._cached = (group, rows)
         row = rows[index - (int(self._ends[group - 1]) if group else 0)]
+        if self._text_key is None:
+            return json.dumps(row, ensure_ascii=False, default=str)
         return text_of({self._text_key: row}, self._text_key, f"{self._file}: row {index + 1}")
 
     def _read_group(self, group: int) -> list:
@@ -129,15 +134,20 @@ class ParquetDocuments:
 
         try:
             with pyarrow.parquet.ParquetFile(self._file) as parquet:
+                if self._text_key is None:
+                    return parquet.read_row_group(group).to_pylist()
                 return parquet.read_row_group(group, [self._text_key])[self._text_key].to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self._file}: row group {group} is damaged: {error}") from error
 
 
 def open_text_file(
-    file: Path, text_key: str, txt_documents: str
+    file: Path, text_key: str | None, txt_documents: str
 ) -> FileDocuments | ParquetDocuments:
-    """Open one file by its suffix; `txt_documents` says what a document of a .txt file is."""
+    """Open one file by its suffix; `txt_documents` says what a document of a .txt file is.
+
+    text_key None: documents are whole records, as JSON; a .txt has none.
+    """
     if txt_documents not in TXT_DOCUMENTS:
         raise InputError(
             f"txt_documents {txt_documents!r}: legal values: {', '.join(TXT_DOCUMENTS)}"
@@ -145,6 +155,8 @@ def open_text_file(
     check_file(file)
     if file.name.endswith(".parquet"):
         return ParquetDocuments(file, text_key)
+    if file.name.endswith(".txt") and text_key is None:
+        raise InputError(f"{file} holds no records: give .jsonl or .parquet")
     if file.name.endswith(".txt"):
         return FileDocuments(file, _SEPARATORS.get(txt_documents), None)
     if file.name.endswith(SUFFIXES):

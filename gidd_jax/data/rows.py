@@ -2,7 +2,8 @@
 
 Modes of framed rows are three. 'crop': a random window of a document, padded where the document is
 shorter. 'padded': the beginning of a document, padded. 'packed': windows of all documents end to
-end. Rows without a frame ('none') are such windows, too, with nothing around the documents.
+end. Rows without a frame ('none') are such windows, too, with nothing around the documents. Rows of
+'answers' are made of prompts and answers (see `answers`).
 """
 
 import math
@@ -15,14 +16,15 @@ from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 
 NO_FRAME = "none"
-MODES = ("crop", "packed", "padded")
+ANSWERS = "answers"
+MODES = ("crop", "packed", "padded", ANSWERS)
 
 
 class Records(Protocol):
     """A random-access sequence of arrays [num_tokens], such as ids."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
 def check_mode(mode: str, name: str = "data mode") -> None:

@@ -1,5 +1,6 @@
 """The rows of a corpus, whatever it is made of: texts, shards, or arrays of ids."""
 
+import dataclasses
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gidd_jax.data import arrays, rows, shards
+from gidd_jax.data.answers import AnswerTexts, answer_rows
 from gidd_jax.data.corpus import Chain, CorpusSplits, Documents, iterate, open_parts
-from gidd_jax.data.rows import NO_FRAME, Records
+from gidd_jax.data.rows import ANSWERS, NO_FRAME, Records
 from gidd_jax.data.symbols import CHARS, characters_file, write_characters
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError
@@ -80,6 +82,11 @@ def _train_source(
         train = arrays.open_splits([path], settings, tokenizer, seq_len)[0]
         return Source(weight, train.ids, train.given)
     documents = _open(settings, [path]).train
+    if mode == ANSWERS:
+        found = answer_rows(
+            _in_memory(documents, settings, "training"), tokenizer, seq_len, "training"
+        )
+        return Source(weight, found.ids, found.given)
     is_large = documents.num_bytes > MAX_TEXT_BYTES
     if is_large and mode not in ("packed", NO_FRAME) and documents.is_random_access:
         # What cannot be read shows now, not after the steps that lead there.
@@ -105,6 +112,12 @@ def validation_source(settings: "DataSettings", tokenizer: Tokenizer, seq_len: i
     found: list[Validation] = []
     if texts:
         held_out = _open(settings, texts).validation
+    if texts and mode == ANSWERS:
+        part = answer_rows(
+            _in_memory(held_out, settings, "validation"), tokenizer, seq_len, "validation"
+        )
+        found.append(Validation(part.ids, part.num_bytes, part.given))
+    elif texts:
         tokenised = tokenise_all(held_out, tokenizer, settings, "validation")
         windows = rows.cut(tokenised, mode, seq_len)
         found.append(Validation(windows, windows.sums(tokenised.num_bytes)))
@@ -129,6 +142,8 @@ def validation_source(settings: "DataSettings", tokenizer: Tokenizer, seq_len: i
 def run_tokenizer(settings: "DataSettings", *, write: bool = True) -> Tokenizer:
     """The tokenizer of a run; a missing file of characters is written from the texts of the run.
 
+    Rows of answers are filled up with the token that ends them: it then is the one that pads.
+
     write False: the tokenizer is what it would be, and the file stays missing. Raises InputError as
     `load_tokenizer` does.
     """
@@ -141,9 +156,13 @@ def run_tokenizer(settings: "DataSettings", *, write: bool = True) -> Tokenizer:
         if not texts:
             return []
         corpus = _open(settings, texts)
-        return [corpus.train, corpus.validation]
+        splits = [corpus.train, corpus.validation]
+        return [AnswerTexts(s) for s in splits] if settings.row_mode == ANSWERS else splits
 
-    return tokenizer_for(settings.tokenizer, settings.row_mode, documents, write=write)
+    tokenizer = tokenizer_for(settings.tokenizer, settings.row_mode, documents, write=write)
+    if settings.row_mode != ANSWERS or tokenizer.eos_id is None:
+        return tokenizer
+    return dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id)
 
 
 def tokenizer_for(
@@ -168,19 +187,14 @@ def tokenizer_for(
 
 
 def _open(settings: "DataSettings", paths: Sequence[str]) -> CorpusSplits:
-    return open_parts(paths, settings.validation, settings.text_key, settings.txt_documents)
+    return open_parts(paths, settings.validation, settings.record_key, settings.txt_documents)
 
 
 def tokenise_all(
     documents: Documents, tokenizer: Tokenizer, settings: "DataSettings", split: str
 ) -> rows.TokenisedDocuments:
     """Tokenise a split into memory; raises InputError when it is too large for that."""
-    if documents.num_bytes > MAX_TEXT_BYTES:
-        raise InputError(
-            f"the {split} split of {settings.path!r} has {documents.num_bytes >> 20} MiB of text, "
-            f"more than the {MAX_TEXT_BYTES >> 20} MiB that are tokenised at the start: "
-            "tokenise it once with python -m gidd_jax.prepare_data and set data.path to its output"
-        )
+    documents = _in_memory(documents, settings, split)
     parts, texts, size = [], [], 0
     for text in iterate(documents, f"Tokenising the {split} split"):
         texts.append(text)
@@ -191,3 +205,14 @@ def tokenise_all(
     if texts:
         parts.append(rows.tokenise(texts, tokenizer, settings.row_mode))
     return rows.join(parts)
+
+
+def _in_memory(documents: Documents, settings: "DataSettings", split: str) -> Documents:
+    """Return documents that are few enough to be tokenised at the start; raises InputError."""
+    if documents.num_bytes > MAX_TEXT_BYTES:
+        raise InputError(
+            f"the {split} split of {settings.path!r} has {documents.num_bytes >> 20} MiB of text, "
+            f"more than the {MAX_TEXT_BYTES >> 20} MiB that are tokenised at the start: "
+            "tokenise it once with python -m gidd_jax.prepare_data and set data.path to its output"
+        )
+    return documents

@@ -19,18 +19,18 @@ from gidd_jax.data.tokenizer_files import (
     CONFIG_FILE,
     ROLES,
     SPEC_FILE,
+    TEMPLATE_FILE,
     UNFRAMED_KEY,
     TokenizerFiles,
     is_of_library,
     one_line,
     read_tokenizer_files,
 )
-from gidd_jax.data.tokenizer_spec import canonical, digest, pairs, unknown_id
+from gidd_jax.data.tokenizer_spec import FINGERPRINT_KEY, canonical, digest, pairs, unknown_id
 from gidd_jax.errors import InputError, first_line
 
 # What a fingerprint begins with: those without it are of the definition before this one.
 _FINGERPRINT_VERSION = "2:"
-_FINGERPRINT_KEY = "gidd_jax_fingerprint"  # in the saved config
 # Neither ids nor texts depend on these; transformers adds and drops them as it reads and writes.
 _NOT_OF_TEXTS = ("version", "truncation", "padding", "post_processor")
 
@@ -49,6 +49,7 @@ class Tokenizer:
     pad_id: int
     mask_id: int
     name: str
+    chat_template: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         # The texts are data: "[MASK]" written in one of them is seven characters, not the mask.
@@ -196,10 +197,12 @@ class Tokenizer:
         }
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            _FINGERPRINT_KEY: self.fingerprint,
+            FINGERPRINT_KEY: self.fingerprint,
         }
         if self.eos_id is None:
             config[UNFRAMED_KEY] = True
+        if self.chat_template is not None:
+            (folder / TEMPLATE_FILE).write_text(self.chat_template, "utf-8")
         (folder / SPEC_FILE).write_text(self.backend.to_str(pretty=True), "utf-8")
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", "utf-8")
@@ -349,18 +352,10 @@ def load_tokenizer(name_or_path: str | Path, *, ends: bool = True) -> Tokenizer:
                 f"give each its own in {CONFIG_FILE}"
             )
         pad_id = ids.get("pad", ids["mask"])
-        tokenizer = Tokenizer(backend, bos_id, eos_id, pad_id, ids["mask"], name)
+        roles = bos_id, eos_id, pad_id, ids["mask"]
+        tokenizer = Tokenizer(backend, *roles, name, files.chat_template)
         _try(tokenizer)
     return tokenizer
-
-
-def recorded_fingerprint(config: str | None) -> str | None:
-    """Fingerprint in a saved tokenizer_config.json; None where an earlier version wrote it."""
-    try:
-        found = json.loads(config or "{}").get(_FINGERPRINT_KEY)
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def _built(files: TokenizerFiles, name: str) -> tuple[tokenizers.Tokenizer, dict[str, int]]:

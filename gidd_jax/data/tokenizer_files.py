@@ -24,11 +24,12 @@ from gidd_jax.errors import InputError, first_line
 EMBEDDED = "embedded"
 SPEC_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 UNFRAMED_KEY = "gidd_jax_unframed"  # in the saved config: the mask is the only token with a role
 # In the order in which transformers gives ids to those that the vocabulary lacks.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _OLDER_ROLES_FILE = "special_tokens_map.json"
-_HUB_FILES = [SPEC_FILE, CONFIG_FILE, _OLDER_ROLES_FILE, "config.json"]
+_HUB_FILES = [SPEC_FILE, CONFIG_FILE, TEMPLATE_FILE, _OLDER_ROLES_FILE, "config.json"]
 _OLDER_VOCABULARIES = (
     "vocab.json",
     "vocab.txt",
@@ -49,12 +50,13 @@ _USUAL_NAMES = {
 class TokenizerFiles(NamedTuple):
     """spec: the content of tokenizer.json; roles: token by role, for those of ROLES that are
     named; further: tokens to be added, by the id that they must get; is_unframed: the mask is the
-    only token with a role."""
+    only token with a role; chat_template: how conversations are written, if they are."""
 
     spec: dict[str, Any]
     roles: dict[str, str]
     further: dict[int, tokenizers.AddedToken]
     is_unframed: bool = False
+    chat_template: str | None = None
 
 
 def read_tokenizer_files(name: str, *, ends: bool = True) -> TokenizerFiles:
@@ -172,7 +174,7 @@ def _read_folder(folder: Path, name: str) -> TokenizerFiles:
             for token_id, token in sorted(declared.items(), key=lambda item: int(item[0]))
             if token["content"] not in known
         }
-    return TokenizerFiles(spec, roles, further, is_unframed)
+    return TokenizerFiles(spec, roles, further, is_unframed, _template(folder, named, name))
 
 
 _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -233,6 +235,22 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"tokenizer {name!r} is damaged: {file.name} holds no keys")
     return values
+
+
+def _template(folder: Path, config: dict[str, Any], name: str) -> str | None:
+    """Return the chat template of a folder: a file of its own or, in older ones, a key of the
+    config; of several the default one; None where there is none."""
+    file = folder / TEMPLATE_FILE
+    try:
+        template: Any = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer {name!r} is damaged: {file.name}: {error}") from error
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"tokenizer {name!r} is damaged: its chat template is no text")
+    return template
 
 
 def _content(token: Any) -> str:

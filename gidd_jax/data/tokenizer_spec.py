@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Any
 
+FINGERPRINT_KEY = "gidd_jax_fingerprint"  # in the saved config
+
 
 def unknown_id(spec: dict[str, Any]) -> int | None:
     """The id of what the model of a tokenizer.json does not know, if there is one."""
@@ -29,3 +31,12 @@ def pairs(merges: list[Any]) -> list[Any]:
 def digest(content: Any) -> str:
     """Return the SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def recorded_fingerprint(config: str | None) -> str | None:
+    """Fingerprint in a saved tokenizer_config.json; None where an earlier version wrote it."""
+    try:
+        found = json.loads(config or "{}").get(FINGERPRINT_KEY)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None

@@ -10,6 +10,7 @@ import numpy as np
 from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.cli import load_config
 from gidd_jax.data import arrays, rows, shards
+from gidd_jax.data.answers import answer_rows
 from gidd_jax.data.corpus import (
     DATASETS,
     Chain,
@@ -97,6 +98,7 @@ def zero_shot_settings(run: DataSettings | None, path: str, row_mode: str = "cro
     if run is None:
         base = Settings.from_config(load_config("base")).data
         cut = shards.Manifest.read(Path(path).expanduser()).mode if of_shards else row_mode
+        cut = "crop" if cut == rows.ANSWERS else cut  # other corpora are texts
         way = {"frame": "none"} if cut == rows.NO_FRAME else {"frame": "ends", "mode": cut}
         run = dataclasses.replace(base, **way)
     if of_shards:
@@ -234,6 +236,10 @@ def open_rows(
 
 
 def _text_rows(settings: DataSettings, documents: Documents, split: str, model: Gidd) -> CorpusRows:
+    if settings.row_mode == rows.ANSWERS:
+        found = answer_rows(documents, model.tokenizer, model.max_seq_len, split)
+        numbers = np.arange(len(found.ids))
+        return CorpusRows(found.ids, numbers, found.num_bytes, len(documents), found.given)
     # An autoregressive model cannot score the first token of a row: nor do its bytes count.
     first = 1 if model.process is None else 0
     tokenised = tokenise_all(documents, model.tokenizer, settings, split)
@@ -297,7 +303,7 @@ def _own_documents(settings: DataSettings, paths: list[str], split: str | None) 
         raise InputError(
             f"--split={split}: the run's own corpus has the splits train and validation"
         )
-    corpus = open_parts(paths, settings.validation, settings.text_key, settings.txt_documents)
+    corpus = open_parts(paths, settings.validation, settings.record_key, settings.txt_documents)
     return corpus.train if split == "train" else corpus.validation
 
 

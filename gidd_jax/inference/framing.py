@@ -19,7 +19,11 @@ from gidd_jax.sampling.options import SamplerOptions
 from gidd_jax.sampling.trace import Changes, Trace, join_changes, make_trace
 
 SCHEDULED = ("first_hitting",)  # methods whose schedule depends on the number of tokens
-PADDED = ("padded", "crop")  # modes of training whose rows end with padding, see data.rows
+PADDED = (
+    "padded",
+    "crop",
+    "answers",
+)  # modes of training whose rows end with padding, see data.rows
 
 
 def framed(rows: Rows, tokenizer: Tokenizer, mode: str, context: int, *, ends: bool = True) -> Rows:

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gidd_jax.data.rows import NO_FRAME
+from gidd_jax.data.rows import ANSWERS, NO_FRAME
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.inference import programs, scores
+from gidd_jax.inference.answers import answered, conversations
 from gidd_jax.inference.batches import by_batches, check_numbers, check_trace
 from gidd_jax.inference.drawing import draw_rows
 from gidd_jax.inference.framing import (
@@ -123,7 +124,8 @@ class Gidd:
         self,
         num_samples: int | None = None,
         *,
-        prompts: Sequence[Text] | None = None,
+        prompts: Sequence[Any] | None = None,
+        chat: bool = False,
         length: int | None = None,
         new_tokens: int | None = None,
         batch_size: int = 16,
@@ -137,7 +139,10 @@ class Gidd:
         length: tokens of a sequence, prompt included (default: the context); new_tokens: how many
         to add to each prompt instead of filling the length, by blocks also beyond it (see
         `inference.onward`). `changes` are fields of `options`, such as num_steps=64. trace: return
-        every change on the way, too (see `sampling.trace`). Batches are split over the local
+        every change on the way, too (see `sampling.trace`). Prompts are texts or lists of ids.
+        chat: they are messages of a user, or conversations (lists of {"role", "content"}) that the
+        tokenizer's chat template writes; the texts are the answers. Of a model that was trained on
+        answers a sample ends with the token that ends the answer. Batches are split over the local
         devices; a sample depends on the seed, its number and its prompt, not on the batch. Raises
         InputError for options outside their range, and prompts that do not fit.
         """
@@ -148,6 +153,8 @@ class Gidd:
             raise InputError(f"length must lie in [1, {self.max_seq_len}], the context: {length}")
         if new_tokens is not None and (prompts is None or new_tokens < 1):
             raise InputError(f"new_tokens must be at least 1, and needs prompts: {new_tokens}")
+        if chat and prompts is None:
+            raise InputError("chat needs prompts: give the messages to answer")
         if prompts is not None and num_samples is not None:
             raise InputError("give num_samples or prompts: each prompt gets one continuation")
         if prompts is None:
@@ -157,7 +164,9 @@ class Gidd:
             rows = empty_rows(self.tokenizer, count, length, begin=self.process is None)
             return draw_rows(self, batch_size, seed, options, trace, rows)
         check_some(prompts, "prompts")
-        return continued(
+        if chat:
+            prompts = conversations(self.tokenizer, prompts)
+        samples = continued(
             lambda rows, window: draw_rows(
                 self, batch_size, seed_of(seed, window), options, trace, rows
             ),
@@ -169,6 +178,9 @@ class Gidd:
             end_id=self.tokenizer.eos_id if options.stop_at_end else None,
             block_length=(options.block_length or blocks_of(self.network)) if goes_on else 0,
         )
+        if not chat and self.row_mode != ANSWERS:
+            return samples
+        return answered(samples, prompts, self.tokenizer, begin=self.begins, alone=chat)
 
     def infill(
         self,

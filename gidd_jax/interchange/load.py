@@ -25,6 +25,7 @@ from gidd_jax.interchange.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
 )
+from gidd_jax.model_flags import DTYPES
 from gidd_jax.own_process import (
     Consent,
     Source,
@@ -39,7 +40,6 @@ from gidd_jax.training.step import abstract_params
 
 # What a hub folder is asked for: no code, no pickles.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-DTYPES = ("float32", "bfloat16")
 _NOT_CAUSAL = "{} is a diffusion model: give an autoregressive one, it has an exact likelihood"
 _NOT_BUILT_IN = (
     "the process of {} is code of its own, {}, which no published format can hold: give a model "

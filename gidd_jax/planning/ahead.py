@@ -95,7 +95,7 @@ class Builder:
             "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
             "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
         }
-        if self.settings.data.marked:
+        if self.settings.data.has_marks:
             batch["given"] = batch["mask"]
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = compile_step(self.settings, objective, self._optimizer, rate, state, mesh)

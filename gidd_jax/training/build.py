@@ -134,6 +134,7 @@ def build_objective(
         mask_padding=settings.train.mask_padding,
         align_mask_to_input=settings.train.align_mask_to_input,
         keep_padding_columns=settings.model.keep_padding_columns,
+        padding_weight=settings.train.padding_weight,
         aggregation=settings.train.aggregation,
         noising=Noising(
             by_position=settings.process.by_position,

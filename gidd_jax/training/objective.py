@@ -42,6 +42,7 @@ class Objective:
     mask_padding: bool
     align_mask_to_input: bool
     keep_padding_columns: bool
+    padding_weight: float = 1.0
     aggregation: str = "mean"  # of the losses of positions: mean | sum
     noising: Noising = PLAIN
     annealing: Annealing = NOTHING
@@ -160,11 +161,12 @@ class Objective:
         return loss, GiddLoss(weights * both, elbo_weights * both, scale * kl, is_div)
 
     def loss_mask(self, mask: jax.Array, given: jax.Array | None = None) -> jax.Array:
-        """Return which positions the training loss averages over, bool, shaped as the losses."""
+        """Return how much each position counts in the mean of the training loss, in [0, 1], shaped
+        as the losses."""
         if self.process is None:
             return mask[:, :-1] if self.align_mask_to_input else mask[:, 1:]
-        counted = mask if self.mask_padding else jnp.ones_like(mask)
-        return counted if given is None else counted & ~given
+        counted = jnp.where(mask, 1.0, 0.0 if self.mask_padding else self.padding_weight)
+        return counted if given is None else jnp.where(given, 0.0, counted)
 
     def metric_mask(self, mask: jax.Array, given: jax.Array | None = None) -> jax.Array:
         """Return which positions the reported divergences average over: real, not given tokens."""
