@@ -14,6 +14,8 @@ import numpy as np
 from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.errors import InputError
+from gidd_jax.interchange.card import CARD_FILE
+from gidd_jax.interchange.exported_code import code_config, exported_code
 from gidd_jax.interchange.folders import PROCESSES, process_fields
 from gidd_jax.interchange.gidd_config import gidd_config, gidd_noise
 from gidd_jax.interchange.llama_config import denoiser_config, llama_config
@@ -39,14 +41,17 @@ def check_new_folder(path: str | Path) -> Path:
     return folder
 
 
-def save_pretrained(model: Pretrained, path: str | Path) -> None:
+def save_pretrained(
+    model: Pretrained, path: str | Path, *, with_code: bool = False, card: str | None = None
+) -> None:
     """Write config.json, the weights and the tokenizer into a new folder.
 
     Weights have the dtypes of the parameters, in files of at most 5 GB. Diffusion models get the
     tensor names and config keys of the published GIDD models of their paper (and a key `process`
-    where the process is not the paper's), Llamas those of transformers. The folder appears when it
-    is complete. Raises InputError if it exists, a parameter is not finite, or the process is of the
-    user's own making.
+    where the process is not the paper's), Llamas those of transformers. with_code: the folder holds
+    PyTorch code with which transformers loads it (see `exported_code`). card: the text of its
+    README.md. The folder appears when it is complete. Raises InputError if it exists, a parameter
+    is not finite, the process is of the user's own making, or there is no code for the network.
     """
     folder = check_new_folder(path)
     bad = not_numbers(model.params)
@@ -68,11 +73,15 @@ def save_pretrained(model: Pretrained, path: str | Path) -> None:
         config = denoiser_config(model.network, model.tokenizer) | _process(model)
     else:
         config = llama_config(model.network, model.tokenizer)
+    code = exported_code(model) if with_code else {}
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     part.mkdir(parents=True)
     try:
+        config |= code_config(model) if with_code else {}
         _write(part, config, tensors, extra, model)
+        for name, text in (code | ({} if card is None else {CARD_FILE: card})).items():
+            (part / name).write_text(text, encoding="utf-8")
         os.rename(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
