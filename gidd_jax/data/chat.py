@@ -5,6 +5,7 @@ files nor Python's own functions: it can write text, and nothing else.
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ def prompt_ids(tokenizer: Tokenizer, messages: Messages, where: str) -> np.ndarr
     checked = [_checked(message, number, where) for number, message in enumerate(messages, 1)]
     if not checked:
         raise InputError(f"{where}: no message before the answer")
+    # Read at the first import: without it transformers warns that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils.chat_template_utils import render_jinja_template
 
     names: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gidd_jax.data.rows import check_mode
 from gidd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.fields import Fields, checked
+from gidd_jax.interchange.gguf_file import Gguf
 from gidd_jax.interchange.gidd_config import gidd_network, gidd_process
 from gidd_jax.interchange.llama_config import (
     DENOISER,
@@ -79,6 +81,16 @@ def from_hugging_face(folder: Path, target: Target) -> Pretrained:
         numbers = fields.number("p_uniform"), fields.number("t_eps")
         process = checked(file, lambda: HybridProcess(*ids, numbers[0], t_eps=numbers[1]))
     return _framed(_dit(network, rows, tensors, tokenizer, process, weights, target), fields)
+
+
+def from_gguf(file: Path, target: Target) -> Pretrained:
+    """Load a Llama, Qwen2 or Qwen3 from a file of llama.cpp, whose numbers may be quantised."""
+    tensors = Gguf(file)
+    network = llama_network(Fields(file, tensors.config()))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tensors.tokenizer(Path(folder))
+    tokenizer = dataclasses.replace(tokenizer, name=str(file))
+    return _llama(network, tensors, tokenizer, file, target)
 
 
 def _gidd(fields: Fields, folder: Path, target: Target) -> Pretrained:

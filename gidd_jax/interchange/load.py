@@ -18,7 +18,13 @@ from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.rows import check_mode
 from gidd_jax.data.tokenizer_files import looks_like_path
 from gidd_jax.errors import InputError, first_line
-from gidd_jax.interchange.folders import PROCESSES, from_hugging_face, from_original
+from gidd_jax.interchange.folders import (
+    PROCESSES,
+    from_gguf,
+    from_hugging_face,
+    from_original,
+)
+from gidd_jax.interchange.gguf_file import SUFFIX
 from gidd_jax.interchange.placing import Target, as_dtype
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.interchange.weight_files import (
@@ -62,7 +68,8 @@ def load_pretrained(
     """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
 
     Folders: GIDD in the published Hugging Face formats of both papers, Llamas, Qwen2 and Qwen3, and
-    checkpoints of the original's training (model.pt and config.yaml; needs PyTorch).
+    checkpoints of the original's training (model.pt and config.yaml; needs PyTorch). Also .gguf
+    files of llama.cpp that hold one of the latter three (needs the package gguf).
 
     ema: the moving average of the parameters, which only `gidd_jax.train` keeps. A model with a
     process of its own is refused unless allow_code (run the text recorded in the checkpoint) or
@@ -105,6 +112,8 @@ def load_pretrained(
 
     if "://" in str(path):
         return of_run(find_checkpoint(path))
+    if str(path).endswith(SUFFIX):
+        return _of_file(Path(path).expanduser(), Target(mesh, dtype or "float32"))
     folder = _local_folder(str(path))
     is_hugging_face, is_original = _is_hugging_face(folder), (folder / "config.yaml").is_file()
     if (folder / CHECKPOINTS).is_dir() or not (is_hugging_face or is_original):
@@ -121,6 +130,16 @@ def load_pretrained(
     if bad is not None:
         raise InputError(f"{path} is damaged ({bad}): fetch it again")
     return model if row_mode is None else _framed_as(model, row_mode, path)
+
+
+def _of_file(file: Path, target: Target) -> Pretrained:
+    if not file.is_file():
+        raise InputError(f"no such file: {file}")
+    model = from_gguf(file, target)
+    bad = not_numbers(model.params)
+    if bad is not None:
+        raise InputError(f"{file} is damaged ({bad}): fetch it again")
+    return _computing_in(model, target.dtype)
 
 
 def _computing_in(model: Pretrained, dtype: str) -> Pretrained:
