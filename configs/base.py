@@ -146,6 +146,10 @@ def get_config() -> ConfigDict:
     adapt.noise_steps = 0  # hybrid: steps in which the share of uniform noise goes from 0 to
     # process.p_uniform, at most train.num_steps; 0: at once
 
+    adapt.lora_rank = 0  # rank of adapters beside the matrices of the blocks, which alone are
+    # trained; 0: all parameters are, without adapters
+    adapt.lora_alpha = 16.0  # their product counts this / lora_rank, > 0
+
     # data * fsdp * tensor is the number of devices; at most one may be -1, the rest.
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # copies of the model, each on its share of the batch: integer >= 1 or -1

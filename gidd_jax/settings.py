@@ -193,6 +193,8 @@ class TrainSettings(Section):
 class AdaptSettings(Section):
     attention_steps: int = at_least(0)
     noise_steps: int = at_least(0)
+    lora_rank: int = at_least(0)
+    lora_alpha: float = above(0)
 
 
 @dataclass(frozen=True, kw_only=True)

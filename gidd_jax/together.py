@@ -127,6 +127,16 @@ def _check_annealing(settings: "Settings") -> None:
             f"adapt.noise_steps = {adapt.noise_steps}: process.name = {process.name} has no "
             "p_uniform: use hybrid, or set it to 0"
         )
+    if adapt.lora_rank and not model.start:
+        raise InputError(
+            f"adapt.lora_rank = {adapt.lora_rank}: adapters need a model that they adapt: set "
+            "model.start, or the rank to 0"
+        )
+    if adapt.lora_rank and settings.model.parametrization == "completep":
+        raise InputError(
+            f"adapt.lora_rank = {adapt.lora_rank}: model.parametrization = completep has no rates "
+            "for adapters: use standard, or set the rank to 0"
+        )
     for key in ("attention_steps", "noise_steps"):
         if getattr(adapt, key) > settings.train.num_steps:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Can self-correction be learnt late? A model of masks alone, tuned on with and without hybrid noise.
+"""Can self-correction be learnt late? A model of masks alone, tuned with and without hybrid noise.
 
     python -m gidd_jax.sweep --config=configs/sweeps/late.py:masks --workdir=outputs/late/masks
     python -m gidd_jax.sweep --config=configs/sweeps/late.py --workdir=outputs/late/tuned

@@ -112,13 +112,15 @@ def find_checkpoint(path: str | epath.PathLike) -> Checkpoint:
     return Checkpoint(root / str(max(steps)), max(steps))
 
 
-def load_params(checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = False) -> Any:
-    """Return only the parameters (or their moving average) of a checkpoint.
+def load_params(
+    checkpoint: Checkpoint, abstract_params: Any, *, ema: bool = False, frozen: bool = False
+) -> Any:
+    """Return only the parameters (or their moving average, or frozen ones) of a checkpoint.
 
     `abstract_params` holds jax.ShapeDtypeStruct; those without a sharding go to the first device.
     Raises InputError when the shapes differ, there is no average or the files are damaged.
     """
-    name = "ema" if ema else "params"
+    name = "frozen" if frozen else "ema" if ema else "params"
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.tree.map(

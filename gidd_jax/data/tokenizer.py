@@ -26,7 +26,14 @@ from gidd_jax.data.tokenizer_files import (
     one_line,
     read_tokenizer_files,
 )
-from gidd_jax.data.tokenizer_spec import FINGERPRINT_KEY, canonical, digest, pairs, unknown_id
+from gidd_jax.data.tokenizer_spec import (
+    FINGERPRINT_KEY,
+    canonical,
+    digest,
+    pairs,
+    unknown_id,
+    without_tokens,
+)
 from gidd_jax.errors import InputError, first_line
 
 # What a fingerprint begins with: those without it are of the definition before this one.
@@ -188,22 +195,20 @@ class Tokenizer:
             start = end
         return "".join(parts)
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, readable by transformers and by us."""
+    def save(self, folder: str | Path, *, size: int | None = None) -> None:
+        """Write files that transformers and we read; tokens that were added from `size` on are not
+        in them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {
-            f"{role}_token": self.backend.id_to_token(i) for role, i in self._ids_by_role.items()
-        }
-        config |= {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            FINGERPRINT_KEY: self.fingerprint,
-        }
+        ids = {r: i for r, i in self._ids_by_role.items() if size is None or i < size}
+        config: dict[str, Any] = {f"{r}_token": self.backend.id_to_token(i) for r, i in ids.items()}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config[FINGERPRINT_KEY] = self.fingerprint
         if self.eos_id is None:
             config[UNFRAMED_KEY] = True
         if self.chat_template is not None:
             (folder / TEMPLATE_FILE).write_text(self.chat_template, "utf-8")
-        (folder / SPEC_FILE).write_text(self.backend.to_str(pretty=True), "utf-8")
+        (folder / SPEC_FILE).write_text(without_tokens(self.backend, size), "utf-8")
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", "utf-8")
 

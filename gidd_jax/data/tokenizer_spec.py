@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Any
 
+import tokenizers
+
 FINGERPRINT_KEY = "gidd_jax_fingerprint"  # in the saved config
 
 
@@ -40,3 +42,12 @@ def recorded_fingerprint(config: str | None) -> str | None:
     except (ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
+
+
+def without_tokens(backend: tokenizers.Tokenizer, size: int | None) -> str:
+    """Return a backend's tokenizer.json without the tokens that were added from `size` on."""
+    if size is None:
+        return backend.to_str(pretty=True)
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < size]
+    return json.dumps(spec, indent=2, ensure_ascii=False)

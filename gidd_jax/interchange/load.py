@@ -42,7 +42,8 @@ from gidd_jax.own_process import (
 from gidd_jax.sections import split_own_process
 from gidd_jax.settings import ProcessSettings, Settings
 from gidd_jax.training.build import build_objective
-from gidd_jax.training.step import abstract_params
+from gidd_jax.training.objective import Objective, Params
+from gidd_jax.training.step import abstract_adapters, abstract_params
 
 # What a hub folder is asked for: no code, no pickles.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -200,9 +201,18 @@ def _from_checkpoint(
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     return Pretrained(
         network=objective.model,  # pyright: ignore[reportArgumentType]
-        params=load_params(checkpoint, abstract_params(objective), ema=ema),
+        params=_params(checkpoint, objective, ema),
         tokenizer=tokenizer,
         process=objective.process,
         keep_padding_columns=settings.model.keep_padding_columns,
         row_mode=settings.data.row_mode,
     )
+
+
+def _params(checkpoint: Checkpoint, objective: Objective, ema: bool) -> Params:
+    """Return the network's parameters, with adapters merged where a run trained some."""
+    if objective.lora is None:
+        return load_params(checkpoint, abstract_params(objective), ema=ema)
+    frozen = load_params(checkpoint, abstract_params(objective), frozen=True)
+    adapters = load_params(checkpoint, abstract_adapters(objective), ema=ema)
+    return objective.lora.merged(frozen, adapters)

@@ -24,6 +24,7 @@ from gidd_jax.interchange.tensors import TorchTensors, dit_rotary_buffers
 from gidd_jax.interchange.weight_files import INDEX_FILE, WEIGHTS_FILE
 from gidd_jax.models.dit import DiT, padded_vocab_size
 from gidd_jax.models.gidd import TimeFreeTransformer
+from gidd_jax.models.llama import Llama
 from gidd_jax.models.llama_denoiser import LlamaDenoiser
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess
 
@@ -103,7 +104,8 @@ def _write(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     _write_weights(folder, tensors, extra)
-    model.tokenizer.save(folder)
+    rows = model.network.vocab_size if isinstance(model.network, Llama) else None
+    model.tokenizer.save(folder, size=rows)  # of others, no more tokens than the model has
 
 
 def _write_weights(folder: Path, tensors: TorchTensors, extra: dict[str, np.ndarray]) -> None:

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.data.tokenizer_files import SPEC_FILE, read_tokenizer_files
 from gidd_jax.errors import InputError
+from gidd_jax.interchange.gguf_file import SUFFIX
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.models.dit import DiT
@@ -61,6 +62,11 @@ def from_start(settings: Settings) -> tuple[Settings, Callable[[], Params] | Non
                 "or hub name of a model"
             )
         return settings, None
+    if path.endswith(SUFFIX):
+        raise InputError(
+            f"model.start = {path}: convert the file into a folder first, with python -m "
+            f"gidd_jax.convert --checkpoint={path} --out=FOLDER, and start from that"
+        )
     source = load_pretrained(path)
     settings = _with_architecture(settings, source)
     data = settings.data

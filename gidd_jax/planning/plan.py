@@ -154,8 +154,8 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
     sharding.check_batch_size(rows, mesh)
     build = Builder(settings, vocab_size, mask_id)
     state = build.state(mesh)
-    parameters = device_bytes(state.params)
-    gradients = parameters * (2 if settings.train.micro_batches > 1 else 1)
+    parameters = device_bytes((state.params, state.base))
+    gradients = device_bytes(state.params) * (2 if settings.train.micro_batches > 1 else 1)
     extra = temporaries(build, topology, mesh)
     memory = Memory(
         parameters=parameters,
@@ -174,7 +174,7 @@ def plan_for(settings: Settings, name: str, vocab_size: int, mask_id: int) -> Pl
         topology=topology,
         mesh=dict(mesh.shape),
         model=f"{settings.model.name} {settings.model.num_layers} x {settings.model.hidden_size}",
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves((state.params, state.base))),
         memory=memory,
         way=extra.way,
         accepted=extra.accepted,

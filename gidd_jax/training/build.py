@@ -14,6 +14,7 @@ from gidd_jax.own_process import Source, make
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.settings import ModelSettings, ProcessSettings, Settings
 from gidd_jax.training.annealing import Annealing
+from gidd_jax.training.lora import Lora
 from gidd_jax.training.noising import Noising
 from gidd_jax.training.objective import Network, Objective
 
@@ -145,4 +146,7 @@ def build_objective(
             block_length=settings.train.block_length,
         ),
         annealing=Annealing(settings.adapt.attention_steps, settings.adapt.noise_steps),
+        lora=Lora(settings.adapt.lora_rank, settings.adapt.lora_alpha)
+        if settings.adapt.lora_rank
+        else None,
     )

@@ -204,7 +204,8 @@ def evaluate(
     params = state.params if state.ema is None else state.ema
     sums: Any = None
     for number, batch in enumerate(validation):
-        part = eval_fn(params, put_batch(batch, mesh), jax.random.fold_in(key, number))
+        rows = put_batch(batch, mesh)
+        part = eval_fn(params, state.base, rows, jax.random.fold_in(key, number))
         sums = part if sums is None else jax.tree.map(lambda a, b: a + b, sums, part)
     sums = {name: float(value) for name, value in sums.items()}
     tokens = sums.pop("tokens")

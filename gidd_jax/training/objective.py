@@ -17,6 +17,7 @@ from gidd_jax.parallel.sharding import BATCH_AXES, VOCAB_AXIS
 from gidd_jax.process import InterpolatingProcess, MaskedProcess, expand_time
 from gidd_jax.sampling.times import told
 from gidd_jax.training.annealing import NOTHING, Annealing
+from gidd_jax.training.lora import Lora
 from gidd_jax.training.noising import PLAIN, Noised, Noising
 
 Params = Any
@@ -30,7 +31,7 @@ class Objective:
     """What a network is trained on: a process and a loss (process None: autoregressive).
 
     annealing: what of them changes from step to step (see `at`); future: what a Llama's attention
-    adds to the scores of later tokens (None: nothing).
+    adds to the scores of later tokens (None: nothing). lora: parameters are adapters of `frozen`.
     """
 
     model: Network
@@ -47,6 +48,19 @@ class Objective:
     noising: Noising = PLAIN
     annealing: Annealing = NOTHING
     future: jax.Array | None = None
+    lora: Lora | None = None
+    frozen: Params | None = None
+
+    def on(self, frozen: Params | None) -> "Objective":
+        """Return the objective of adapters beside frozen parameters; None: of all parameters."""
+        return dataclasses.replace(self, frozen=frozen)
+
+    def whole(self, params: Params) -> Params:
+        """Return the network's parameters: what is trained, or is beside what is frozen."""
+        if self.frozen is None:
+            return params
+        assert self.lora is not None
+        return self.lora.merged(self.frozen, params)
 
     def at(self, step: jax.Array) -> "Objective":
         """Return the objective of a 0-based step of training."""
@@ -60,7 +74,7 @@ class Objective:
 
     def apply(self, params: Params, *inputs: jax.Array | None) -> jax.Array:
         """Return the network's logits."""
-        return self.model.apply({"params": params}, *inputs)  # pyright: ignore[reportReturnType]
+        return self.model.apply({"params": self.whole(params)}, *inputs)  # pyright: ignore[reportReturnType]
 
     def denoise(self, params: Params, x: jax.Array, z_t: jax.Array, times: jax.Array) -> jax.Array:
         """Return the logits for noisy tokens whose positions are at times [B] or [B, L].
@@ -122,7 +136,7 @@ class Objective:
 
         The same numbers as `losses`, by the fused projection; only the sum can be differentiated.
         """
-        z_t, t = noised.z_t, noised.t
+        params, z_t, t = self.whole(params), noised.z_t, noised.t
         inputs = (x,) if self.process is None else self._inputs(x, z_t, noised.times)
         h: Any = self.model.apply({"params": params}, *inputs, method="features")
         weights = elbo_weights = jnp.ones((), jnp.float32)

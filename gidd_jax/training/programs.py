@@ -50,9 +50,13 @@ def state_maker(
     def make(key: jax.Array, params: Params | None = None) -> TrainState:
         if params is None:
             return jax.jit(unboxed_init, out_shardings=shardings)(key)
-        params = jax.device_put(params, shardings.params)
-        begin = jax.jit(lambda given: started(given, optimizer, use_ema), out_shardings=shardings)
-        return begin(params)
+        layout = shardings.params if shardings.base is None else shardings.base
+
+        def begin(params: Params, key: jax.Array) -> TrainState:
+            return started(objective, params, optimizer, key, use_ema)
+
+        begun = jax.jit(begin, out_shardings=shardings)
+        return begun(jax.device_put(params, layout), key)
 
     return make, abstract
 
@@ -92,23 +96,26 @@ def compile_step(
 def compile_evaluation(
     settings: Settings, objective: Objective, abstract_state: TrainState, mesh: jax.sharding.Mesh
 ) -> Callable[..., Any]:
-    """Return the jitted evaluation (parameters, batch, key) -> sums over the batch.
+    """Return the jitted evaluation (parameters, frozen ones, batch, key) -> sums over the batch.
 
     It works on as many rows at a time as a training step does: their logits must fit.
     """
     parts = settings.train.micro_batches
 
-    def evaluation(params: Any, batch: Any, key: jax.Array) -> Any:
+    def evaluation(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         def part_sums(part: Any) -> Any:
             number, rows = part
-            return evaluation_step(objective, params, rows, jax.random.fold_in(key, number))
+            return evaluation_step(
+                objective.on(frozen), params, rows, jax.random.fold_in(key, number)
+            )
 
         sums = jax.lax.map(part_sums, (jnp.arange(parts), split_micro_batches(batch, parts)))
         return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.params)
+    parts_of_state = abstract_state.params, abstract_state.base
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts_of_state)
     return jax.jit(
         evaluation,
-        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
+        in_shardings=(*shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
         out_shardings=sharding.replicated(mesh),
     )

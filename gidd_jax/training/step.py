@@ -21,6 +21,21 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     ema: Params | None
 
+    @property
+    def base(self) -> Params | None:
+        """Parameters that stay, beside which `params` are adapters; None: there are none."""
+        return None
+
+
+class AdaptedState(TrainState):
+    """The state of a run that trains adapters."""
+
+    frozen: Params
+
+    @property
+    def base(self) -> Params:
+        return self.frozen
+
 
 def init_state(
     objective: Objective, optimizer: optax.GradientTransformation, key: jax.Array, use_ema: bool
@@ -28,26 +43,43 @@ def init_state(
     """Return the state before the first step; parameters still boxed with their axis names."""
     ids = jnp.zeros((1, min(8, objective.model.max_seq_len)), jnp.int32)
     inputs = (ids,) if objective.process is None else (ids, jnp.zeros(1, jnp.float32))
-    return started(objective.model.init(key, *inputs)["params"], optimizer, use_ema)
+    params = objective.model.init(key, *inputs)["params"]
+    return started(objective, params, optimizer, key, use_ema)
 
 
-def started(params: Params, optimizer: optax.GradientTransformation, use_ema: bool) -> TrainState:
-    """Return the state before the first step that begins with these parameters."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if use_ema else None,
-    )
+def started(
+    objective: Objective,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    use_ema: bool,
+) -> TrainState:
+    """Return the state before the first step that begins with these parameters of the network."""
+    adapters = None
+    if objective.lora is not None:
+        adapters = objective.lora.adapters(params, jax.random.fold_in(key, 1))
+    trained = params if adapters is None else adapters
+    ema = jax.tree.map(jnp.copy, trained) if use_ema else None
+    state = jnp.zeros((), jnp.int32), trained, optimizer.init(trained), ema
+    return TrainState(*state) if adapters is None else AdaptedState(*state, params)
 
 
 def abstract_params(objective: Objective) -> Params:
-    """Return the shapes and dtypes of the parameters as jax.ShapeDtypeStruct."""
+    """Return the shapes and dtypes of the network's parameters as jax.ShapeDtypeStruct."""
+    state = _abstract_state(objective)
+    return state.params if state.base is None else state.base
 
-    def params(key: jax.Array) -> Params:
-        return nn.unbox(init_state(objective, optax.identity(), key, use_ema=False).params)
 
-    return jax.eval_shape(params, jax.random.key(0))
+def abstract_adapters(objective: Objective) -> Params:
+    """Return the shapes and dtypes of the adapters, of an objective that has them."""
+    return _abstract_state(objective).params
+
+
+def _abstract_state(objective: Objective) -> TrainState:
+    def state(key: jax.Array) -> TrainState:
+        return nn.unbox(init_state(objective, optax.identity(), key, use_ema=False))
+
+    return jax.eval_shape(state, jax.random.key(0))
 
 
 def split_micro_batches(tree: Any, count: int) -> Any:
@@ -127,6 +159,7 @@ def update(
     noised: Noised,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Make one update on given noisy tokens; returns the new state and scalar metrics."""
+    objective = objective.on(state.base)
     grads, metrics = loss_and_grads(objective, state.params, batch, noised, micro_batches)
     metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(
@@ -136,7 +169,8 @@ def update(
     ema = None
     if state.ema is not None:
         ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    changes = {"step": state.step + 1, "params": params, "opt_state": opt_state, "ema": ema}
+    return state.replace(**changes), metrics
 
 
 def evaluation_step(

@@ -95,3 +95,18 @@ def test_other_architectures_are_refused_by_name(folder, change, message):
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=message):
         load_pretrained(folder)
+
+
+def test_a_tokenizer_without_pad_and_mask_goes_out_as_it_came(tmp_path):
+    """They are added on the way in, and are no tokens of the model: it could not be read again."""
+    shutil.copytree(GOLDEN / "llama", tmp_path / "model")
+    write_words(tmp_path / "model", 67, special=())
+    model = load_pretrained(tmp_path / "model")
+    assert model.tokenizer.vocab_size == 69
+    save_pretrained(model, tmp_path / "out")
+    again = load_pretrained(tmp_path / "out")
+    assert again.tokenizer.encode(["w1 w2"])[0].tolist() == [1, 2]
+    assert again.tokenizer.pad_id == model.tokenizer.pad_id
+    spec = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert max(token["id"] for token in spec["added_tokens"]) < 67
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)

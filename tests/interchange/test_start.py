@@ -162,6 +162,7 @@ def test_from_masks_to_hybrid_only_the_noise_changes(name, tmp_path):
     ("change", "message"),
     [
         ({"model.start": "nowhere/at/all"}, "no such folder: nowhere/at/all"),
+        ({"model.start": "a/b.gguf"}, "convert the file into a folder first, with python -m"),
         ({"model.max_seq_len": 64}, "model.max_seq_len = 64: must be at most 32, the context of"),
         ({"data.tokenizer": "embedded"}, "has another tokenizer: set it to start"),
     ],
