@@ -89,6 +89,8 @@ def _verdict(plan: Plan) -> str:
         return "compare it with the memory of the machine"
     if fits is False:
         return "does not fit; use mesh.fsdp, model.remat=full or more train.micro_batches"
+    if fits is None and plan.accepted:
+        return "may fit: the compiler takes the step, though this sum is more than the device has"
     if fits is None:
         return f"may fit; the least that it can be is {_gb(plan.memory.least)}"
     if not chip.torus and plan.memory.total > GPU_SHARE * chip.memory:

@@ -270,6 +270,10 @@ def test_fits_or_not(plan):
     assert large.fits is False
     assert "does not fit" in describe(large)
     assert fits(accepted=False, parameters=10, activations=10, kept=0).fits is False
+    assert fits(accepted=True, parameters=10, activations=10, kept=0).fits is True
+    taken = fits(accepted=True, parameters=10, activations=int(90e9), kept=int(80e9))
+    assert taken.fits is None
+    assert "may fit: the compiler takes the step, though this sum" in describe(taken)
     cpu = dataclasses.replace(plan, topology=parse_topology("cpu-8"))
     assert cpu.fits is None
     assert cpu.time is None
