@@ -22,6 +22,17 @@ WEIGHTINGS = {
     "masked": ("elbo",),  # the MDLM loss is its bound
     "autoregressive": ("elbo",),  # the exact likelihood
 }
+OF_LLAMA = (  # keys of the section model that are off unless they say something
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "qkv_bias",
+    "out_bias",
+    "mlp_bias",
+    "head_norms",
+    "rope_scaling",
+    "tie_embeddings",
+)
 OF_OWN = ("elbo", "clip", "dynamic")
 
 
@@ -42,10 +53,11 @@ def check_together(settings: "Settings") -> None:
     _check_llama(model, autoregressive)
     if autoregressive and settings.data.row_mode == "answers":
         raise InputError("data.mode = answers: answers are filled in by diffusion: use crop")
-    if train.mask_padding and train.padding_weight != 1:
+    if train.padding_weight != 1 and (train.mask_padding or autoregressive):
+        reason = "train.mask_padding = True" if train.mask_padding else "an autoregressive model"
         raise InputError(
-            f"train.padding_weight = {train.padding_weight}: nothing reads it with "
-            "train.mask_padding = True: set one of them back"
+            f"train.padding_weight = {train.padding_weight}: nothing reads it with {reason}: set "
+            "it to 1"
         )
     _check_annealing(settings)
     if autoregressive and settings.data.givens:
@@ -102,6 +114,12 @@ def check_together(settings: "Settings") -> None:
 def _check_llama(model: "ModelSettings", autoregressive: bool) -> None:
     if model.name == "dit" and model.cond_dim == 0:
         raise InputError("model.cond_dim = 0: a dit is told the time: must be >= 1")
+    for key in OF_LLAMA:
+        if model.name != "llama" and getattr(model, key):
+            raise InputError(
+                f"model.{key} = {getattr(model, key)}: only model.name = llama reads it, not "
+                f"{model.name}: set it back"
+            )
     if model.name == "llama" and model.num_kv_heads and model.num_heads % model.num_kv_heads:
         raise InputError(
             f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = "
@@ -131,6 +149,11 @@ def _check_annealing(settings: "Settings") -> None:
         raise InputError(
             f"adapt.lora_rank = {adapt.lora_rank}: adapters need a model that they adapt: set "
             "model.start, or the rank to 0"
+        )
+    if adapt.lora_rank and settings.optimizer.name == "muon":
+        raise InputError(
+            f"adapt.lora_rank = {adapt.lora_rank}: optimizer.name = muon is for whole "
+            "matrices: use adamw, laprop or psgd"
         )
     if adapt.lora_rank and settings.model.parametrization == "completep":
         raise InputError(

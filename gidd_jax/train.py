@@ -16,7 +16,7 @@ from absl.flags import ArgumentParser, Flag, FlagHolder
 
 from gidd_jax.cli import CommandFlags, config_flag, run
 from gidd_jax.errors import InputError
-from gidd_jax.parallel.distributed import distributed_flags
+from gidd_jax.parallel.distributed import distributed_flags, refused_together
 
 if TYPE_CHECKING:
     from gidd_jax.settings import Settings
@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
     run_folder(workdir)  # what is wrong with it is said before the processes find each other
     DISTRIBUTED.start()
-    settings, start = from_start(settings)
+    with refused_together():
+        settings, start = from_start(settings, allow_code=ALLOW_CODE.value)
     options = ALLOW_CONFIG_CHANGE.value, PROFILE.value, ALLOW_CODE.value
     figures = train(settings, workdir, *options, start)
     words = ", ".join(f"{name} {written(value, 4)}" for name, value in figures.items())

@@ -81,6 +81,11 @@ def test_an_integer_serves_as_a_float_but_keeps_no_other_type():
             "model.num_kv_heads = 5: must divide model.num_heads = 12",
         ),
         ({"model__rope_scaling": "ntk:2"}, "must be linear:NUMBERS | llama3:NUMBERS | yarn:"),
+        ({"model__head_norms": True}, "model.head_norms = True: only model.name = llama reads it"),
+        (
+            {"train__padding_weight": 0.5, "train__mask_padding": True},
+            "train.padding_weight = 0.5: nothing reads it with train.mask_padding = True",
+        ),
         ({"model__shift": True}, "model.shift = True: only a llama with a diffusion process"),
         ({"adapt__attention_steps": 1}, "only the attention of a llama with a diffusion process"),
         (

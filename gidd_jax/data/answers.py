@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from gidd_jax.data.chat import prompt_ids
+from gidd_jax.data.chat import Conversations
 from gidd_jax.data.corpus import Documents, iterate
 from gidd_jax.data.files import text_of
 from gidd_jax.data.rows import ids_dtype
@@ -43,10 +43,21 @@ def answer_rows(documents: Documents, tokenizer: Tokenizer, seq_len: int, split:
     given: list[np.ndarray] = []
     sizes: list[int] = []
     num_cut, has_answer, records = 0, False, []
+    writer: Conversations | None = None
 
     def add(records: Sequence[tuple[Any, str]]) -> None:
-        nonlocal num_cut, has_answer
-        prompts = _prompts([record for record, _ in records], len(ids), tokenizer, split)
+        nonlocal num_cut, has_answer, writer
+        asked = [prompt for prompt, _ in records]
+        texts = iter(tokenizer.encode([prompt for prompt in asked if isinstance(prompt, str)]))
+        if writer is None and not all(isinstance(prompt, str) for prompt in asked):
+            writer = Conversations(tokenizer)
+        first, prompts = len(ids), []
+        for number, prompt in enumerate(asked, first):
+            if isinstance(prompt, str):
+                prompts.append(next(texts))
+            else:
+                assert writer is not None
+                prompts.append(writer.prompt_ids(prompt, _where(split, number)))
         answers = tokenizer.encode_with_bytes([answer for _, answer in records])
         for prompt, (answer, num_bytes) in zip(prompts, answers, strict=True):
             row = _row(prompt, answer, tokenizer)
@@ -122,15 +133,3 @@ def _read(text: str, where: str) -> tuple[Any, str]:
         keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise InputError(f"{where} has neither prompt and answer nor {MESSAGES}; it has: {keys}")
     return text_of(record, "prompt", where), text_of(record, "answer", where)
-
-
-def _prompts(
-    prompts: Sequence[Any], first: int, tokenizer: Tokenizer, split: str
-) -> list[np.ndarray]:
-    encoded = iter(tokenizer.encode([prompt for prompt in prompts if isinstance(prompt, str)]))
-    return [
-        next(encoded)
-        if isinstance(prompt, str)
-        else prompt_ids(tokenizer, prompt, _where(split, first + number))
-        for number, prompt in enumerate(prompts)
-    ]

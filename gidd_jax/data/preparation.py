@@ -66,6 +66,11 @@ def prepare(
     Raises InputError when the corpus cannot be read or `out` holds shards of other settings.
     """
     rows.check_mode(mode)
+    if mode == rows.ANSWERS:
+        raise InputError(
+            "data mode 'answers': shards do not say what is a prompt: train on the records, .jsonl "
+            "or .parquet, themselves"
+        )
     if split_mixture(path)[0].path != path:
         raise InputError(
             f"data path {path!r} has weights, which belong to training: prepare each part into a "

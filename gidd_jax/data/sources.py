@@ -76,6 +76,8 @@ def _train_source(
     settings: "DataSettings", weight: float, path: str, tokenizer: Tokenizer, seq_len: int
 ) -> Source:
     mode = settings.row_mode
+    if mode == ANSWERS and shards.is_shard_folder(path):
+        raise _no_shards(path)
     if shards.is_shard_folder(path):
         return Source(weight, shards.open_shards(path, tokenizer, mode, seq_len)[0])
     if arrays.is_of_arrays(path):
@@ -107,6 +109,8 @@ def validation_source(settings: "DataSettings", tokenizer: Tokenizer, seq_len: i
     rows.check_mode(mode)
     paths = [part.path for part in split_mixture(settings.path)]
     of_shards = [path for path in paths if shards.is_shard_folder(path)]
+    if mode == ANSWERS and of_shards:
+        raise _no_shards(of_shards[0])
     of_arrays = [path for path in paths if path not in of_shards and arrays.is_of_arrays(path)]
     texts = [path for path in paths if path not in of_shards and path not in of_arrays]
     found: list[Validation] = []
@@ -207,12 +211,23 @@ def tokenise_all(
     return rows.join(parts)
 
 
+def _no_shards(path: str) -> InputError:
+    return InputError(
+        f"data path {path!r} holds shards, which do not say what is a prompt: give the records, "
+        ".jsonl or .parquet, with data.mode=answers"
+    )
+
+
 def _in_memory(documents: Documents, settings: "DataSettings", split: str) -> Documents:
     """Return documents that are few enough to be tokenised at the start; raises InputError."""
     if documents.num_bytes > MAX_TEXT_BYTES:
+        remedy = "tokenise it once with python -m gidd_jax.prepare_data and set data.path to "
+        remedy += "its output"
+        if settings.row_mode == ANSWERS:
+            remedy = "give fewer records"
         raise InputError(
             f"the {split} split of {settings.path!r} has {documents.num_bytes >> 20} MiB of text, "
             f"more than the {MAX_TEXT_BYTES >> 20} MiB that are tokenised at the start: "
-            "tokenise it once with python -m gidd_jax.prepare_data and set data.path to its output"
+            f"{remedy}"
         )
     return documents

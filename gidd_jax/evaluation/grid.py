@@ -123,6 +123,7 @@ def finish(one: Run, folder: Path, judge: Judge | None = None) -> dict[str, Any]
 def measure_of(settings: Settings) -> Measure:
     """Return bits per byte, or nats per token where the rows of validation stand for no text,
     beside the unigram model on what the runs are validated on."""
+    settings = from_start(settings)[0]
     tokenizer, train = run_tokenizer(settings.data), settings.train
     data = (settings.data, tokenizer, settings.model.max_seq_len)
     validation = validation_batches(*data, train.batch_size, max_batches=train.eval_batches)

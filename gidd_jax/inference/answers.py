@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gidd_jax.data.chat import Messages, prompt_ids
+from gidd_jax.data.chat import Conversations, Messages
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.inference.prompts import Text, token_ids
 from gidd_jax.inference.samples import Samples
@@ -19,8 +19,9 @@ def conversations(tokenizer: Tokenizer, prompts: Sequence[str | Messages]) -> li
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
+    writer = Conversations(tokenizer)
     return [
-        prompt_ids(tokenizer, messages, f"prompt {number}")
+        writer.prompt_ids(messages, f"prompt {number}")
         for number, messages in enumerate(asked, start=1)
     ]
 

@@ -10,8 +10,10 @@ import jax
 from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.pretrained import Pretrained
+from gidd_jax.mixture import split_mixture
 from gidd_jax.models.llama import Llama
 from gidd_jax.settings import Settings
+from gidd_jax.training.metrics import METRICS_FILE
 
 CARD_FILE = "README.md"
 _FIGURES = {  # of the last validation, by their names in the log
@@ -75,7 +77,7 @@ def _run(source: str) -> list[str]:
         return []
     data, train = settings.data, settings.train
     rows = {
-        "corpus": Path(data.path).name,
+        "corpus": ", ".join(Path(part.path).name for part in split_mixture(data.path)),
         "start": Path(settings.model.start).name or "nothing",
         "steps": f"{checkpoint.step:,}",
         "tokens": f"{checkpoint.step * train.batch_size * settings.model.max_seq_len:,}",
@@ -94,7 +96,7 @@ def _run(source: str) -> list[str]:
         "<details><summary>All settings</summary>",
         "",
         "```json",
-        settings.to_json().strip(),
+        json.dumps(_without_folders(settings), indent=2),
         "```",
         "",
         "</details>",
@@ -102,11 +104,22 @@ def _run(source: str) -> list[str]:
     ]
 
 
+def _without_folders(settings: Settings) -> dict[str, Any]:
+    """Return the settings with names in place of the paths of one machine."""
+    values = settings.to_dict()
+    for section, key in (("data", "path"), ("data", "tokenizer"), ("model", "start")):
+        values[section][key] = Path(values[section][key]).name
+    rule, colon, files = values["data"]["validation"].partition(":")
+    if rule == "path":
+        values["data"]["validation"] = rule + colon + Path(files).name
+    return values
+
+
 def _figures(workdir: Path, step: int) -> dict[str, str]:
     """Return the figures of the last validation up to a step, out of the log of a run."""
     found: dict[str, Any] = {}
     try:
-        lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
+        lines = (workdir / METRICS_FILE).read_text("utf-8").splitlines()
         for values in map(json.loads, lines):
             if values["step"] <= step:
                 found |= {name: values[name] for name in _FIGURES if name in values}

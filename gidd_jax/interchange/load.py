@@ -7,6 +7,7 @@ file and the fix.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ from gidd_jax.training.objective import Objective, Params
 from gidd_jax.training.step import abstract_adapters, abstract_params
 
 # What a hub folder is asked for: no code, no pickles.
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 _NOT_CAUSAL = "{} is a diffusion model: give an autoregressive one, it has an exact likelihood"
 _NOT_BUILT_IN = (
     "the process of {} is code of its own, {}, which no published format can hold: give a model "
@@ -111,36 +112,31 @@ def load_pretrained(
             return model
         return _computing_in(model._replace(params=as_dtype(model.params, dtype)), dtype)
 
+    def read(place: Path, reader: Callable[[Path, Target], Pretrained]) -> Pretrained:
+        check_no_process_given(consent, path, "built in")
+        if ema:
+            raise InputError(f"{path} has no moving average of the parameters: load it without ema")
+        target = Target(mesh, dtype or "float32")
+        model = _computing_in(reader(place, target), target.dtype)
+        if causal and model.process is not None:
+            raise InputError(_NOT_CAUSAL.format(path))
+        bad = not_numbers(model.params)
+        if bad is not None:
+            raise InputError(f"{path} is damaged ({bad}): fetch it again")
+        return model if row_mode is None else _framed_as(model, row_mode, path)
+
     if "://" in str(path):
         return of_run(find_checkpoint(path))
     if str(path).endswith(SUFFIX):
-        return _of_file(Path(path).expanduser(), Target(mesh, dtype or "float32"))
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise InputError(f"no such file: {file}")
+        return read(file, from_gguf)
     folder = _local_folder(str(path))
     is_hugging_face, is_original = _is_hugging_face(folder), (folder / "config.yaml").is_file()
     if (folder / CHECKPOINTS).is_dir() or not (is_hugging_face or is_original):
         return of_run(find_checkpoint(folder))
-    check_no_process_given(consent, path, "built in")
-    if ema:
-        raise InputError(f"{path} has no moving average of the parameters: load it without ema")
-    target = Target(mesh, dtype or "float32")
-    read = from_hugging_face if is_hugging_face else from_original
-    model = _computing_in(read(folder, target), target.dtype)
-    if causal and model.process is not None:
-        raise InputError(_NOT_CAUSAL.format(path))
-    bad = not_numbers(model.params)
-    if bad is not None:
-        raise InputError(f"{path} is damaged ({bad}): fetch it again")
-    return model if row_mode is None else _framed_as(model, row_mode, path)
-
-
-def _of_file(file: Path, target: Target) -> Pretrained:
-    if not file.is_file():
-        raise InputError(f"no such file: {file}")
-    model = from_gguf(file, target)
-    bad = not_numbers(model.params)
-    if bad is not None:
-        raise InputError(f"{file} is damaged ({bad}): fetch it again")
-    return _computing_in(model, target.dtype)
+    return read(folder, from_hugging_face if is_hugging_face else from_original)
 
 
 def _computing_in(model: Pretrained, dtype: str) -> Pretrained:

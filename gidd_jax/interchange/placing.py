@@ -7,7 +7,6 @@ array that the devices hold, in its dtype and its layout over them.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +68,7 @@ def place(
             f"the config has {network.num_layers} layers, and the weights have {len(tensors)} "
             "tensors: use the config of these weights"
         )
-    _check_shapes(tensors, TorchTensors(nn.unbox(boxed), vocab_size))
+    _check_shapes(tensors, TorchTensors(sharding.unbox(boxed), vocab_size))
 
     def put(path: tuple[str, ...], arrays: Iterable[np.ndarray], count: int | None) -> jax.Array:
         layout: Any = shardings

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.data.tokenizer_files import SPEC_FILE, read_tokenizer_files
 from gidd_jax.errors import InputError
@@ -22,10 +22,11 @@ from gidd_jax.interchange.gguf_file import SUFFIX
 from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.models.dit import DiT
-from gidd_jax.models.gidd import TimeFreeTransformer
+from gidd_jax.models.gidd import HEAD_WIDTH, RESID_SCALE, TimeFreeTransformer
 from gidd_jax.models.llama import Llama
 from gidd_jax.models.llama_denoiser import LlamaDenoiser
 from gidd_jax.models.rotary import scaling_text
+from gidd_jax.parallel.sharding import unbox
 from gidd_jax.settings import ModelSettings, Settings
 from gidd_jax.training.build import build_model
 from gidd_jax.training.objective import Network, Params
@@ -48,11 +49,15 @@ _OF_RUN = (
 )
 
 
-def from_start(settings: Settings) -> tuple[Settings, Callable[[], Params] | None]:
+def from_start(
+    settings: Settings, *, allow_code: bool = False
+) -> tuple[Settings, Callable[[], Params] | None]:
     """Return the settings with the architecture of model.start, and what makes its parameters.
 
-    Without a start the settings are as they were, and there is None. Raises InputError where the
-    start cannot be loaded, or the run could not go on with it.
+    Without a start the settings are as they were, and there is None. The parameters are read again
+    when they are asked for, so that a run which goes on holds none of them. allow_code: of a
+    process of the start's own. Raises InputError where the start cannot be loaded, or the run could
+    not go on with it.
     """
     path = settings.model.start
     if not path:
@@ -67,16 +72,24 @@ def from_start(settings: Settings) -> tuple[Settings, Callable[[], Params] | Non
             f"model.start = {path}: convert the file into a folder first, with python -m "
             f"gidd_jax.convert --checkpoint={path} --out=FOLDER, and start from that"
         )
-    source = load_pretrained(path)
-    settings = _with_architecture(settings, source)
-    data = settings.data
+    source = load_pretrained(path, allow_code=allow_code)._replace(params=None)
+    settings, data = _with_architecture(settings, source), settings.data
     if data.tokenizer == START:
         data = dataclasses.replace(data, tokenizer=_tokenizer_folder(path))
         settings = dataclasses.replace(settings, data=data)
-        tokenizer = None
     else:
-        tokenizer = source.tokenizer
-    return settings, lambda: _params(settings, source, tokenizer)
+        _check_tokenizer(settings, source.tokenizer)
+    return settings, lambda: _params(settings, load_pretrained(path, allow_code=allow_code))
+
+
+def _check_tokenizer(settings: Settings, wanted: Tokenizer) -> None:
+    tokenizer = run_tokenizer(settings.data, write=False)
+    # What fills rows up differs by how they are framed.
+    if not dataclasses.replace(tokenizer, pad_id=wanted.pad_id).gives_ids_of(wanted):
+        raise InputError(
+            f"data.tokenizer = {settings.data.tokenizer}: model.start = {settings.model.start} has "
+            f"another tokenizer: set it to {START}"
+        )
 
 
 def _with_architecture(settings: Settings, source: Pretrained) -> Settings:
@@ -90,6 +103,11 @@ def _with_architecture(settings: Settings, source: Pretrained) -> Settings:
         raise InputError(
             f"model.max_seq_len = {model.max_seq_len}: must be at most {network.max_seq_len}, the "
             f"context of model.start = {model.start}"
+        )
+    if adapt.lora_rank and isinstance(network, Llama) and model.cond_dim:
+        raise InputError(
+            f"adapt.lora_rank = {adapt.lora_rank}: adapters leave the time embedding as it begins, "
+            "which is without effect: set model.cond_dim=0"
         )
     model = dataclasses.replace(model, **_architecture(network, settings, source))
     if source.process is not None:  # its attention is full already
@@ -110,7 +128,9 @@ def _architecture(network: Network, settings: Settings, source: Pretrained) -> d
     if isinstance(network, DiT):
         return found | {"name": "dit", "cond_dim": network.cond_dim}
     if isinstance(network, TimeFreeTransformer):
-        kind = "standard" if network.resid_scale == network.num_layers else "completep"
+        is_scaled = network.head_scale == HEAD_WIDTH / network.hidden_size
+        is_scaled &= network.resid_scale == RESID_SCALE
+        kind = "completep" if is_scaled else "standard"
         return found | {"name": "gidd", "parametrization": kind}
     names = {field.name for field in dataclasses.fields(ModelSettings)} & {
         field.name for field in dataclasses.fields(network)
@@ -142,6 +162,11 @@ def _check_same(made: Network, network: Network, settings: Settings) -> None:
 
 def _tokenizer_folder(path: str) -> str:
     """Return the folder of a start's tokenizer, or its name on the hub."""
+    if "://" in path:
+        raise InputError(
+            f"model.start = {path}: with data.tokenizer={START} it must be a local folder, or a "
+            "name on the hub: copy it, or name the tokenizer"
+        )
     folder = Path(path).expanduser()
     for place in (folder, folder / "tokenizer", folder.parent.parent / "tokenizer"):
         if (place / SPEC_FILE).is_file():
@@ -149,16 +174,9 @@ def _tokenizer_folder(path: str) -> str:
     return path
 
 
-def _params(settings: Settings, source: Pretrained, wanted: Tokenizer | None) -> Params:
+def _params(settings: Settings, source: Pretrained) -> Params:
     """Return the start's parameters as those of the run's network."""
-    from gidd_jax.data.sources import run_tokenizer
-
     tokenizer = run_tokenizer(settings.data)
-    if wanted is not None and not tokenizer.gives_ids_of(wanted):
-        raise InputError(
-            f"data.tokenizer = {settings.data.tokenizer}: model.start = {settings.model.start} has "
-            f"another tokenizer: set it to {START}"
-        )
     network, params = build_model(settings, tokenizer.vocab_size), source.params
     if isinstance(network, LlamaDenoiser) and isinstance(source.network, Llama):
         params = with_tokens(params, tokenizer, _is_new(tokenizer, source.network.vocab_size))
@@ -174,11 +192,10 @@ def _is_new(tokenizer: Tokenizer, rows: int) -> list[int]:
     files = read_tokenizer_files(tokenizer.name)
     named = {token["content"] for token in files.spec["added_tokens"]}
     named |= {token.content for token in files.further.values()}
-    added = [
-        token_id
-        for token_id in (tokenizer.pad_id, tokenizer.mask_id)
-        if tokenizer.backend.id_to_token(token_id) not in named | set(files.spec["model"]["vocab"])
-    ]
+    vocab = files.spec["model"]["vocab"]  # of a Unigram model pairs of a token and its score
+    named |= set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
+    roles = tokenizer.pad_id, tokenizer.mask_id
+    added = [i for i in roles if tokenizer.backend.id_to_token(i) not in named]
     return sorted({*range(rows, tokenizer.vocab_size), *added})
 
 
@@ -209,7 +226,7 @@ def _completed(network: Network, params: Params, key: jax.Array) -> Params:
         inputs += (jnp.zeros(1),)
 
     def fresh(key: jax.Array) -> dict[Any, Any]:
-        made = nn.unbox(network.init(key, *inputs)["params"])
+        made = unbox(network.init(key, *inputs)["params"])
         made = flatten_dict(made)
         return {path: leaf for path, leaf in made.items() if path not in flat}
 

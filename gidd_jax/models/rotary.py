@@ -109,10 +109,15 @@ def scaling_of(text: str) -> RopeScaling | None:
     read = {int: int, float: float, bool: {"True": True, "False": False}.__getitem__}
     try:
         pairs = zip(kinds.items(), numbers.split(","), strict=True)
-        return SCALINGS[name](**{key: read[kind](number) for (key, kind), number in pairs})
+        values = {key: read[kind](number) for (key, kind), number in pairs}
+        if not all(0 < v < math.inf for v in values.values() if v is not False):
+            raise ValueError
+        if values.get("high_freq_factor", math.inf) <= values.get("low_freq_factor", 0):
+            raise ValueError
+        return SCALINGS[name](**values)
     except (ValueError, KeyError):
         raise InputError(
-            f"rope_scaling {text!r}: give {name}:{','.join(kinds)}, each a number or True | False"
+            f"rope_scaling {text!r}: give {name}:{','.join(kinds)}, each above 0, or True | False"
         ) from None
 
 

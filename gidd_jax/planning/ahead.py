@@ -181,7 +181,8 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
     # By blocks a row is its noisy and its clean tokens.
     L = model.max_seq_len * (2 if train.block_length else 1)
     scores = train.batch_size // train.micro_batches * model.num_heads * L**2
-    by_row = backend == "cpu" and mesh.size == 1 and scores > MOST_SCORES
+    annealed = build.settings.adapt.attention_steps > 0  # by a bias on all of the scores
+    by_row = backend == "cpu" and mesh.size == 1 and scores > MOST_SCORES and not annealed
     is_recomputed = by_row or form in ("cudnn", "splash")
     split = {model.num_heads, hidden_units(model)}
     total = 0
@@ -200,6 +201,8 @@ def kept_bytes(build: Builder, topology: Topology, mesh: Mesh) -> int:
 def attention_form(settings: Settings, topology: Topology) -> str:
     """Return which form of attention a run takes on the devices (`ops.attention`)."""
     model = settings.model
+    if settings.adapt.attention_steps:  # the steps that need most
+        return "xla"
     if model.name == "gidd" and not model.attention:
         # No kernel takes its masks, of prompts and blocks, and cuDNN none of its soft cap.
         has_mask = settings.data.has_givens or settings.train.block_length > 0
@@ -218,7 +221,7 @@ def _backend(topology: Topology) -> str:
 
 def _residuals(build: Builder, rows: int) -> list[Any]:
     """Return the shapes and dtypes of what the backward pass of `rows` sequences reads."""
-    objective = build.objective("xla")
+    objective = build.objective("xla").at(jnp.int32(0))
     shape = (rows, build.settings.model.max_seq_len)
     tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     # Of times of positions the network keeps more than of rows'.

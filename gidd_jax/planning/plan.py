@@ -122,7 +122,7 @@ class Plan:
             return self.accepted
         if self.memory.total <= chip.memory:
             return True
-        # Its own compiler may take a step whose arrays, summed up, are too many: no proof of either.
+        # Its compiler may take a step whose arrays, summed up, are too many: no proof of either.
         return None if self.accepted or self.memory.least <= chip.memory else False
 
 

@@ -19,6 +19,7 @@ from gidd_jax.checkpoints.storage import is_remote, run_folder
 from gidd_jax.checkpoints.workdir import agree, lock_workdir, open_workdir
 from gidd_jax.data.arrays import with_marks
 from gidd_jax.data.pipeline import TrainBatches, ValidationBatches, validation_batches
+from gidd_jax.data.rows import ANSWERS
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.likelihood import perplexity
@@ -99,7 +100,7 @@ def train(
             batches.set_state(position)
             logging.info("Continuing from step %d of %s", state.step, workdir)
         open_workdir(workdir, settings, tokenizer, own)
-        describe_data(batches, validation)
+        describe_data(batches, validation, settings.data.row_mode != ANSWERS)
         logging.info("\n%s", parameter_overview.get_parameter_overview(state.params))
 
         first = int(state.step)
@@ -169,14 +170,14 @@ def train(
         return figures
 
 
-def describe_data(batches: TrainBatches, validation: ValidationBatches) -> None:
+def describe_data(batches: TrainBatches, validation: ValidationBatches, is_packable: bool) -> None:
     """Log what the rows are like, and warn where they leave little to learn from or to measure."""
     share = batches.padding_share()
     if share > MOST_PADDING:
         logging.warning(
-            "%.0f %% of the training rows is padding: lower model.max_seq_len, or set "
-            "data.mode=packed, which joins documents",
+            "%.0f %% of the training rows is padding: lower model.max_seq_len%s",
             100 * share,
+            ", or set data.mode=packed, which joins documents" if is_packable else "",
         )
     else:
         logging.info("%.0f %% of the training rows is padding", 100 * share)

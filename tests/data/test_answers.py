@@ -1,5 +1,6 @@
 """Rows of prompts and answers: what is given, what is learnt, what is refused."""
 
+import dataclasses
 import json
 import logging as std_logging
 
@@ -12,6 +13,7 @@ from answer_files import answers_tokenizer, reversals, write_records, write_toke
 from gidd_jax.cli import load_config
 from gidd_jax.data import answers
 from gidd_jax.data.pipeline import TrainBatches, validation_batches
+from gidd_jax.data.preparation import prepare
 from gidd_jax.data.sources import run_tokenizer, train_sources, validation_source
 from gidd_jax.errors import InputError
 from gidd_jax.settings import Settings
@@ -161,3 +163,19 @@ def test_characters_are_those_of_prompts_and_answers(tmp_path):
     settings = data_settings(tmp_path, [{"prompt": "äb", "answer": "c"}] * 4, **changes)
     run_tokenizer(settings)
     assert set((tmp_path / "characters.txt").read_text()) - {"\n"} == set("äbc")
+
+
+def test_shards_are_refused(tmp_path):
+    """They would be read as texts, whose prompts are noised and learnt like the rest."""
+    settings = data_settings(tmp_path, reversals(6, seed=0))
+    texts = [{"text": f"w{i} w{i + 1}"} for i in range(8)]
+    options = {"seq_len": 16, "validation": "last:2", "text_key": "text"}
+    options |= {"txt_documents": "file", "num_workers": 1, "shard_size": 4}
+    source = str(write_records(tmp_path / "texts.jsonl", texts)), settings.tokenizer
+    with pytest.raises(InputError, match="data mode 'answers': shards do not say what"):
+        prepare(*source, tmp_path / "no", mode="answers", **options)
+    prepare(*source, tmp_path / "shards", mode="packed", **options)
+    of_shards = dataclasses.replace(settings, path=str(tmp_path / "shards"))
+    for read in (train_sources, validation_source):
+        with pytest.raises(InputError, match="holds shards, which do not say what is a prompt"):
+            read(of_shards, run_tokenizer(settings), 16)

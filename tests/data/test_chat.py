@@ -3,7 +3,7 @@
 import pytest
 from answer_files import TEMPLATE, answers_tokenizer
 
-from gidd_jax.data.chat import prompt_ids
+from gidd_jax.data.chat import Conversations
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 
@@ -20,7 +20,7 @@ def test_the_ids_are_those_of_transformers(tmp_path):
     tokenizer = answers_tokenizer(tmp_path / "tokenizer")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     wanted = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    assert prompt_ids(tokenizer, MESSAGES, "prompt 1").tolist() == wanted
+    assert Conversations(tokenizer).prompt_ids(MESSAGES, "prompt 1").tolist() == wanted
     text = "<|user|> w1 w2 <eos> <|assistant|> w3 <eos> <|user|> w4 <eos> <|assistant|>"
     assert theirs.decode(wanted) == text
 
@@ -28,9 +28,8 @@ def test_the_ids_are_those_of_transformers(tmp_path):
 def test_a_template_that_writes_the_begin_writes_it_once(tmp_path):
     tokenizer = answers_tokenizer(tmp_path / "tokenizer", template="{{ bos_token }} " + TEMPLATE)
     plain = answers_tokenizer(tmp_path / "plain")
-    assert (
-        prompt_ids(tokenizer, MESSAGES, "a").tolist() == prompt_ids(plain, MESSAGES, "a").tolist()
-    )
+    found, wanted = (Conversations(t).prompt_ids(MESSAGES, "a") for t in (tokenizer, plain))
+    assert found.tolist() == wanted.tolist()
 
 
 def test_a_template_is_saved_with_the_tokenizer(tmp_path):
@@ -60,6 +59,6 @@ def test_a_template_is_saved_with_the_tokenizer(tmp_path):
 def test_what_cannot_be_written_is_one_line(messages, template, message, tmp_path):
     tokenizer = answers_tokenizer(tmp_path / "tokenizer", template=template)
     with pytest.raises(InputError) as caught:
-        prompt_ids(tokenizer, messages, "prompt 3")
+        Conversations(tokenizer).prompt_ids(messages, "prompt 3")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -139,10 +139,25 @@ def test_samples_keep_their_prompts_and_hold_no_mask(tmp_path, monkeypatch):
     assert rows.shape == (2, 16)
     assert (rows[:, :3] == prompt).all()
     assert not (rows == model.tokenizer.mask_id).any()
+    with pytest.raises(ValueError, match="a prompt of 16 tokens leaves no room"):
+        theirs.generate(torch.zeros((1, 16), dtype=torch.long))
     assert (drawn(num_samples=2) == drawn(num_samples=2)).all()
     finished = drawn(num_samples=2)
     mended = theirs.self_correct(finished, 1, generator=torch.Generator().manual_seed(1))
     assert ((mended != finished).sum(-1) <= 1).all()  # a token a step
+
+
+def test_columns_that_fill_up_are_never_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tiny_model(tmp_path, "gidd")
+    padded = pretrained(model, keep_padding_columns=True)
+    padded.params["output"]["bias"] += 8.0 * (jnp.arange(384) >= model.tokenizer.vocab_size)
+    save_pretrained(padded, tmp_path / "out", with_code=True)
+    _, theirs = torch_model(tmp_path / "out")
+    assert theirs.config.vocab_size > model.tokenizer.vocab_size
+    rows = theirs.generate(num_steps=4, num_samples=4, temperature=1.0, correction_steps=4)
+    assert (rows < model.tokenizer.vocab_size).all()
 
 
 def test_without_the_flag_there_is_no_code(tmp_path):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from golden_llama import CASES, GOLDEN, IDS
 from published_folders import write_words
 from tiny_checkpoint import write_checkpoint
@@ -179,6 +180,39 @@ def test_what_cannot_be_is_one_line(change, message, tmp_path, corpus):
         begin()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_starts_own_tokenizer_may_be_named(tmp_path, corpus):
+    """Whatever fills up rows: a Llama's are filled up with the token that ends a text."""
+    folder = llama_start(tmp_path / "start")
+    for mode in ("packed", "answers"):
+        settings = adapted(folder, corpus, **{"data.tokenizer": str(folder), "data.mode": mode})
+        assert from_start(settings)[0].data.tokenizer == str(folder)
+
+
+def test_a_vocabulary_of_pairs(tmp_path, corpus):
+    """Unigram models list tokens with their scores."""
+    folder = llama_start(tmp_path / "start")
+    pairs = [("<unk>", 0.0), *((f"w{i}", -1.0) for i in range(65))]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pairs, unk_id=0))
+    backend.add_special_tokens(["<eos>"])
+    backend.save(str(folder / "tokenizer.json"))
+    _, start = from_start(adapted(folder, corpus))
+    assert start is not None
+    assert start()["vocab_embed"]["embedding"].shape[0] == 69
+
+
+def test_nothing_is_written_where_the_tokenizer_is_another(tmp_path, corpus):
+    settings = adapted(llama_start(tmp_path / "start"), corpus, **{"data.tokenizer": "embedded"})
+    with pytest.raises(InputError, match="has another tokenizer"):
+        from_start(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_would_leave_new_times_untold(tmp_path, corpus):
+    changes = {"adapt.lora_rank": 2, "model.cond_dim": 8}
+    with pytest.raises(InputError, match="adapters leave the time embedding as it begins"):
+        from_start(adapted(llama_start(tmp_path / "start"), corpus, **changes))
 
 
 def test_a_diffusion_model_is_no_start_of_an_autoregressive_one(tmp_path):

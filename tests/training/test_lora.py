@@ -87,5 +87,8 @@ def test_a_run_trains_adapters_alone_and_its_model_has_them_merged(tmp_path):
 def test_adapters_need_something_to_adapt(tmp_path):
     with pytest.raises(InputError, match=r"adapt\.lora_rank = 2: adapters need a model that they"):
         tiny_settings(tmp_path, "gidd", **{"adapt.lora_rank": 2})
+    changes = {"adapt.lora_rank": 2, "model.start": "a", "optimizer.name": "muon"}
+    with pytest.raises(InputError, match=r"optimizer\.name = muon is for whole matrices"):
+        tiny_settings(tmp_path, "gidd", **changes)
     with pytest.raises(InputError, match=r"adapt\.lora_rank = -1: must be >= 0"):
         tiny_settings(tmp_path, "gidd", **{"adapt.lora_rank": -1})

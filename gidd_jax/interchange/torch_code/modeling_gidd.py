@@ -104,7 +104,9 @@ class GiddPreTrainedModel(PreTrainedModel):
 
     def _x_hat(self, z, t, temperature=1.0):
         logits = self(z, t).logits.double()
-        logits[..., self.config.mask_token_id] = -torch.inf  # predictions are clean tokens
+        # Predictions are clean tokens; columns beyond them only fill the output layer up.
+        logits[..., self.config.mask_token_id] = -torch.inf
+        logits[..., self.config.noise_vocab_size :] = -torch.inf
         if temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
         return torch.softmax(logits / temperature, dim=-1)
@@ -136,6 +138,8 @@ class GiddPreTrainedModel(PreTrainedModel):
             begin = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
             input_ids = torch.full((num_samples, 1), begin, device=device)
         prompt = torch.as_tensor(input_ids, device=device)
+        if prompt.shape[1] >= length:
+            raise ValueError(f"a prompt of {prompt.shape[1]} tokens leaves no room in {length}")
         shape = len(prompt), length
         given = torch.arange(length, device=device)[None] < prompt.shape[1]
         times = torch.linspace(process.t_max, process.t_min, num_steps + 1, dtype=torch.float64)
@@ -164,8 +168,8 @@ class GiddPreTrainedModel(PreTrainedModel):
 
         The paper's rule (section 5.3); given [B, L]: what must stay.
         """
-        z = input_ids.clone()
-        rows = torch.arange(len(z), device=z.device)
+        z, rows = input_ids.clone(), torch.arange(len(input_ids), device=input_ids.device)
+        active = torch.ones_like(rows, dtype=torch.bool)  # a row ends where a step changes nothing
         for _ in range(num_steps):
             x_hat = self._x_hat(z, t, temperature)
             proposal = self._draw(x_hat, generator)
@@ -173,10 +177,10 @@ class GiddPreTrainedModel(PreTrainedModel):
             if given is not None:
                 score = score.masked_fill(given.expand_as(score), 0.0)
             place = score.argmax(dim=-1)
-            if not score.any():
+            active &= score[rows, place] > 0
+            if not active.any():
                 break
-            changed = score[rows, place] > 0
-            z[rows, place] = torch.where(changed, proposal[rows, place], z[rows, place])
+            z[rows, place] = torch.where(active, proposal[rows, place], z[rows, place])
         return z
 
 
