@@ -27,7 +27,7 @@ COMMAND = '''
 Examples:
   python -m command --config=tiny
 """
-from gidd_jax import cli
+from gidd_jax import cli, model_flags
 from gidd_jax.errors import InputError
 flags = cli.CommandFlags()
 CONFIG = cli.config_flag(flags, {default!r})
@@ -99,7 +99,7 @@ def test_help_is_quick_and_shows_only_our_flags(command):
 
 
 def test_help_says_what_is_required_and_what_is_left_out(command):
-    lines = command("--help", required="cli.checkpoint_flag(flags)").stdout.splitlines()
+    lines = command("--help", required="model_flags.checkpoint_flag(flags)").stdout.splitlines()
     assert "  --shares: Shares. (default: 0.02,0.1)" in lines
     assert "  --compare: Runs." in lines
     assert "  --num: How many." in lines
@@ -149,7 +149,7 @@ def test_ways_to_choose_and_override_a_config(command, args):
             ["--config.mesh.zzz=1"],
             "key mesh.zzz: use one of mesh.data, mesh.fsdp, mesh.tensor",
         ),
-        (["--config.zzz=1"], "use one of checkpoint, data, logging, mesh, model"),
+        (["--config.zzz=1"], "use one of adapt, checkpoint, data, logging, mesh"),
         (
             ["--config.mesh=1"],
             "mesh is a section: set one of its keys, mesh.data, mesh.fsdp",
@@ -158,7 +158,8 @@ def test_ways_to_choose_and_override_a_config(command, args):
         (["--config.train.num_steps=1.5"], "invalid literal for int()"),
         (
             ["--config=gid"],
-            "the shipped configs are ar, base, gidd, gidd_scaling, mdlm, quickstart, sudoku",
+            "the shipped configs are adapt, ar, base, gidd, gidd_scaling, mdlm, quickstart, sft, "
+            "sudoku",
         ),
         (["--config=elsewhere/gidd.py"], "no such file"),
         (["--config=gidd:huge"], "unknown size 'huge': use one of tiny, small, base, 1B"),

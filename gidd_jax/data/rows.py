@@ -17,7 +17,8 @@ from gidd_jax.errors import InputError
 
 NO_FRAME = "none"
 ANSWERS = "answers"
-MODES = ("crop", "packed", "padded", ANSWERS)
+TEXT_MODES = ("crop", "packed", "padded")
+MODES = (*TEXT_MODES, ANSWERS)
 
 
 class Records(Protocol):

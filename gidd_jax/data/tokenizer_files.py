@@ -237,17 +237,17 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def _template(folder: Path, config: dict[str, Any], name: str) -> str | None:
+def _template(folder: Path, named: dict[str, Any], name: str) -> str | None:
     """Return the chat template of a folder: a file of its own or, in older ones, a key of the
     config; of several the default one; None where there is none."""
     file = folder / TEMPLATE_FILE
     try:
-        template: Any = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+        template: Any = file.read_text("utf-8") if file.is_file() else named.get("chat_template")
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer {name!r} is damaged: {file.name}: {error}") from error
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        several = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = several.get("default")
     if template is not None and not isinstance(template, str):
         raise InputError(f"tokenizer {name!r} is damaged: its chat template is no text")
     return template

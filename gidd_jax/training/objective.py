@@ -30,7 +30,7 @@ Batch = Mapping[str, jax.Array]
 class Objective:
     """What a network is trained on: a process and a loss (process None: autoregressive).
 
-    annealing: what of them changes from step to step (see `at`); future: what a Llama's attention
+    annealing: what of them changes from step to step; future: what a Llama's attention
     adds to the scores of later tokens (None: nothing). lora: parameters are adapters of `frozen`.
     """
 

@@ -87,7 +87,7 @@ def test_crops_are_windows_of_documents_and_change(tmp_path, tokenizer, source):
     assert {tuple(f[-16:]) for f in framed} & found  # the end of text can be seen
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_order_does_not_depend_on_the_number_of_processes(tmp_path, tokenizer, mode):
     config = settings(write_jsonl(tmp_path / "a.jsonl"), mode=mode)
     whole = first_batches(TrainBatches(config, tokenizer, SEQ_LEN, 8, seed=1), 7)
@@ -103,7 +103,7 @@ def test_order_does_not_depend_on_the_number_of_processes(tmp_path, tokenizer, m
         assert_same(joined, whole)
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_empty_tokens_are_put_between_the_same_rows(tmp_path, tokenizer, mode):
     """The same on any number of processes; they are part of the text, and never in validation."""
     file = write_jsonl(tmp_path / "a.jsonl")
@@ -131,7 +131,7 @@ def test_empty_tokens_are_put_between_the_same_rows(tmp_path, tokenizer, mode):
         TrainBatches(config, pads_with_end, SEQ_LEN, 8, seed=1)
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_resumes_in_the_middle_of_an_epoch_on_other_processes(tmp_path, tokenizer, mode):
     config = settings(write_jsonl(tmp_path / "a.jsonl"), mode=mode)
     train = TrainBatches(config, tokenizer, SEQ_LEN, 8, seed=1)
@@ -227,7 +227,7 @@ def test_a_bad_document_of_a_large_corpus_is_named_at_once(tmp_path, tokenizer, 
 # ---- validation batches
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_validation_batches(tmp_path, tokenizer, mode):
     config = settings(write_jsonl(tmp_path / "a.jsonl"), mode=mode, validation="last:7")
     held = validation_batches(config, tokenizer, SEQ_LEN, 4)

@@ -159,7 +159,7 @@ def joined(parts: list[TrainBatches], num_batches: int) -> dict[str, np.ndarray]
     }
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_order_does_not_depend_on_the_number_of_processes(folder, tokenizer, mode):
     config = settings(mixture(folder), mode=mode)
     whole = take(TrainBatches(config, tokenizer, 8, 8, seed=1), 5)

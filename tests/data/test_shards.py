@@ -49,7 +49,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def folders(corpus, tmp_path_factory) -> dict[str, Path]:
     """A folder of shards for each mode."""
-    made = {mode: tmp_path_factory.mktemp(mode) / "shards" for mode in rows.MODES}
+    made = {mode: tmp_path_factory.mktemp(mode) / "shards" for mode in rows.TEXT_MODES}
     for mode, folder in made.items():
         prepare(
             str(corpus),
@@ -115,7 +115,7 @@ def test_packed_records_hold_every_token_of_each_shard(folders, tokenizer):
     assert [(train[i].tolist(), train.num_bytes(i)) for i in range(len(train))] == expected
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_validation_is_that_of_the_texts(folders, corpus, tokenizer, mode):
     from_text = validation_batches(settings(corpus, mode), tokenizer, SEQ_LEN, 4)
     from_shards = validation_batches(settings(folders[mode], mode), tokenizer, SEQ_LEN, 4)
@@ -132,7 +132,7 @@ def test_validation_is_that_of_the_texts(folders, corpus, tokenizer, mode):
         assert baselines[0] == baselines[1]
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_resumes_in_the_middle_of_an_epoch_on_other_processes(folders, tokenizer, mode):
     config = settings(folders[mode], mode)
     train = TrainBatches(config, tokenizer, SEQ_LEN, 8, seed=2)

@@ -195,7 +195,7 @@ def test_of_a_hub_name_only_the_files_of_a_tokenizer_are_fetched(tmp_path, monke
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert load_tokenizer("some/model").eos_id == 1
     assert asked["patterns"]
-    assert all(p.endswith(".json") for p in asked["patterns"])
+    assert all(p.endswith((".json", ".jinja")) for p in asked["patterns"])
     with pytest.raises(InputError, match=r"'no/model' is no folder and not on the hub: 404$"):
         load_tokenizer("no/model")
 

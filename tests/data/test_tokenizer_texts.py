@@ -175,7 +175,7 @@ def test_a_text_that_comes_back_is_decoded():
     assert tokenizer.revise(text, before, after) == expected
 
 
-@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("mode", rows.TEXT_MODES)
 def test_bytes_of_a_text_without_tokens_count_with_its_end(tmp_path, mode):
     tokenizer = words(tmp_path)
     texts = ["hello", "\u2003\u2003", "", "world "]

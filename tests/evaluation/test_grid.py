@@ -162,7 +162,7 @@ class Training:
         self.stops_at_seed: int | None = None
         self.error: Exception | None = None
 
-    def __call__(self, settings: Settings, workdir: Path) -> dict[str, float]:
+    def __call__(self, settings: Settings, workdir: Path, start: None) -> dict[str, float]:
         if self.error:
             raise self.error
         self.seeds.append(settings.seed)

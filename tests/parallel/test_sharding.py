@@ -195,8 +195,8 @@ PARTS = {
         (X, jnp.ones((8, 32)), *ANGLES, None),
     ),
     "llama block": (
-        llama.Block(MODELS["llama"][0].shape, jnp.float32, "xla"),
-        (X, *ANGLES, None, None),
+        llama.Block(MODELS["llama"][0].shape, True, jnp.float32, "xla"),
+        (X, llama.Place(*ANGLES), None),
     ),
 }
 
