@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gidd_jax.errors import InputError
 from gidd_jax.models.conditioning import TimeEmbedding, by_position, modulate, modulation
 from gidd_jax.models.layers import (
     Array,
@@ -20,6 +19,7 @@ from gidd_jax.models.layers import (
     Linear,
     check_heads,
     check_sequence,
+    check_times,
     constrain,
     kept,
     layer_stack,
@@ -189,9 +189,7 @@ class DiT(nn.Module):
         Raises InputError for a sequence longer than max_seq_len or a t of another shape.
         """
         check_sequence(z_t, self.max_seq_len)
-        if t.shape not in ((1,), z_t.shape[:1], z_t.shape):
-            rows = z_t.shape[0]
-            raise InputError(f"t has shape {t.shape}; give [{rows}], [1] or {list(z_t.shape)}.")
+        check_times(t, z_t)
         c = nn.silu(self.time_embed(t))
         frequencies = rotary_frequencies(self.hidden_size // self.num_heads, ROTARY_BASE)
         cos, sin = rotary_tables(jnp.arange(z_t.shape[1]), frequencies)

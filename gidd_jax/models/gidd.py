@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gidd_jax.errors import InputError
 from gidd_jax.models.layers import (
     Array,
     Embedding,
@@ -20,6 +19,7 @@ from gidd_jax.models.layers import (
     at_least_float32,
     check_heads,
     check_sequence,
+    check_times,
     constrain,
     kept,
     layer_stack,
@@ -272,9 +272,7 @@ class TimeFreeTransformer(nn.Module):
         z_t says. Raises InputError for a sequence longer than max_seq_len or a t of another shape.
         """
         check_sequence(z_t, self.max_seq_len)
-        if t.shape not in ((1,), z_t.shape[:1], z_t.shape):
-            rows = z_t.shape[0]
-            raise InputError(f"t has shape {t.shape}; give [{rows}], [1] or {list(z_t.shape)}.")
+        check_times(t, z_t)
         length = z_t.shape[1]
         places = jnp.arange(length)
         if self.block_length:

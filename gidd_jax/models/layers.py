@@ -260,6 +260,13 @@ def check_sequence(ids: Array, max_seq_len: int) -> None:
         )
 
 
+def check_times(t: Array, ids: Array) -> None:
+    """InputError unless t is of rows, [B] or [1], or of the positions of ids [B, L]."""
+    if t.shape not in ((1,), ids.shape[:1], ids.shape):
+        rows = ids.shape[0]
+        raise InputError(f"t has shape {t.shape}; give [{rows}], [1] or {list(ids.shape)}.")
+
+
 def check_heads(
     hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None
 ) -> None:

@@ -7,9 +7,8 @@ still causal, the logits are the autoregressive model's.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gidd_jax.errors import InputError
 from gidd_jax.models.conditioning import TimeEmbedding, modulate, modulation
-from gidd_jax.models.layers import Array, check_sequence
+from gidd_jax.models.layers import Array, check_sequence, check_times
 from gidd_jax.models.llama import LlamaTransformer, Place
 
 
@@ -56,9 +55,7 @@ class LlamaDenoiser(LlamaTransformer):
         max_seq_len or a t of another shape.
         """
         check_sequence(z_t, self.max_seq_len)
-        if t.shape not in ((1,), z_t.shape[:1], z_t.shape):
-            rows = z_t.shape[0]
-            raise InputError(f"t has shape {t.shape}; give [{rows}], [1] or {list(z_t.shape)}.")
+        check_times(t, z_t)
         condition = nn.silu(self.time_embed(t)) if self.cond_dim else None
         tables = self._tables(jnp.arange(z_t.shape[1]))
         place = Place(*tables, lengths=lengths, future=future, condition=condition)
