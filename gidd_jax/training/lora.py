@@ -62,9 +62,10 @@ class Lora:
 
     def merged(self, frozen: Params, adapters: Params) -> Params:
         """Return the parameters that the network is run with."""
-        flat, parts = dict(flatten_dict(frozen)), flatten_dict(adapters)
+        flat: dict[Any, Any] = dict(flatten_dict(frozen))
+        parts: dict[Any, Any] = dict(flatten_dict(adapters))
         for path in _adapted(frozen):
-            kernel: Any = flat[path]
+            kernel = flat[path]
             a, b = (parts[(*path[:-1], name)] for name in ("a", "b"))
             layers = kernel.shape[0]
             product = a.reshape(layers, -1, self.rank) @ b.reshape(layers, self.rank, -1)
