@@ -44,9 +44,14 @@ def write_records(file: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def reversals(count: int, seed: int, longest: int = 5) -> list[dict[str, str]]:
-    """Digits to reverse, two to `longest` of them."""
+    """Digits to reverse, two to `longest` of them, and a word that says where the prompt ends.
+
+    A network that is told no times sees no difference between given digits and its own: without
+    the word, 9 2 5 and then 5 5 2 9 would be as good a palindrome as 9 2 5 and 5 2 9.
+    """
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 10, rng.integers(2, longest + 1)) for _ in range(count)]
     return [
-        {"prompt": " ".join(map(str, row)), "answer": " ".join(map(str, row[::-1]))} for row in rows
+        {"prompt": " ".join(map(str, row)) + " w0", "answer": " ".join(map(str, row[::-1]))}
+        for row in rows
     ]

@@ -66,6 +66,7 @@ def load_pretrained(
     built_in: bool = False,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    weights: bool = True,
 ) -> Pretrained:
     """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
 
@@ -81,7 +82,7 @@ def load_pretrained(
     are refused by their settings, before any code runs. dtype, one of DTYPES: of parameters (but
     scales of norms and what the time goes through) and of products; None: float32 parameters,
     products as in training. mesh: folders of others are read straight into its layout, a tensor at
-    a time; None: onto the first local device.
+    a time; None: onto the first local device. weights False: the parameters are left out.
 
     Raises InputError when no model is there, or it is damaged or of an unknown architecture.
     """
@@ -107,7 +108,7 @@ def load_pretrained(
             raise InputError(_NOT_CAUSAL.format(checkpoint.folder))
         if built_in and split_own_process(name) is not None:
             raise InputError(_NOT_BUILT_IN.format(checkpoint.folder, name))
-        model = _from_checkpoint(checkpoint, settings, ema, consent)
+        model = _from_checkpoint(checkpoint, settings, ema, consent, weights)
         if dtype is None:
             return model
         return _computing_in(model._replace(params=as_dtype(model.params, dtype)), dtype)
@@ -116,7 +117,7 @@ def load_pretrained(
         check_no_process_given(consent, path, "built in")
         if ema:
             raise InputError(f"{path} has no moving average of the parameters: load it without ema")
-        target = Target(mesh, dtype or "float32")
+        target = Target(mesh, dtype or "float32", weights)
         model = _computing_in(reader(place, target), target.dtype)
         if causal and model.process is not None:
             raise InputError(_NOT_CAUSAL.format(path))
@@ -190,14 +191,14 @@ def own_source(
 
 
 def _from_checkpoint(
-    checkpoint: Checkpoint, settings: Settings, ema: bool, consent: Consent
+    checkpoint: Checkpoint, settings: Settings, ema: bool, consent: Consent, weights: bool
 ) -> Pretrained:
     own = own_source(checkpoint, settings.process, consent)
     tokenizer = checkpoint.tokenizer()
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     return Pretrained(
         network=objective.model,  # pyright: ignore[reportArgumentType]
-        params=_params(checkpoint, objective, ema),
+        params=_params(checkpoint, objective, ema) if weights else None,
         tokenizer=tokenizer,
         process=objective.process,
         keep_padding_columns=settings.model.keep_padding_columns,

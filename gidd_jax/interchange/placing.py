@@ -22,10 +22,14 @@ _FLOAT32 = {"scale", "time_embed", "modulation", "final_modulation"}
 
 
 class Target(NamedTuple):
-    """Where parameters go: over a mesh (None: onto the first local device), in a dtype."""
+    """Where parameters go: over a mesh (None: onto the first local device), in a dtype.
+
+    weights False: nowhere, only names and shapes are looked at.
+    """
 
     mesh: Mesh | None = None
     dtype: str = "float32"
+    weights: bool = True
 
 
 def kept_dtype(path: tuple[str, ...], dtype: str) -> str:
@@ -50,7 +54,7 @@ def place(
     target: Target,
     vocab_size: int | None = None,
 ) -> Any:
-    """Return the parameters of a network on its devices, out of tensors of a format.
+    """Return the parameters of a network on its devices, out of tensors of a format; or None.
 
     inputs: small ones of the network; vocab_size: rows of the tensors that have one a token, None:
     as many as the network's. Raises InputError for tensors that are missing, unknown, or of other
@@ -69,6 +73,8 @@ def place(
             "tensors: use the config of these weights"
         )
     _check_shapes(tensors, TorchTensors(sharding.unbox(boxed), vocab_size))
+    if not target.weights:
+        return None
 
     def put(path: tuple[str, ...], arrays: Iterable[np.ndarray], count: int | None) -> jax.Array:
         layout: Any = shardings

@@ -54,8 +54,8 @@ def from_start(
 ) -> tuple[Settings, Callable[[], Params] | None]:
     """Return the settings with the architecture of model.start, and what makes its parameters.
 
-    Without a start the settings are as they were, and there is None. The parameters are read again
-    when they are asked for, so that a run which goes on holds none of them. allow_code: of a
+    Without a start the settings are as they were, and there is None. The parameters are read
+    when they are asked for: a run that goes on needs none of them. allow_code: of a
     process of the start's own. Raises InputError where the start cannot be loaded, or the run could
     not go on with it.
     """
@@ -72,7 +72,7 @@ def from_start(
             f"model.start = {path}: convert the file into a folder first, with python -m "
             f"gidd_jax.convert --checkpoint={path} --out=FOLDER, and start from that"
         )
-    source = load_pretrained(path, allow_code=allow_code)._replace(params=None)
+    source = load_pretrained(path, allow_code=allow_code, weights=False)
     settings, data = _with_architecture(settings, source), settings.data
     if data.tokenizer == START:
         data = dataclasses.replace(data, tokenizer=_tokenizer_folder(path))

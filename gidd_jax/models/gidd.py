@@ -23,6 +23,7 @@ from gidd_jax.models.layers import (
     constrain,
     kept,
     layer_stack,
+    output_kernel,
     param,
     recomputed,
 )
@@ -318,9 +319,7 @@ class TimeFreeTransformer(nn.Module):
     @nn.nowrap
     def output_weights(self, params: Any) -> tuple[Array, Array | None]:
         """Kernel [hidden_size, vocab_size] of `project` (no bias), out of the parameters."""
-        if self.tie_embeddings:
-            return params["vocab_embed"]["embedding"].T, None
-        return params["output"]["kernel"], None
+        return output_kernel(params), None
 
 
 def prompts(t: Array) -> Array:

@@ -174,6 +174,13 @@ class Embedding(nn.Module):
         return jnp.einsum("...d,vd->...v", h, table, preferred_element_type=wide)
 
 
+def output_kernel(params: Any) -> Array:
+    """The kernel [width, rows] of an output layer, or of the table that it is tied to."""
+    if "output" in params:
+        return params["output"]["kernel"]
+    return params["vocab_embed"]["embedding"].T
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation with a scale and no bias, computed and returned in float32."""
 

@@ -8,7 +8,7 @@ all.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from gidd_jax.models.layers import (
     constrain,
     kept,
     layer_stack,
+    output_kernel,
     recomputed,
 )
 from gidd_jax.models.rotary import (
@@ -214,6 +215,8 @@ class LlamaTransformer(nn.Module):
     computes again (`layers.layer_stack`), `attention` the form of attention (`ops.attention`).
     """
 
+    is_causal: ClassVar[bool]  # whether a token sees only those before it
+
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -260,11 +263,6 @@ class LlamaTransformer(nn.Module):
             )
 
     @property
-    def is_causal(self) -> bool:
-        """Whether a token sees only those before it."""
-        raise NotImplementedError
-
-    @property
     def time_width(self) -> int:
         """Width of the time embedding; 0: the network is told no time."""
         return 0
@@ -293,9 +291,7 @@ class LlamaTransformer(nn.Module):
     @nn.nowrap
     def output_weights(self, params: Any) -> tuple[Array, Array | None]:
         """Kernel [hidden_size, vocab_size] of `project` (no bias), out of the parameters."""
-        if self.tie_embeddings:
-            return params["vocab_embed"]["embedding"].T, None
-        return params["output"]["kernel"], None
+        return output_kernel(params), None
 
     def _tables(self, positions: Array) -> tuple[Array, Array]:
         """Cosines and sines of positions int [T], as blocks take them."""
@@ -311,9 +307,7 @@ class LlamaTransformer(nn.Module):
 class Llama(LlamaTransformer):
     """Autoregressive language model: ids int32 [B, L] -> float32 logits [B, L, vocab_size]."""
 
-    @property
-    def is_causal(self) -> bool:
-        return True
+    is_causal = True
 
     def __call__(self, ids: Array) -> Array:
         return self.project(self.features(ids))

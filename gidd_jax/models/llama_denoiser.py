@@ -21,6 +21,8 @@ class LlamaDenoiser(LlamaTransformer):
     by shifts, scales and gates that start at zero; 0: it finds the time in the tokens.
     """
 
+    is_causal = False
+
     cond_dim: int = 0
     shift: bool = False
     position_times: bool = False
@@ -30,10 +32,6 @@ class LlamaDenoiser(LlamaTransformer):
         if self.cond_dim:
             self.time_embed = TimeEmbedding(self.cond_dim)
             self.final_modulation = modulation(self.cond_dim, 2, self.hidden_size)
-
-    @property
-    def is_causal(self) -> bool:
-        return False
 
     @property
     def time_width(self) -> int:

@@ -123,8 +123,8 @@ def test_batches_are_padded_with_the_end_and_marked(tmp_path):
         assert not given[~mask].any()
         digits = tokens[mask][1:-1]
         half = len(digits) // 2
-        assert (digits[:half] == digits[half:][::-1]).all()
-        assert given.sum() == 1 + half
+        assert (digits[:half] == digits[half + 1 :][::-1]).all()
+        assert given.sum() == 1 + half + 1  # the begin, the digits, the word that ends them
     validation = validation_batches(settings, tokenizer, 16, 2)
     records, num_bytes, marks = validation_source(settings, tokenizer, 16)
     assert marks is not None

@@ -43,9 +43,7 @@ def model(tmp_path_factory) -> Gidd:
     tokenizer = run_tokenizer(settings.data)
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
     params = random_params(abstract_params(objective))
-    return Gidd(  # type: ignore[arg-type]
-        objective.model, params, tokenizer, objective.process, row_mode="answers"
-    )
+    return Gidd(objective.model, params, tokenizer, objective.process, row_mode="answers")
 
 
 def test_an_answer_ends_with_its_first_end(tmp_path):
@@ -111,14 +109,15 @@ def test_reversal_is_learnt_and_answered(tmp_path):
     records = reversals(6000, seed=0)
     changes = {
         "model.hidden_size": 64,
-        "train.num_steps": 1500,
+        "train.num_steps": 2000,
         "train.batch_size": 64,
         "train.padding_weight": 0.2,
         "optimizer.name": "muon",
         "optimizer.learning_rate": 1e-2,
+        "optimizer.final_lr_ratio": 0.0,
     }
     figures = train(settings_in(tmp_path, records, **changes), tmp_path / "run")
-    assert figures["nelbo"] < 1.0  # nats a token; a digit that is not known has 2.3
+    assert figures["nelbo"] < 0.25
     model = Gidd.from_pretrained(tmp_path / "run")
     asked = {record["prompt"]: record["answer"] for record in reversals(200, seed=1)}
     known = {record["prompt"] for record in records[:-8]}
@@ -129,7 +128,7 @@ def test_reversal_is_learnt_and_answered(tmp_path):
         for text, (prompt, answer) in zip(found.texts, asked.items(), strict=True)
     ]
     print(f"{np.mean(right):.3f} of {len(right)} held-out prompts answered right")
-    assert np.mean(right) > 0.4  # .58 when it was written; by chance at most 1 of 100
+    assert np.mean(right) > 0.9
     ((_, _, rows),) = open_corpora(
         model,
         str(tmp_path / "run"),

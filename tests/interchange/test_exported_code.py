@@ -51,7 +51,7 @@ def denoiser(folder, name) -> Gidd:
     if width:
         for number, part in enumerate((params["blocks"]["modulation"], params["final_modulation"])):
             part["kernel"] = jax.random.normal(jax.random.key(number), part["kernel"].shape)
-    return Gidd(objective.model, params, tokenizer, objective.process)  # type: ignore[arg-type]
+    return Gidd(objective.model, params, tokenizer, objective.process)
 
 
 def pretrained(model: Gidd, **changes: Any) -> Pretrained:

@@ -1,6 +1,7 @@
 """What is given up of a start step by step: attention and noise, in one program."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -55,25 +56,22 @@ def test_a_step_is_that_of_the_process_with_its_share(objective, weighting):
     x, mask = jax.random.randint(jax.random.key(1), (4, 16), 0, 39), jnp.ones((4, 16), bool)
     coefficient = jnp.full((4, 16), 1 / 64)
 
-    def loss_of(objective: Objective, params):
-        noised = objective.noise(jax.random.key(2), x, mask)
-        loss = objective.summed_loss(params, x, noised, coefficient)[0]
-        return loss, noised.z_t
+    def gradient_of(objective: Objective, params):
+        def loss_of(params):
+            noised = objective.noise(jax.random.key(2), x, mask)
+            return objective.summed_loss(params, x, noised, coefficient)[0], noised.z_t
 
-    @jax.jit
-    def annealed(params, step):
-        return jax.value_and_grad(lambda p: loss_of(objective.at(step), p), has_aux=True)(params)
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
 
+    annealed = jax.jit(lambda params, step: gradient_of(objective.at(step), params))
     for step in (0, 2, 7):
-        share = min(step / 4, 1)
         fixed = dataclasses.replace(
-            objective, process=HybridProcess(40, 39, P * share), annealing=NOTHING
+            objective,
+            process=HybridProcess(40, 39, P * min(step / 4, 1)),
+            annealing=NOTHING,
+            future=objective.annealing.future(jnp.int32(step)),
         )
-        future = objective.annealing.future(jnp.int32(step))
-        fixed = dataclasses.replace(fixed, future=future)
-        (wanted, z), gradient = jax.jit(
-            jax.value_and_grad(lambda p: loss_of(fixed, p), has_aux=True)  # noqa: B023
-        )(params)
+        (wanted, z), gradient = jax.jit(functools.partial(gradient_of, fixed))(params)
         (found, z_found), found_gradient = annealed(params, jnp.int32(step))
         np.testing.assert_array_equal(z_found, z)
         np.testing.assert_allclose(found, wanted, rtol=2e-6)

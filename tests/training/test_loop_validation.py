@@ -38,7 +38,7 @@ class Sums:
     def __init__(self, *parts: dict[str, float]):
         self.parts, self.params = list(parts), []
 
-    def __call__(self, params, batch, key):
+    def __call__(self, params, base, batch, key):
         self.params.append(params)
         return self.parts.pop(0)
 

@@ -11,10 +11,11 @@ Diffusion" (arXiv 2503.04482), needing nothing but torch and transformers. Apach
 
 import itertools
 import math
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
@@ -85,7 +86,7 @@ class GiddPreTrainedModel(PreTrainedModel):
 
     config_class = GiddConfig
     base_model_prefix = "model"
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\..*"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\..*"]
 
     def forward(self, input_ids, timesteps=None, attention_mask=None, return_dict=True, **unused):
         """Return logits float32 [B, L, V] of noisy input_ids [B, L].
@@ -108,7 +109,7 @@ class GiddPreTrainedModel(PreTrainedModel):
         logits[..., self.config.mask_token_id] = -torch.inf
         logits[..., self.config.noise_vocab_size :] = -torch.inf
         if temperature == 0:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+            return functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
         return torch.softmax(logits / temperature, dim=-1)
 
     def _draw(self, weights, generator):
@@ -147,7 +148,7 @@ class GiddPreTrainedModel(PreTrainedModel):
         _, mask, uniform = process.masses(times[:1])
         prior = process.at(mask, uniform, torch.arange(process.vocab_size, device=device))
         z = self._draw(prior.expand(*shape, -1), generator)
-        start = F.pad(prompt, (0, length - prompt.shape[1]))
+        start = functional.pad(prompt, (0, length - prompt.shape[1]))
         z = torch.where(given, start, z)
         for t, s in itertools.pairwise(times):
             # What is given is clean: the network is told the share of noise in the whole row.
@@ -201,7 +202,9 @@ def attend(q, k, v, attention_mask):
     k, v = (a.repeat_interleave(groups, dim=2) for a in (k, v))
     mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    return (
+        functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    )
 
 
 def modulated(x, shift, scale):
@@ -227,7 +230,7 @@ class ScaleNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), eps=self.eps)
+        return functional.layer_norm(x.float(), x.shape[-1:], self.weight.float(), eps=self.eps)
 
 
 class RootNorm(ScaleNorm):
@@ -277,7 +280,7 @@ class GiddForMaskedLM(GiddPreTrainedModel):
         self.post_init()
 
     def denoise(self, z, t, attention_mask):
-        c = F.silu(self.sigma_map["mlp"](time_features(t)))
+        c = functional.silu(self.sigma_map["mlp"](time_features(t)))
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         exponent = torch.arange(0, head_dim, 2, device=z.device).float() / head_dim
         tables = rotary_tables(z.shape[1], 1.0 / 10000.0**exponent)
@@ -323,7 +326,7 @@ class LlamaPerceptron(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, h):
-        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return self.down_proj(functional.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
 class LlamaBlock(nn.Module):
@@ -374,7 +377,11 @@ class GiddLlamaForMaskedLM(GiddPreTrainedModel):
         model, (frequencies, amplitude) = self.model, self.config.rope_frequencies()
         frequencies = torch.tensor(frequencies, device=z.device)
         tables = rotary_tables(z.shape[1], frequencies, amplitude)
-        c = None if model.time_embed is None else F.silu(model.time_embed(time_features(t)))
+        c = (
+            None
+            if model.time_embed is None
+            else functional.silu(model.time_embed(time_features(t)))
+        )
         x = model.embed_tokens(z)
         for block in model.layers:
             x = block(x, c, tables, attention_mask)
@@ -384,4 +391,4 @@ class GiddLlamaForMaskedLM(GiddPreTrainedModel):
         if self.config.shift:  # the state at a token predicts the next one
             h = torch.cat([h[:, :1], h[:, :-1]], dim=1)
         weight = (model.embed_tokens if self.lm_head is None else self.lm_head).weight
-        return F.linear(h.to(weight.dtype), weight)
+        return functional.linear(h.to(weight.dtype), weight)
