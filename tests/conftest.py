@@ -1,6 +1,5 @@
 """Eight virtual CPU devices, strict ranks, and the golden arrays of the original implementation."""
 
-import contextlib
 import os
 import signal
 import tempfile
@@ -43,6 +42,14 @@ LONGEST = (
 )
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Programs are small: compiling them well, here and in commands, takes longer than running
+    them. Slow tests compile as users do."""
+    if not any(item.get_closest_marker("slow") for item in session.items):
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first; the others stay in their order."""
     items.sort(key=lambda item: not str(item.path.with_suffix("")).endswith(LONGEST))
@@ -77,26 +84,12 @@ def _loader(folder: Path) -> Loader:
     return load
 
 
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """For small programs: compiling them well would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
-def compile_quickly() -> Iterator[None]:
-    """Compile the programs of one test quickly."""
-    with quick_compilation():
-        yield
-
-
-@pytest.fixture(scope="module")
-def compile_all_quickly() -> Iterator[None]:
-    """Compile the programs of a file quickly, those of its own fixtures too."""
-    with quick_compilation():
-        yield
+def compile_well() -> Iterator[None]:
+    """Compile the programs of one test as users have them: those that run for long."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +128,6 @@ def call_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
 
 @pytest.fixture(scope="module", autouse=True)
 def own_programs() -> Iterator[None]:
-    """A program that one module compiled quickly must not serve the next, which compares bits."""
+    """Programs of one module are not kept for the next: those of all would fill the memory."""
     yield
     jax.clear_caches()

@@ -379,7 +379,6 @@ def test_word_tokenizer():
     assert "w7" in tokenizer.decode(np.array([7, 8]))
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_blocks_are_drawn_in_every_way_and_compared_with_whole_rows():
     cases = blocks.cases("small", "float32")
     assert [case.kind for case in cases] == list(blocks.KINDS)

@@ -9,8 +9,6 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 from tiny_run import tiny_settings
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

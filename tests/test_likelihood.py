@@ -16,8 +16,6 @@ from gidd_jax.models.dit import DiT
 from gidd_jax.models.llama import Llama
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 V, MASK = 6, 4
 TOKENS = np.array([0, 1, 2, 3, 5])
 # Ends of the range where rare events are not so rare that thousands of draws miss them.

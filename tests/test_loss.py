@@ -24,8 +24,6 @@ from gidd_jax.loss import (
 )
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 WEIGHTINGS = {"dynamic": "dynamic_v1_1", "clip": "clip", "none": "elbo"}  # original's name: ours
 
 

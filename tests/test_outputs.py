@@ -16,8 +16,6 @@ from gidd_jax.evaluation import detection, tables
 from gidd_jax.inference.samples import check_apart, check_output
 from gidd_jax.views import marked
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:

@@ -16,8 +16,6 @@ from gidd_jax.training.noising import Noised
 from gidd_jax.training.objective import Objective
 from gidd_jax.training.step import loss_and_grads
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VOCAB, MASK = 97, 3
 SHIFTS = (-1000, -2, 0, 2, 1000)
 TRAINED = {"weighting": "dynamic", "max_weight": 1e3}  # the paper's training loss

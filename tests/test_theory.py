@@ -14,8 +14,6 @@ import pytest
 from gidd_jax.loss import gidd_loss, mdlm_loss
 from gidd_jax.process import HybridProcess, InterpolatingProcess, LogSnrProcess, MaskedProcess
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 V = 6
 NODES = 160  # of a quadrature
 # Settings of c09_exact_elbo.npz: (p_uniform, gamma, mask_id).

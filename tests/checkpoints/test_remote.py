@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def one_device(monkeypatch, compile_quickly) -> None:
+def one_device(monkeypatch) -> None:
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(
         "gidd_jax.training.loop.sharding.make_mesh",

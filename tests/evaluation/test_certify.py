@@ -43,11 +43,8 @@ PROCESSES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Less compilation and fewer draws."""
+    """Fewer draws."""
     monkeypatch.setattr(enumerated, "NUM_DRAWS", 1 << 14)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def quick_checks(process: InterpolatingProcess) -> list[definitions.Check]:

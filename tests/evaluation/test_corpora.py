@@ -20,8 +20,6 @@ from gidd_jax.evaluation.reports import finite
 from gidd_jax.evaluation.tables import bounds_table
 from gidd_jax.inference.gidd import Gidd
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

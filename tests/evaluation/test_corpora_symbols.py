@@ -11,7 +11,6 @@ from gidd_jax.evaluation.reports import finite
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.sampling.options import EstimatorOptions
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 L = 8
 UNFRAMED = {"data.frame": "none", "model.max_seq_len": L}
 

@@ -31,8 +31,6 @@ from gidd_jax.inference.samples import Suspicions
 from gidd_jax.sampling.options import SuspicionOptions
 from gidd_jax.views.marked import marked_page, percent, print_marked, suspicious
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 EVIL = '</mark><script>hit=1</script><img src="x" onerror=hit=1>'
 JUDGED = JudgedText(
     ["It", " is", EVIL, " \x1b[2J", "\n", ""],

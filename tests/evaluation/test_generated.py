@@ -14,8 +14,6 @@ from gidd_jax.evaluation import generated, scorers
 from gidd_jax.evaluation.reports import finite
 from gidd_jax.inference.samples import Samples, save_samples
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly")
-
 ALONE = "one sample alone determines the figure: it has no error"
 
 

@@ -121,7 +121,7 @@ def kept_programs(tmp_path) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("kept_programs", "compile_quickly")
+@pytest.mark.usefixtures("kept_programs")
 def test_a_sweep_trains_compiles_once_and_writes_table_and_figure(tmp_path, monkeypatch, capsys):
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))

@@ -23,8 +23,6 @@ from lm_eval.tasks import TaskManager
 
 from gidd_jax.evaluation.harness_model import HarnessModel
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 DOCS = [
     {"question": "It is ", "choices": ["a truth", "men"], "answer": 0, "text": "a single man"},
     {"question": "In want", "choices": [" of", " wife", " he"], "answer": 2, "text": "b" * 60},

@@ -26,8 +26,6 @@ from gidd_jax.evaluation.mending import (
 from gidd_jax.evaluation.planting import classes_of, judged_rows, ordinary_ids, planted
 from gidd_jax.sampling.options import CorrectionOptions, correction_grid
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SETTINGS = {"batch_size": 4, "num_resamples": 50, "seed": 3}
 
 

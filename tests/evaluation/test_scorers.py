@@ -20,8 +20,6 @@ from gidd_jax.evaluation import generated, scorers
 from gidd_jax.interchange.tensors import llama_format, params_from_torch
 from gidd_jax.models.llama import Llama
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly")
-
 SPECIAL = {"pad_token": "[PAD]", "eos_token": "<eos>"}
 CONFIG = {
     "model_type": "llama",

@@ -71,7 +71,7 @@ def test_flat_is_of_all_networks_not_of_the_two_ends():
 
 
 @pytest.fixture(scope="module")
-def changes(compile_all_quickly):
+def changes():
     """Changes of last block and logits by four updates, of width 64 and of 256."""
 
     def of(name, width):

@@ -162,7 +162,6 @@ SMALL = {
 }
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_sweep_on_a_source_is_judged_by_the_truth(tmp_path, monkeypatch, capsys):
     (line,) = swept(monkeypatch, tmp_path, "hidden", {"seed": (3,)}, **SMALL)
     source = truth.draw_source(

@@ -19,7 +19,7 @@ from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import train
 from gidd_jax.training.step import abstract_params, loss_and_grads
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly", "on_first_device")
+pytestmark = pytest.mark.usefixtures("on_first_device")
 PROMPTS = ["1 2 3", "4 5", "6 7 8 9 0"]
 
 

@@ -18,7 +18,6 @@ from gidd_jax.inference.prompts import Rows
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.sampling.times import noise_share, row_times
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 CONTEXT = 16
 
 

@@ -19,8 +19,6 @@ from gidd_jax.inference.samples import load_ids, save_samples
 from gidd_jax.sampling.correction import CorrectionOptions
 from gidd_jax.sampling.options import SamplerOptions, SuspicionOptions
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 MADE_WITH = ("tokenizer", "sampling_precision")
 PROMPTS = ["It", "a truth univ", "[MASK]", "single"]  # one token a byte; the context is 16
 

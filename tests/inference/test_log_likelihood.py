@@ -16,8 +16,6 @@ from gidd_jax.errors import InputError
 from gidd_jax.inference.prompts import by_width, scored_texts
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TEXTS, PROMPTS = ["ab cd", "x", "hello worl"], ["q", "", "ef"]  # one token a byte
 
 

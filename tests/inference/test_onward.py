@@ -9,7 +9,6 @@ from gidd_jax.inference import programs
 from gidd_jax.inference.onward import continued, seed_of
 from gidd_jax.inference.samples import Samples
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 BLOCK, CONTEXT = 4, 16
 PROMPTS = ["a", "it is a truth", "men"]
 

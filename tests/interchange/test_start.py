@@ -25,7 +25,7 @@ from gidd_jax.training.annealing import CAUSAL
 from gidd_jax.training.build import build_model
 from gidd_jax.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly", "on_first_device")
+pytestmark = pytest.mark.usefixtures("on_first_device")
 
 
 def llama_start(folder, name="smollm"):

@@ -14,7 +14,6 @@ from gidd_jax.process import LogSnrProcess
 from gidd_jax.training.objective import Noised, Objective
 
 NAMES = ("published", "fanin", "tied")
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def arrays_of(name):

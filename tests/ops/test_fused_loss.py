@@ -14,8 +14,6 @@ from gidd_jax.ops.row_kernel import suits
 from gidd_jax.parallel import sharding
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VOCAB, COLUMNS, WIDTH, BATCH, LENGTH = 200, 256, 32, 8, 16
 UNEVEN = np.random.default_rng(7).dirichlet(np.ones(VOCAB))
 UNEVEN[[0, 9]] = 0.0  # the mask, and a token that the noise never is

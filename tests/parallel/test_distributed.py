@@ -128,7 +128,7 @@ def figures(workdir: Path) -> dict[tuple[int, str], float]:
     }
 
 
-def test_two_processes_train_as_one(folder, finished, tmp_path, compile_quickly):
+def test_two_processes_train_as_one(folder, finished, tmp_path):
     """Same batches, noise and updates: losses, validation and parameters of four local devices."""
     with jax.default_device(None):
         settings = tiny_settings(folder, **CHANGES, **{"mesh.data": 8})
@@ -186,7 +186,7 @@ def test_a_killed_pair_goes_on_and_is_read_on_other_devices(folder, finished):
                 np.testing.assert_array_equal(leaf, found[key], err_msg=key)
 
 
-def test_sigterm_to_one_stops_all_after_one_step(folder, finished, compile_quickly):
+def test_sigterm_to_one_stops_all_after_one_step(folder, finished):
     """A preemption notice reaches one host; the checkpoint is that of all."""
     workdir = folder / "stopped"
     ended = run_two(folder, workdir, signal.SIGTERM, 4)

@@ -15,8 +15,6 @@ from gidd_jax.sampling.autoregressive import check_autoregressive, sample_autore
 from gidd_jax.sampling.loop import Prompt
 from gidd_jax.sampling.options import SamplerOptions
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 BOS, EOS, PAD = 3, 5, 65
 SMALL = {"vocab_size": 67, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_seq_len": 32}
 

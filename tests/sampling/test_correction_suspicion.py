@@ -15,8 +15,6 @@ from gidd_jax.evaluation.repair import repaired
 from gidd_jax.process import HybridProcess
 from gidd_jax.sampling.correction import CorrectionOptions, proposals, self_correct
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def corrected(process, denoise, z, free=None, score="suspicion", **options):
     """One run; rows draw from keys of seed 0."""

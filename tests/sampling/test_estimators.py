@@ -12,8 +12,6 @@ from gidd_jax.evaluation import oracle, sampler_laws
 from gidd_jax.sampling import estimators
 from gidd_jax.sampling.options import EstimatorOptions
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def draws(process, count=200, given=(), told="position", **options):
     """log w [K, count] of rows of the chain, and their exact log p given what is given."""

@@ -16,15 +16,6 @@ from gidd_jax.sampling.options import METHODS, SamplerOptions
 from gidd_jax.sampling.schedule import check_method, make_schedule, time_of_alpha
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly(request):
-    """Most programs here are small: compiling them well would take longer than running them."""
-    small = "joint_distribution" not in request.node.name
-    jax.config.update("jax_disable_most_optimizations", small)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def keys_of(count: int, seed: int = 0) -> jax.Array:
     return row_keys(jax.random.key(seed), jnp.arange(count))
 
@@ -113,14 +104,14 @@ def leave_one_out(process):
     ],
     ids=str,
 )
-def test_correlated_tokens_are_drawn_from_their_joint_distribution(process, options):
+def test_correlated_tokens_are_drawn_from_their_joint_distribution(process, options, compile_well):
     """In the limit of many steps, or with one token at a time, independent draws are no error."""
     drawn = draw(process, leave_one_out(process), 8000, 2, seed=1, **options)
     ids = np.asarray(drawn.ids)
     assert chi_square(3 * ids[:, 0] + ids[:, 1], JOINT.ravel()) > 1e-3
 
 
-def test_few_steps_would_not_pass_the_test_of_the_joint_distribution():
+def test_few_steps_would_not_pass_the_test_of_the_joint_distribution(compile_well):
     drawn = draw(MaskedProcess(4, 3), leave_one_out(MaskedProcess(4, 3)), 8000, 2, num_steps=3)
     ids = np.asarray(drawn.ids)
     assert chi_square(3 * ids[:, 0] + ids[:, 1], JOINT.ravel()) < 1e-6

@@ -13,7 +13,6 @@ from gidd_jax.sampling import redraws
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 LENGTH, ROWS = 12, 6
 MASKS, HYBRID = MaskedProcess(5, 4), HybridProcess(5, 4, 0.2)
 UNIFORM = LogSnrProcess(5, 4, shift=1000.0)

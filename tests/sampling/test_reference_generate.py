@@ -29,7 +29,6 @@ from gidd_jax.sampling.windows import View, prefix_windows
 MASK, EOS, PAD = 3, 1, 2
 CASES = json.loads((GOLDEN_SCALING / "s04_cases.json").read_text())
 GRIDS = {"cosine": "cosine", "linear": "uniform"}
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

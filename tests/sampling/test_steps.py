@@ -23,8 +23,6 @@ from gidd_jax.sampling import steps
 from gidd_jax.sampling.filters import keep_min_p
 from gidd_jax.sampling.schedule import time_grid
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Settings of the golden files: (p_uniform, mask_id), 23 tokens.
 SETTINGS = {"pu0.0": (0.0, 22), "pu0.1": (0.1, 22), "pu0.2": (0.2, 22), "pu0.2_mid": (0.2, 11)}
 KEYS = row_keys(jax.random.key(3), jnp.arange(ROWS))

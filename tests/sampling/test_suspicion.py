@@ -19,8 +19,6 @@ from gidd_jax.sampling.options import SuspicionOptions
 from gidd_jax.sampling.suspicion import expected_share, judge
 from gidd_jax.sampling.times import row_times
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 V, L, MASK = 5, 3, 2
 SKEWED = (0.1, 0.5, 0.0, 0.05, 0.35)
 PROCESSES: dict[str, InterpolatingProcess] = {

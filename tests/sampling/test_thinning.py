@@ -18,8 +18,6 @@ from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import METHODS, SamplerOptions
 from gidd_jax.sampling.thinning import group_size, network_at
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 V, D, B = 11, 6, 4
 PROCESSES = {
     "hybrid": HybridProcess(V, 10, 0.2),

@@ -29,8 +29,6 @@ from gidd_jax.sampling.trace import (
     written_by,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Calls of a batch: the steps, and one more to fill the masks that six steps of one token leave.
 METHODS = [({"method": "ancestral"}, 6), ({"method": "mode_seeking", "tokens_per_step": 1}, 7)]
 

@@ -21,7 +21,6 @@ from gidd_jax.sampling.windows import View, by_blocks, causal_windows, prefix_wi
 VOCAB, LENGTH, BLOCK = 17, 22, 4
 NETWORK = TimeFreeTransformer(VOCAB, 16, 2, 2, max_seq_len=LENGTH, position_times=True)
 PROCESS = LogSnrProcess(VOCAB, VOCAB - 1, shift=0.0)
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

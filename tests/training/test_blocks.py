@@ -49,7 +49,6 @@ def rows(seed=0, count=2):
 
 
 @pytest.mark.parametrize("process", [LogSnrProcess(VOCAB, 6), MaskedProcess(VOCAB, 6)])
-@pytest.mark.usefixtures("compile_quickly")
 def test_the_loss_of_a_block_depends_on_it_and_the_blocks_before_it(process):
     objective = objective_of(process, 4)
     params, x = params_of(objective), rows()
@@ -68,7 +67,6 @@ def test_the_loss_of_a_block_depends_on_it_and_the_blocks_before_it(process):
     assert np.abs(changed[:, 8:] - losses[:, 8:]).max() > 1e-4
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_one_token_a_block_is_the_exact_likelihood_of_an_autoregressive_model():
     process = MaskedProcess(VOCAB, 6, eps=0.0)
     objective = objective_of(process, 1)

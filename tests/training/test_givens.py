@@ -26,8 +26,6 @@ from gidd_jax.training.noising import Noising
 from gidd_jax.training.objective import Objective
 from gidd_jax.training.step import evaluation_step, loss_and_grads
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def test_prefixes_spans_and_scattered_tokens_are_given_in_a_share_of_the_rows():
     mask = jnp.arange(12)[None] < jnp.tile(jnp.array([[12], [7], [1]]), (1000, 1))

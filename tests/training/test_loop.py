@@ -33,7 +33,7 @@ from gidd_jax.settings import Settings
 from gidd_jax.training import loop
 from gidd_jax.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly", "on_first_device")
+pytestmark = pytest.mark.usefixtures("on_first_device")
 
 # A run with everything that has to survive a restart: crops, parts of a batch, an average.
 RUN = {

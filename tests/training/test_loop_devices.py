@@ -18,8 +18,6 @@ from gidd_jax.training.build import build_objective
 from gidd_jax.training.optimizer import learning_rate, make_optimizer
 from gidd_jax.training.step import TrainState
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

@@ -23,7 +23,7 @@ from gidd_jax.training.loop import train
 from gidd_jax.training.optimizer import make_optimizer
 from gidd_jax.training.step import TrainState
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly", "on_first_device")
+pytestmark = pytest.mark.usefixtures("on_first_device")
 
 
 @pytest.fixture(scope="module")

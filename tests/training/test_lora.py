@@ -14,7 +14,7 @@ from gidd_jax.interchange.start import from_start
 from gidd_jax.training.loop import train
 from gidd_jax.training.lora import Lora
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly", "on_first_device")
+pytestmark = pytest.mark.usefixtures("on_first_device")
 
 
 @pytest.fixture(scope="module")

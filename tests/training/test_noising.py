@@ -21,8 +21,6 @@ from gidd_jax.training.noising import Noised, Noising, position_times
 from gidd_jax.training.objective import Objective
 from gidd_jax.training.step import evaluation_step, loss_and_grads
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VOCAB, MASK = 97, 3
 ROWS, LENGTH = 5, 13  # of the reference's draws
 MODES = {  # shares of rows with times by position, and with ascending ones

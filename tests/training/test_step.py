@@ -23,8 +23,6 @@ from gidd_jax.training.objective import Objective
 from gidd_jax.training.optimizer import make_optimizer
 from gidd_jax.training.step import TrainState, evaluation_step, loss_and_grads, train_step, update
 
-pytestmark = pytest.mark.usefixtures("compile_all_quickly")
-
 VOCAB, MASK, PAD = 67, 66, 65
 
 
