@@ -9,7 +9,8 @@ Examples:
 The npz file holds `ids` (int32 [N, L]), `texts` (their bytes and, in `texts_ends`, where each ends:
 gidd_jax.data.texts.read_texts reads them), `log_probs` and `drawn_at` (of each token: its
 log-probability in the network call that put it there, and the number of that step),
-`network_calls` and the fingerprint of the tokenizer. --replay writes a page that plays how the
+`network_calls`, `stopped_at` (calls after which a text was done) and the fingerprint of the
+tokenizer. --replay writes a page that plays how the
 texts came about, call by call; --trace the file behind it (see gidd_jax.replay).
 """
 
@@ -55,15 +56,10 @@ OPTIONS = {
         "method", None, METHODS, f"Sampler. Default: {SamplerOptions.method}."
     ),
     "grid": flags.DEFINE_enum(
-        "grid",
-        None,
-        GRIDS,
-        "How the times of the steps are spaced; `reference` is the original code's grid.",
+        "grid", None, GRIDS, "How steps are spaced; `reference` is the original code's grid."
     ),
     "temperature": flags.DEFINE_float(
-        "temperature",
-        None,
-        "Temperature of the predicted distribution; 0 takes the most probable token.",
+        "temperature", None, "Of the predicted distribution; 0 takes the most probable token."
     ),
     "top_k": flags.DEFINE_integer("top_k", None, "Draw from the top_k most probable tokens."),
     "top_p": flags.DEFINE_float("top_p", None, "Draw from the most probable tokens of this sum."),
@@ -106,14 +102,10 @@ OPTIONS = {
         f"{SamplerOptions.epsilon}.",
     ),
     "edit_above": flags.DEFINE_float(
-        "edit_above",
-        None,
-        "method=entropy_bound: draw a token anew when it is wrong with more than this probability.",
+        "edit_above", None, "method=entropy_bound: draw anew what is wrong with more than this."
     ),
     "stop_after": flags.DEFINE_integer(
-        "stop_after",
-        None,
-        "method=entropy_bound: stop a text when its best guess stood still for so many calls.",
+        "stop_after", None, "method=entropy_bound: stop when the best guess stood still so often."
     ),
     "stop_entropy": flags.DEFINE_float(
         "stop_entropy",
@@ -123,6 +115,11 @@ OPTIONS = {
     ),
     "sweeps": flags.DEFINE_integer(
         "sweeps", None, "method=gibbs: of each 1 + sweeps calls one is a step, the others redraw."
+    ),
+    "sweep_below": flags.DEFINE_float(
+        "sweep_below",
+        None,
+        "method=gibbs: ... where the step ends at this time or earlier; 0: after the last one.",
     ),
     "rho": flags.DEFINE_float("rho", None, "method=gibbs: share of the tokens that are redrawn."),
     "guidance": flags.DEFINE_float(
@@ -191,6 +188,9 @@ def main(argv: list[str]) -> None:
     for number, text in enumerate(samples.texts):
         print(f"--- sample {number} ---\n{printable(text)}\n")
     print(f"{samples.network_calls} network calls")
+    first, last = int(samples.stopped_at.min()), int(samples.stopped_at.max())
+    if first < last:
+        print(f"the texts were done after {first} to {last} calls")
     if len(samples.texts) > 1 and (samples.ids == samples.ids[0]).all():
         cause = ": temperature=0 draws nothing" if options.temperature == 0 else ""
         print(f"note: all {len(samples.texts)} samples are the same{cause}")

@@ -11,12 +11,13 @@ from gidd_jax.inference.framing import (
     decoded,
     following_tokens,
     scheduled_tokens,
+    shared_width,
     trace_of,
     unframed,
     widened,
 )
 from gidd_jax.inference.programs import Batch, special_ids
-from gidd_jax.inference.prompts import Rows, bucket, check_guidance
+from gidd_jax.inference.prompts import Rows, check_guidance
 from gidd_jax.inference.samples import Samples
 from gidd_jax.models.gidd import blocks_of
 from gidd_jax.sampling.autoregressive import check_autoregressive
@@ -51,7 +52,7 @@ def draw_rows(
             raise InputError(
                 "stop_at_end: the tokenizer has no token that ends a text, leave it out"
             )
-        width = bucket(whole_rows.ids.shape[1], model.max_seq_len)
+        width = shared_width(whole_rows.ids.shape[1], model.max_seq_len)
         whole_rows = widened(whole_rows, model.tokenizer, width)
     # The windows of a model by blocks are a block wide, whatever follows the prompt.
     follow = whole_rows.ids.shape[1] if blocks_of(model.network) else following_tokens(whole_rows)

@@ -14,10 +14,11 @@ import numpy as np
 from gidd_jax.data.rows import NO_FRAME
 from gidd_jax.data.tokenizer import Tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.inference.prompts import Rows, bucket, end_id
+from gidd_jax.inference.prompts import Rows, end_id
 from gidd_jax.sampling.options import SamplerOptions
 from gidd_jax.sampling.trace import Changes, Trace, join_changes, make_trace
 
+LEAST = 64  # tokens: for less a program of its own takes longer to compile than it saves
 SCHEDULED = ("first_hitting",)  # methods whose schedule depends on the number of tokens
 PADDED = (
     "padded",
@@ -56,6 +57,17 @@ def widened(rows: Rows, tokenizer: Tokenizer, width: int) -> Rows:
     return Rows(ids, np.pad(rows.free, widths), rows.lengths)
 
 
+def shared_width(size: int, most: int) -> int:
+    """Return the least of most, half of it, ... that holds `size` tokens and is no less than LEAST.
+
+    Halves of the context, not powers of two: a prompt and what follows it are about as long as
+    that, where rounding must not change from one prompt to the next.
+    """
+    while -(-most // 2) >= max(size, LEAST):
+        most = -(-most // 2)
+    return most
+
+
 def scheduled_tokens(options: SamplerOptions, rows: Rows) -> int:
     """Return how many tokens a row a schedule is made for: rounded up, so that programs are shared.
 
@@ -64,13 +76,13 @@ def scheduled_tokens(options: SamplerOptions, rows: Rows) -> int:
     """
     width = rows.ids.shape[1]
     depends = options.method in SCHEDULED and options.block_length == 0
-    return bucket(int(rows.free.sum(-1).max()), width) if depends else width
+    return shared_width(int(rows.free.sum(-1).max()), width) if depends else width
 
 
 def following_tokens(rows: Rows) -> int:
     """Return the most tokens from a row's first one to generate on, rounded up as above."""
     follow = rows.lengths - rows.free.argmax(-1)
-    return bucket(int(follow.max()), rows.ids.shape[1])
+    return shared_width(int(follow.max()), rows.ids.shape[1])
 
 
 def unframed(ids: np.ndarray, rows: Rows, tokenizer: Tokenizer) -> np.ndarray:

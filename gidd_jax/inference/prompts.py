@@ -219,18 +219,14 @@ def _room(begin: bool) -> str:
     return "the context less the token that begins a text" if begin else "the context"
 
 
-def bucket(size: int, most: int) -> int:
-    """Return the next power of two from 16 on, and no more than `most`: few programs for many."""
-    return min(most, max(16, 1 << (size - 1).bit_length()))
-
-
 def by_width(rows: Rows) -> Iterator[tuple[np.ndarray, Rows]]:
     """Yield the rows in groups of a similar length, each with less padding: (numbers, rows).
 
     Widths are powers of two from 16 on (and that of `rows`), so that few programs are compiled.
     """
     full = rows.ids.shape[1]
-    widths = np.array([bucket(int(length), full) for length in rows.lengths])
+    powers = [max(16, 1 << (int(length) - 1).bit_length()) for length in rows.lengths]
+    widths = np.minimum(powers, full)
     for width in np.unique(widths):
         numbers = np.flatnonzero(widths == width)
         yield (

@@ -81,8 +81,8 @@ def load_pretrained(
     causal, built_in: only autoregressive models, only processes of this package; runs with others
     are refused by their settings, before any code runs. dtype, one of DTYPES: of parameters (but
     scales of norms and what the time goes through) and of products; None: float32 parameters,
-    products as in training. mesh: folders of others are read straight into its layout, a tensor at
-    a time; None: onto the first local device. weights False: the parameters are left out.
+    products as in training. mesh: weights are read straight into its layout, those of folders a
+    tensor at a time; None: onto the first local device. weights False: the parameters are left out.
 
     Raises InputError when no model is there, or it is damaged or of an unknown architecture.
     """
@@ -91,13 +91,9 @@ def load_pretrained(
     consent = Consent(allow_code, process)
     if row_mode is not None:
         check_mode(row_mode, "row_mode")
+    target = Target(mesh, dtype or "float32", weights)
 
     def of_run(checkpoint: Checkpoint) -> Pretrained:
-        if mesh is not None:
-            raise InputError(
-                f"mesh: {checkpoint.folder} is a run of this package, loaded onto one device: "
-                "convert it (gidd_jax.convert) and load that folder"
-            )
         if row_mode is not None:
             raise InputError(
                 f"row_mode: {checkpoint.folder} says itself how its rows were framed: leave it out"
@@ -108,7 +104,7 @@ def load_pretrained(
             raise InputError(_NOT_CAUSAL.format(checkpoint.folder))
         if built_in and split_own_process(name) is not None:
             raise InputError(_NOT_BUILT_IN.format(checkpoint.folder, name))
-        model = _from_checkpoint(checkpoint, settings, ema, consent, weights)
+        model = _from_checkpoint(checkpoint, settings, ema, consent, target)
         if dtype is None:
             return model
         return _computing_in(model._replace(params=as_dtype(model.params, dtype)), dtype)
@@ -117,7 +113,6 @@ def load_pretrained(
         check_no_process_given(consent, path, "built in")
         if ema:
             raise InputError(f"{path} has no moving average of the parameters: load it without ema")
-        target = Target(mesh, dtype or "float32", weights)
         model = _computing_in(reader(place, target), target.dtype)
         if causal and model.process is not None:
             raise InputError(_NOT_CAUSAL.format(path))
@@ -191,14 +186,14 @@ def own_source(
 
 
 def _from_checkpoint(
-    checkpoint: Checkpoint, settings: Settings, ema: bool, consent: Consent, weights: bool
+    checkpoint: Checkpoint, settings: Settings, ema: bool, consent: Consent, target: Target
 ) -> Pretrained:
     own = own_source(checkpoint, settings.process, consent)
     tokenizer = checkpoint.tokenizer()
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id, own)
     return Pretrained(
         network=objective.model,  # pyright: ignore[reportArgumentType]
-        params=_params(checkpoint, objective, ema) if weights else None,
+        params=_params(checkpoint, objective, ema, target.mesh) if target.weights else None,
         tokenizer=tokenizer,
         process=objective.process,
         keep_padding_columns=settings.model.keep_padding_columns,
@@ -206,10 +201,10 @@ def _from_checkpoint(
     )
 
 
-def _params(checkpoint: Checkpoint, objective: Objective, ema: bool) -> Params:
+def _params(checkpoint: Checkpoint, objective: Objective, ema: bool, mesh: Mesh | None) -> Params:
     """Return the network's parameters, with adapters merged where a run trained some."""
     if objective.lora is None:
-        return load_params(checkpoint, abstract_params(objective), ema=ema)
-    frozen = load_params(checkpoint, abstract_params(objective), frozen=True)
-    adapters = load_params(checkpoint, abstract_adapters(objective), ema=ema)
+        return load_params(checkpoint, abstract_params(objective, mesh), ema=ema)
+    frozen = load_params(checkpoint, abstract_params(objective, mesh), frozen=True)
+    adapters = load_params(checkpoint, abstract_adapters(objective, mesh), ema=ema)
     return objective.lora.merged(frozen, adapters)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.data.tokenizer import Tokenizer
@@ -51,12 +52,13 @@ _OF_RUN = (
 
 def from_start(
     settings: Settings, *, allow_code: bool = False
-) -> tuple[Settings, Callable[[], Params] | None]:
+) -> tuple[Settings, Callable[..., Params] | None]:
     """Return the settings with the architecture of model.start, and what makes its parameters.
 
     Without a start the settings are as they were, and there is None. The parameters are read
-    when they are asked for: a run that goes on needs none of them. allow_code: of a
-    process of the start's own. Raises InputError where the start cannot be loaded, or the run could
+    when they are asked for, (mesh=None) -> parameters: a run that goes on needs none of them, and
+    one over a mesh reads those of published folders straight onto it. allow_code: of a process of
+    the start's own. Raises InputError where the start cannot be loaded, or the run could
     not go on with it.
     """
     path = settings.model.start
@@ -79,7 +81,11 @@ def from_start(
         settings = dataclasses.replace(settings, data=data)
     else:
         _check_tokenizer(settings, source.tokenizer)
-    return settings, lambda: _params(settings, load_pretrained(path, allow_code=allow_code))
+
+    def begin(mesh: Mesh | None = None) -> Params:
+        return _params(settings, load_pretrained(path, allow_code=allow_code, mesh=mesh))
+
+    return settings, begin
 
 
 def _check_tokenizer(settings: Settings, wanted: Tokenizer) -> None:

@@ -162,6 +162,15 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of_node, abstract_state, is_leaf=_is_box)
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Return jax.ShapeDtypeStruct of shapes, each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+
+
 def unbox(tree: Any) -> Any:
     """The arrays without flax's boxes of axis names.
 

@@ -43,6 +43,7 @@ READ_BY = {
     "grid": (*ANCESTRAL, "gibbs", "remdm_cap", "remdm_rescale", "mode_seeking"),
     "kappa": ("psi",),
     "sweeps": ("gibbs",),
+    "sweep_below": ("gibbs",),
     "rho": ("gibbs",),
     "order": ("confidence",),
     "epsilon": ("entropy_bound",),
@@ -86,6 +87,7 @@ class SamplerOptions:
     tokens_per_step: int = 0  # mode_seeking: positions redrawn a step; 0: enough to draw each once
     noise_at: str = "step"  # mode_seeking: a token is noise at the step's time, or as in the prior
     sweeps: int = 1  # gibbs: redraws of a share `rho` of the positions after each ancestral step
+    sweep_below: float = 1.0  # ... that ends at this time or earlier, and after the last one
     rho: float = 0.1  # gibbs: share of the positions that a sweep redraws
     order: str = "entropy"  # confidence: which mask is lifted first, one of ORDERS
     epsilon: float = 0.1  # entropy_bound: nats of dependence that tokens drawn together may lose
@@ -111,7 +113,7 @@ class SamplerOptions:
                 raise InputError(f"{name} must be at least {least_value}: {getattr(self, name)}")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature must be finite and at least 0: {self.temperature}")
-        for name in ("min_p", "kappa", "eta", "loop_to", "loop_from"):
+        for name in ("min_p", "kappa", "eta", "loop_to", "loop_from", "sweep_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1]: {getattr(self, name)}")
         for name in ("top_p", "rho", "edit_above"):

@@ -1,5 +1,6 @@
 """The network calls of a run: their times, and what else a step needs to know about its place."""
 
+import bisect
 import math
 from typing import NamedTuple
 
@@ -83,12 +84,28 @@ def time_grid(
 def sweep_grid(
     process: InterpolatingProcess, options: SamplerOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the times of `gibbs`: after each step `sweeps` calls at which time stands still."""
-    period = 1 + options.sweeps
-    t, s = time_grid(process, -(-options.num_steps // period), options.grid)
-    t, s = np.repeat(t, period), np.repeat(s, period)
-    is_sweep = np.arange(len(t)) % period > 0
-    return np.where(is_sweep, s, t)[: options.num_steps], s[: options.num_steps]
+    """Return the times of `gibbs`: after a step `sweeps` calls at which time stands still.
+
+    After steps that end at sweep_below or later no sweep follows, but after the last one. There are
+    as many steps as the calls allow, and calls that are left sweep at the end.
+    """
+
+    def laid_out(num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Times of the steps, and how many calls each takes with its sweeps."""
+        t, s = time_grid(process, num_steps, options.grid)
+        return t, s, 1 + options.sweeps * ((s <= options.sweep_below) | (s == s[-1]))
+
+    def num_calls(num_steps: int) -> int:
+        return int(laid_out(num_steps)[2].sum())
+
+    fitting = bisect.bisect_right(range(1, options.num_steps + 1), options.num_steps, key=num_calls)
+    t, s, calls = laid_out(max(1, fitting))
+    calls[-1] += max(0, options.num_steps - calls.sum())
+    is_step = np.cumsum(calls) - calls
+    after = np.repeat(s, calls)
+    before = after.copy()
+    before[is_step] = t
+    return before[: options.num_steps], after[: options.num_steps]
 
 
 def loop_grid(

@@ -47,15 +47,15 @@ def train(
     allow_config_change: bool = False,
     profile: bool = False,
     allow_code: bool = False,
-    start: Callable[[], Params] | None = None,
+    start: Callable[[jax.sharding.Mesh], Params] | None = None,
 ) -> dict[str, Any]:
     """Train to settings.train.num_steps, continuing from the newest checkpoint in the workdir.
 
     `profile` writes a trace of PROFILED_STEPS steps, the second of this start and those after it,
     into the workdir's tensorboard folder. `allow_code` runs the recorded text of a process of the
-    user's own whose file is gone. `start` makes the parameters that a new run begins with. Returns
-    the figures of the last validation. Raises InputError for bad input before anything is written,
-    DivergenceError when a loss or a gradient is not finite.
+    user's own whose file is gone. `start` makes the parameters that a new run begins with, on the
+    mesh. Returns the figures of the last validation. Raises InputError for bad input before
+    anything is written, DivergenceError when a loss or a gradient is not finite.
     """
     settings = with_marks(settings)
     own = agree(workdir, settings, allow_config_change=allow_config_change, allow_code=allow_code)
@@ -93,7 +93,7 @@ def train(
         stopping = stack.enter_context(stop_requests(checkpointer))
         make_state, abstract_state = state_maker(settings, objective, optimizer, mesh)
         if checkpointer.latest_step() is None:
-            state = make_state(init_key, None if start is None else start())
+            state = make_state(init_key, None if start is None else start(mesh))
         else:
             state, position = checkpointer.restore(abstract_state)
             check_same_tokenizer(find_checkpoint(workdir), tokenizer, settings)

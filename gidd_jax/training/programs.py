@@ -41,11 +41,7 @@ def state_maker(
 
     key = jax.random.key(0)
     shardings = sharding.state_shardings(jax.eval_shape(init, key), mesh)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(unboxed_init, key),
-        shardings,
-    )
+    abstract = sharding.placed(jax.eval_shape(unboxed_init, key), shardings)
 
     def make(key: jax.Array, params: Params | None = None) -> TrainState:
         if params is None:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from gidd_jax.likelihood import autoregressive_nelbo, nelbo
+from gidd_jax.parallel.sharding import placed, state_shardings, unbox
 from gidd_jax.training.noising import Noised
 from gidd_jax.training.objective import Batch, Objective, Params
 
@@ -64,22 +65,24 @@ def started(
     return TrainState(*state) if adapters is None else AdaptedState(*state, params)
 
 
-def abstract_params(objective: Objective) -> Params:
-    """Return the shapes and dtypes of the network's parameters as jax.ShapeDtypeStruct."""
-    state = _abstract_state(objective)
+def abstract_params(objective: Objective, mesh: Mesh | None = None) -> Params:
+    """Return the network's parameters as jax.ShapeDtypeStruct, with their places on a mesh."""
+    state = _abstract_state(objective, mesh)
     return state.params if state.base is None else state.base
 
 
-def abstract_adapters(objective: Objective) -> Params:
-    """Return the shapes and dtypes of the adapters, of an objective that has them."""
-    return _abstract_state(objective).params
+def abstract_adapters(objective: Objective, mesh: Mesh | None = None) -> Params:
+    """Return the adapters in the same way, of an objective that has them."""
+    return _abstract_state(objective, mesh).params
 
 
-def _abstract_state(objective: Objective) -> TrainState:
-    def state(key: jax.Array) -> TrainState:
-        return nn.unbox(init_state(objective, optax.identity(), key, use_ema=False))
+def _abstract_state(objective: Objective, mesh: Mesh | None) -> TrainState:
+    def state(key: jax.Array) -> Any:
+        return init_state(objective, optax.identity(), key, use_ema=False)
 
-    return jax.eval_shape(state, jax.random.key(0))
+    boxed = jax.eval_shape(state, jax.random.key(0))
+    shapes = unbox(boxed)
+    return shapes if mesh is None else placed(shapes, state_shardings(boxed, mesh))
 
 
 def split_micro_batches(tree: Any, count: int) -> Any:

@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from absl.testing import flagsaver
 
+from gidd_jax import check
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import sampler_laws
 from gidd_jax.evaluation.sampler_laws import Law, verdict
+from gidd_jax.evaluation.subjects import find_subject
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.sampling.options import SamplerOptions
 
@@ -89,7 +92,21 @@ def test_only_what_can_sample_the_process_is_measured_and_only_samplers_must_sam
     assert not sampler_laws.claims_to_sample(masks, "row", SamplerOptions(temperature=0.5))
 
 
-def test_the_command_prints_a_line_for_each_and_fails_where_a_sampler_does_not_sample(tmp_path):
+def test_a_sampler_that_must_sample_and_does_not_fails_the_command(monkeypatch, capsys):
+    """A method with a floor, said to sample: the exit code is 1, and the last line names it."""
+    monkeypatch.setattr(sampler_laws, "SHORT_ROWS", 2_000)
+    monkeypatch.setattr(sampler_laws, "LONG_ROWS", 50)
+    monkeypatch.setattr(sampler_laws, "claims_to_sample", lambda *_: True)
+    subject = find_subject("masked", None, allow_code=False, config=None)
+    with flagsaver.flagsaver():
+        check.flags.parse(["check", "--sampler", "--methods=first_hitting,confidence:order=drawn"])
+        assert check.measure_samplers(subject, None) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "FAIL  confidence:order=drawn must sample the model, and does not"
+    assert sum(line.startswith("FAIL") for line in lines) == 1
+
+
+def test_the_command_prints_a_line_for_each(tmp_path):
     out = tmp_path / "laws.json"
     arguments = ("--sampler", "--process=masked", f"--out={out}")
     done = run_command(*arguments, "--methods=first_hitting,confidence:order=drawn")

@@ -139,19 +139,26 @@ def test_a_model_trained_with_times_of_positions_is_told_them(model):
     assert told == [(2, 8), (2,)]
 
 
-def test_prompts_of_many_lengths_share_one_program(model):
-    for row_mode, more in (("padded", {}), ("packed", {"new_tokens": 4})):
-        one = dataclasses.replace(model, row_mode=row_mode)
-        for options in ({"method": "first_hitting"}, {"block_length": 4}):
-            if options.get("method") == "first_hitting":
-                one = dataclasses.replace(one, process=MaskedProcess(259, 258))
-            before = programs.diffusion._cache_size()
-            for length in range(3, 13):
-                if length + 1 + more.get("new_tokens", 1) > CONTEXT:
-                    continue
-                steps = {} if "method" in options else {"num_steps": 5}
-                one.generate(prompts=["abcdefghijkl"[:length]], **options, **steps, **more)
-            assert programs.diffusion._cache_size() - before <= 1, (row_mode, options)
+MANY = (
+    {"num_steps": 3},
+    {"method": "first_hitting"},
+    {"method": "entropy_bound", "num_steps": 3},
+    {"num_steps": 1, "block_length": 32},
+)
+
+
+@pytest.mark.parametrize("options", MANY, ids=str)
+@pytest.mark.parametrize(("row_mode", "more"), [("padded", {}), ("packed", {"new_tokens": 4})])
+def test_ten_prompts_of_three_to_twelve_tokens_compile_once(tmp_path, row_mode, more, options):
+    """Also where the rows, or what follows the prompts, lie about a power of two."""
+    one = tiny_model(tmp_path, "gidd", **{"model.max_seq_len": 140})
+    process = MaskedProcess(one.process.vocab_size, one.process.mask_id)
+    one = dataclasses.replace(one, row_mode=row_mode, process=process)
+    before = programs.diffusion._cache_size()
+    for length in range(2, 12):  # and the token that begins a text
+        made = one.generate(prompts=["abcdefghijkl"[:length]], **options, **more)
+        assert made.ids.shape == (1, length + 1 + more.get("new_tokens", 139 - length))
+    assert programs.diffusion._cache_size() - before == 1
 
 
 def test_guidance_without_a_prompt_is_refused(model):

@@ -96,6 +96,35 @@ def test_masked_diffusion_is_bounded_by_its_orders(models, family):
     assert scores.mean() < exact
 
 
+def test_other_estimators_of_the_same_text(models):
+    """The decoder from left to right by hand; paths lie between the bound and the exact value."""
+    model = models["gidd"]
+    mask_id = model.tokenizer.mask_id
+    model = with_network(model, MaskedProcess(259, mask_id, t_eps=1e-3))
+    prompt, text = [2], [4, 4, 1]
+    row, total = [model.tokenizer.bos_id, *prompt, *[mask_id] * 3], 0.0
+    for i, token in enumerate(text, start=2):
+        total += model.network.log_probs(row, mask_id)[i, token]
+        row[i] = token
+    chain = model.log_likelihood(
+        [text], prompts=[prompt], estimator="chain", chain_order="left_to_right", num_orders=1
+    )
+    assert chain.log_probs[0] == pytest.approx(total, abs=1e-4)
+    exact, bound = by_orders(model, [model.tokenizer.bos_id, *prompt], text)
+    few, many = (
+        model.log_likelihood(
+            [text] * 64,
+            prompts=[prompt] * 64,
+            estimator="importance",
+            num_paths=paths,
+            path_steps=32,
+            batch_size=64,
+        ).log_probs
+        for paths in (1, 16)
+    )
+    assert bound < few.mean() < many.mean() < exact + 4 * many.std() / 8
+
+
 def test_hybrid_bound_of_one_token_is_its_probability(models):
     """A network that predicts the same whatever it sees: the bound has no gap."""
     process = HybridProcess(259, models["gidd"].tokenizer.mask_id, 0.2, t_eps=5e-3)

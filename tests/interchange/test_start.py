@@ -1,6 +1,8 @@
 """Runs that begin with the weights of others: what becomes of them, and that they train."""
 
+import functools
 import json
+import math
 import shutil
 
 import jax
@@ -21,6 +23,7 @@ from gidd_jax.interchange.load import load_pretrained
 from gidd_jax.interchange.start import from_start
 from gidd_jax.process import HybridProcess
 from gidd_jax.settings import Settings
+from gidd_jax.training import loop
 from gidd_jax.training.annealing import CAUSAL
 from gidd_jax.training.build import build_model
 from gidd_jax.training.loop import train
@@ -139,6 +142,40 @@ def test_a_denoiser_that_is_told_the_time_comes_back_from_its_folder(tmp_path, c
     again = Gidd.from_pretrained(tmp_path / "out")
     assert again.network.shape == network.shape
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("llama", 0), ("llama", 2), ("run", 0)])
+def test_a_start_on_a_mesh_is_the_start_on_one_device(tmp_path, corpus, monkeypatch, kind, rank):
+    """Weights, moments, average and adapters lie over eight devices; losses are the same."""
+    changes = {"train.num_steps": 3, "optimizer.ema_decay": 0.9, "adapt.lora_rank": rank}
+    changes |= {"adapt.attention_steps": 2, "adapt.noise_steps": 2}
+    folder, make_mesh, found = tmp_path / "start", loop.sharding.make_mesh, {}
+    if kind == "llama":
+        llama_start(folder)
+    else:
+        model = write_checkpoint(folder, tmp_path, "gidd", **{"process.p_uniform": 0.0})
+        model.tokenizer.save(folder / "tokenizer")
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        of_mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+        settings, start = from_start(adapted(folder, corpus, **changes, **of_mesh))
+        devices = jax.devices()[: math.prod(sizes)]
+        monkeypatch.setattr(
+            loop.sharding, "make_mesh", functools.partial(make_mesh, devices=devices)
+        )
+        run = tmp_path / str(math.prod(sizes))
+        train(settings, run, start=start)
+        found[sizes] = (
+            [line["train/loss"] for line in figures_by_step(run).values()],
+            saved_arrays(run),
+        )
+    (alone, arrays), (together, spread) = found.values()
+    assert len(alone) == 3
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert arrays.keys() == spread.keys()
+    for name, array in arrays.items():
+        # Of a gradient that is mere rounding Adam makes a step like any: single numbers may differ.
+        difference = np.linalg.norm(np.float64(spread[name]) - array)
+        assert difference <= 1e-4 * np.linalg.norm(np.float64(array)) + 1e-6, name
 
 
 @pytest.mark.parametrize("name", ["gidd", "mdlm"])

@@ -181,6 +181,58 @@ def test_masks_stay_where_they_are_not_to_be_filled():
     assert not np.any(np.asarray(draw(process, predict, 400, 30, **options).ids) == 2)
 
 
+SHARPENED = [("ancestral", {}), ("gibbs", {"sweeps": 3}), ("entropy_bound", {}), ("adaptive", {})]
+
+
+@pytest.mark.parametrize(("method", "options"), SHARPENED, ids=str)
+@pytest.mark.parametrize("name", ["hybrid", "hybrid-skewed", "masked"])
+def test_temperature_acts_on_the_prediction_before_bayes(name, method, options):
+    """A prediction that never changes is then drawn as if p^(1/T) were the data, whatever the
+    noise; after Bayes the evidence of the noise would be sharpened, too."""
+    process = PROCESSES[name]
+    p_data = distribution(process, seed=4)
+    sharper = p_data**2 / np.sum(p_data**2)
+    drawn = draw(
+        process,
+        constant(process, p_data),
+        1000,
+        12,
+        method=method,
+        temperature=0.5,
+        num_steps=8,
+        **options,
+    )
+    assert chi_square(np.asarray(drawn.ids), last_marginal(process, sharper)) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["ancestral", "gibbs", "entropy_bound", "adaptive"])
+@pytest.mark.parametrize("name", ["hybrid", "log-snr", "masked"])
+def test_guidance_weighs_what_is_given_before_bayes(name, method):
+    """A network that says p where the given tokens stand, and q where noise is in their place: gaps
+    about them are drawn from p^g q^(1 - g), normalised."""
+    process = PROCESSES[name]
+    given = np.array([0, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 0], bool)
+    p, q = distribution(process, seed=4), distribution(process, seed=9)
+    token = int(np.flatnonzero(p)[0])
+
+    def denoise(z, times):
+        stands = jnp.all((z == token) | ~jnp.asarray(given)[None], axis=-1)[:, None, None]
+        said = jnp.where(stands, jnp.float32(p)[None, None], jnp.float32(q)[None, None])
+        return jnp.log(jnp.broadcast_to(said, (*z.shape, len(p))))
+
+    count, free = 1000, jnp.asarray(~given)
+    shape = (count, len(given))
+    prompt = Prompt(jnp.full(shape, token, jnp.int32), jnp.broadcast_to(free, shape))
+    settings = SamplerOptions(method=method, num_steps=7, guidance=1.5)
+    run = jax.jit(lambda keys: sample_diffusion(process, denoise, settings, keys, 14, prompt))
+    drawn = np.asarray(run(keys_of(count)).ids)
+    assert np.all(drawn[:, given] == token)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        want = np.where(p > 0, p**1.5 * q**-0.5, 0.0)
+    want = last_marginal(process, want / want.sum())
+    assert chi_square(drawn[:, ~given], want) > 1e-4
+
+
 def test_confidence_and_mode_seeking_runs_reveal_evenly():
     process = MaskedProcess(6, 2)
     predict = hashing(6)

@@ -9,9 +9,11 @@ from denoisers import everywhere
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
-from gidd_jax.sampling import redraws
+from gidd_jax.sampling import methods, redraws
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.schedule import make_schedule
+from gidd_jax.sampling.times import row_times
 
 LENGTH, ROWS = 12, 6
 MASKS, HYBRID = MaskedProcess(5, 4), HybridProcess(5, 4, 0.2)
@@ -122,6 +124,27 @@ def test_a_planted_error_is_mended_and_kept_without_editing():
     assert not (mended.ids == 1).any()
 
 
+@pytest.mark.parametrize("process", [HYBRID, UNIFORM], ids=["hybrid", "uniform"])
+def test_the_time_told_is_that_of_the_share_that_is_wrong(process):
+    """Open positions are noise; a token that may be wrong is at the time at which so much is."""
+    options = SamplerOptions(method="entropy_bound", edit_above=0.9)
+    wrong = jnp.float32([[0.0, 0.0, 0.3, 0.05]])
+    is_open = jnp.array([[True, False, False, False]])
+    zero = jnp.zeros((1, 4), jnp.int32)
+    memory = redraws.Editing(is_open, wrong, zero - 1, zero[:, 0], zero[:, 0] > 0)
+    now = jax.tree.map(lambda a: jnp.asarray(a[1]), make_schedule(process, options, 4))
+    call = methods.Call(
+        process, options, row_keys(jax.random.key(0), zero[:, 0]), zero, ~is_open, now
+    )
+    told = methods.times(call, memory)[0]
+    np.testing.assert_array_equal(told[0, :2], [np.float32(process.t_max), 0.0])
+    np.testing.assert_allclose(1 - process.alpha(told[0, 2:]), wrong[0, 2:], rtol=1e-3)
+    # Told one time a row: that of the mean.
+    row = row_times(process, told)
+    share = float(jnp.mean(jnp.where(is_open, 1 - process.alpha(process.t_max), wrong)))
+    np.testing.assert_allclose(1 - process.alpha(row[0]), share, rtol=1e-3)
+
+
 def test_editing_needs_noise_that_is_no_mask():
     with pytest.raises(InputError, match="edit_above needs a process with noise other than"):
         draw(MASKS, says([0.25] * 4), edit_above=0.5)
@@ -139,13 +162,17 @@ def test_given_tokens_are_never_edited():
 STOPS = {"epsilon": 0.0, "stop_after": 2, "stop_entropy": 0.1}
 
 
-def test_a_stopped_row_is_the_row_of_a_longer_run_and_causes_no_calls():
-    short = draw(MASKS, sharpening, num_steps=LENGTH, **STOPS)
-    long = draw(MASKS, sharpening, num_steps=50, **STOPS)
-    np.testing.assert_array_equal(short.ids, long.ids)
-    np.testing.assert_array_equal(short.log_probs, long.log_probs)
-    np.testing.assert_array_equal(short.stopped_at, long.stopped_at)
-    assert (long.stopped_at < LENGTH).all()
+@pytest.mark.parametrize(
+    ("process", "most", "edits"),
+    [(MASKS, LENGTH, {}), (HYBRID, 30, {"edit_above": 0.6}), (UNIFORM, 30, {"edit_above": 0.6})],
+    ids=["masks", "hybrid", "uniform"],
+)
+def test_a_stopped_row_is_the_row_of_a_longer_run_and_causes_no_calls(process, most, edits):
+    short = draw(process, sharpening, num_steps=most, **STOPS, **edits)
+    long = draw(process, sharpening, num_steps=50, **STOPS, **edits)
+    for name in ("ids", "log_probs", "stopped_at"):
+        np.testing.assert_array_equal(getattr(short, name), getattr(long, name))
+    assert (long.stopped_at < most).all()
     assert int(long.network_calls) == int(long.num_calls) == long.stopped_at.max()
 
 
