@@ -24,6 +24,8 @@ from tiny_run import (
 
 from gidd_jax.checkpoints.checkpoint import Checkpointer
 from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.inference.gidd import Gidd
+from gidd_jax.interchange.start import from_start
 from gidd_jax.parallel.sharding import activate, make_mesh
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.loop import train
@@ -82,10 +84,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run_two(folder: Path, workdir: Path, number: int = 0, at: int = 0) -> list[Ended]:
+def run_two(
+    folder: Path, workdir: Path, number: int = 0, at: int = 0, more: tuple[str, ...] = ()
+) -> list[Ended]:
     """Train on two processes, the second of which sends itself a signal before a batch."""
     signals = [["0", "0"], [str(number), str(at)]]
-    flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}"]
+    flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}", *more]
     return two_processes(folder, TRAIN, [[*own, *flags] for own in signals])
 
 
@@ -138,6 +142,28 @@ def test_two_processes_train_as_one(folder, finished, tmp_path):
     assert {name for _, name in ours} >= {"train/loss", "eval/nelbo", "eval/bits_per_byte"}
     for key, value in ours.items():
         np.testing.assert_allclose(value, alone[key], rtol=1e-5, atol=1e-6, err_msg=str(key))
+
+
+@pytest.mark.parametrize("kind", ["run", "exported"])
+def test_two_processes_begin_with_the_same_start(folder, finished, tmp_path, kind):
+    """Weights read onto the devices of both: the first losses are those of eight local ones."""
+    start = finished
+    if kind == "exported":
+        start = tmp_path / "exported"
+        Gidd.from_pretrained(finished).save_pretrained(start)
+    changes = {"model.start": str(start), "train.num_steps": 2, "train.eval_every": 0}
+    flags = tuple(f"--config.{key}={value}" for key, value in changes.items())
+    ended = run_two(folder, tmp_path / "two", more=(*flags, "--config.mesh.fsdp=2"))
+    assert [end.code for end in ended] == [0, 0], ended[0].err + ended[1].err
+    settings, begin = from_start(tiny_settings(folder, **CHANGES | changes, **{"mesh.data": 8}))
+    with jax.default_device(None):
+        train(settings, tmp_path / "run", start=begin)
+    ours, alone = figures(tmp_path / "two"), figures(tmp_path / "run")
+    assert ours[1, "train/loss"] < 0.9 * figures(finished)[1, "train/loss"]  # it did begin there
+    for step in (1, 2):
+        np.testing.assert_allclose(
+            ours[step, "train/loss"], alone[step, "train/loss"], rtol=1e-5, atol=1e-6
+        )
 
 
 def restored(folder: Path, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
