@@ -86,8 +86,8 @@ def sweep_grid(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the times of `gibbs`: after a step `sweeps` calls at which time stands still.
 
-    After steps that end at sweep_below or later no sweep follows, but after the last one. There are
-    as many steps as the calls allow, and calls that are left sweep at the end.
+    After steps that end later than sweep_below none follows. There are no more steps than it takes
+    to fill the calls, and sweeps that are too many at the end are cut.
     """
 
     def laid_out(num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,9 +98,8 @@ def sweep_grid(
     def num_calls(num_steps: int) -> int:
         return int(laid_out(num_steps)[2].sum())
 
-    fitting = bisect.bisect_right(range(1, options.num_steps + 1), options.num_steps, key=num_calls)
-    t, s, calls = laid_out(max(1, fitting))
-    calls[-1] += max(0, options.num_steps - calls.sum())
+    counts = range(1, options.num_steps + 1)
+    t, s, calls = laid_out(counts[bisect.bisect_left(counts, options.num_steps, key=num_calls)])
     is_step = np.cumsum(calls) - calls
     after = np.repeat(s, calls)
     before = after.copy()

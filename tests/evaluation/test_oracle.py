@@ -21,6 +21,7 @@ from gidd_jax.sampling.options import SamplerOptions
 from gidd_jax.sampling.schedule import make_schedule
 from gidd_jax.sampling.thinning import network_at
 
+pytestmark = pytest.mark.usefixtures("compile_well")  # they run for long
 ROWS = 20_000
 FLOOR = oracle.noise_floor(oracle.law(CHAIN, LENGTH), ROWS)
 BORDER = (CHAIN.start @ CHAIN.moves)[:, None] * CHAIN.moves  # the law of the tokens 1 and 2
@@ -131,6 +132,8 @@ def test_a_network_that_knows_one_time_a_row_takes_clean_tokens_for_noise():
     options = {"method": "confidence", "num_steps": LENGTH}
     assert distance(PROCESSES["masks"], told="row", **options) < 1.15 * FLOOR
     assert distance(PROCESSES["hybrid"], told="row", **options) > 3 * FLOOR
+    # Rounds at falling times take it away: they once went on to the mode.
+    assert distance(PROCESSES["hybrid"], told="row", method="adaptive", num_steps=80) < 1.2 * FLOOR
 
 
 GIVEN = np.array([-1, 2, -1, -1, 0])  # numbers of the chain's tokens

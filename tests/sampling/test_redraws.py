@@ -12,7 +12,7 @@ from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.sampling import methods, redraws
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
-from gidd_jax.sampling.schedule import make_schedule
+from gidd_jax.sampling.schedule import make_schedule, sweep_grid
 from gidd_jax.sampling.times import row_times
 
 LENGTH, ROWS = 12, 6
@@ -262,3 +262,27 @@ def test_each_token_is_drawn_as_often_as_the_steps_allow():
     drawn = run(keys)
     at = np.asarray(drawn.drawn_at)
     assert ((at > 24).mean()) > 0.6  # in the last of three rounds, unless it was there already
+
+
+# Sweeps of gibbs.
+
+
+@pytest.mark.parametrize("grid", ["uniform", "cosine"])
+@pytest.mark.parametrize("below", [0.0, 0.2, 1.0])
+def test_sweeps_take_the_calls_that_steps_leave(grid, below):
+    """Times go on from where the last call stood, down to t_min; in sweeps they stand still."""
+    for calls in (1, 2, 5, 7, 20, 33):
+        for sweeps in (1, 2, 7, 40):
+            options = SamplerOptions(
+                method="gibbs", num_steps=calls, sweeps=sweeps, sweep_below=below, grid=grid
+            )
+            t, s = sweep_grid(HYBRID, options)
+            assert len(t) == len(s) == calls
+            assert (t[0], s[-1]) == (np.float32(HYBRID.t_max), np.float32(HYBRID.t_min))
+            np.testing.assert_array_equal(t[1:], s[:-1])
+            is_sweep = t == s
+            assert np.all(t[is_sweep] <= max(below, HYBRID.t_min))
+            if below == 0:
+                assert is_sweep.sum() == min(sweeps, calls - 1)
+            if below == 1:
+                assert (~is_sweep).sum() == -(-calls // (1 + sweeps))
