@@ -14,8 +14,8 @@ def checkpoint_flag(command: CommandFlags) -> flags.FlagHolder[str]:
     return command.DEFINE_string(
         "checkpoint",
         None,
-        "A run, one of its checkpoints, a Hugging Face folder or owner/name, or a checkpoint of "
-        "the original.",
+        "A run, one of its checkpoints, a Hugging Face folder or owner/name, a checkpoint of the "
+        "original, or `embedded`, the small model that comes with the package.",
         required=True,
     )
 

@@ -59,7 +59,7 @@ OPTIONS = {
         "grid", None, GRIDS, "How steps are spaced; `reference` is the original code's grid."
     ),
     "temperature": flags.DEFINE_float(
-        "temperature", None, "Of the predicted distribution; 0 takes the most probable token."
+        "temperature", None, "Temperature of x_hat; 0 takes the most probable token."
     ),
     "top_k": flags.DEFINE_integer("top_k", None, "Draw from the top_k most probable tokens."),
     "top_p": flags.DEFINE_float("top_p", None, "Draw from the most probable tokens of this sum."),
@@ -105,7 +105,7 @@ OPTIONS = {
         "edit_above", None, "method=entropy_bound: draw anew what is wrong with more than this."
     ),
     "stop_after": flags.DEFINE_integer(
-        "stop_after", None, "method=entropy_bound: stop when the best guess stood still so often."
+        "stop_after", None, "method=entropy_bound: stop a text whose guess stood so many calls."
     ),
     "stop_entropy": flags.DEFINE_float(
         "stop_entropy",
@@ -119,7 +119,7 @@ OPTIONS = {
     "sweep_below": flags.DEFINE_float(
         "sweep_below",
         None,
-        "method=gibbs: ... where the step ends at this time or earlier; 0: after the last one.",
+        "method=gibbs: redraw only after steps that end at this time or below; 0: after the last.",
     ),
     "rho": flags.DEFINE_float("rho", None, "method=gibbs: share of the tokens that are redrawn."),
     "guidance": flags.DEFINE_float(

@@ -42,17 +42,17 @@ LONGEST = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first; the others stay in their order."""
+    items.sort(key=lambda item: not str(item.path.with_suffix("")).endswith(LONGEST))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Programs are small: compiling them well, here and in commands, takes longer than running
     them. Slow tests compile as users do."""
     if not any(item.get_closest_marker("slow") for item in session.items):
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first; the others stay in their order."""
-    items.sort(key=lambda item: not str(item.path.with_suffix("")).endswith(LONGEST))
 
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -87,9 +87,10 @@ def _loader(folder: Path) -> Loader:
 @pytest.fixture
 def compile_well() -> Iterator[None]:
     """Compile the programs of one test as users have them: those that run for long."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

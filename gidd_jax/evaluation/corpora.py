@@ -24,6 +24,7 @@ from gidd_jax.data.corpus import (
 from gidd_jax.data.files import open_text_file
 from gidd_jax.data.rows import Records
 from gidd_jax.data.sources import tokenise_all
+from gidd_jax.data.tokenizer_files import EMBEDDED
 from gidd_jax.errors import InputError
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.mixture import split_list, split_mixture
@@ -80,7 +81,12 @@ class CorpusRows(NamedTuple):
 
 
 def run_data_settings(checkpoint: str | Path) -> DataSettings | None:
-    """Return the data settings of the run that wrote a checkpoint; None for imported models."""
+    """Return the data settings of the run that wrote a checkpoint; None for imported models.
+
+    The run behind the model of the package is that of its config.
+    """
+    if str(checkpoint) == EMBEDDED:
+        return Settings.from_config(load_config(EMBEDDED)).data
     try:
         found = find_checkpoint(checkpoint)
     except InputError:

@@ -77,7 +77,7 @@ def _is_built_in(name: str) -> bool:
 def checkpoint_subject(path: str, consent: Consent) -> Subject:
     """Return the process of a model; the weights of our own runs stay on disk."""
     try:
-        checkpoint = find_checkpoint(path)
+        checkpoint = find_checkpoint(load.place_of(path))
     except InputError:  # another kind of folder, or none
         process = load.load_pretrained(path, **consent._asdict()).process
         if process is not None:

@@ -60,8 +60,8 @@ def widened(rows: Rows, tokenizer: Tokenizer, width: int) -> Rows:
 def shared_width(size: int, most: int) -> int:
     """Return the least of most, half of it, ... that holds `size` tokens and is no less than LEAST.
 
-    Halves of the context, not powers of two: a prompt and what follows it are about as long as
-    that, where rounding must not change from one prompt to the next.
+    Halves of the context, not powers of two: a prompt and what follows it often fill that, and
+    rounding should seldom change from one prompt to the next.
     """
     while -(-most // 2) >= max(size, LEAST):
         most = -(-most // 2)

@@ -9,6 +9,7 @@ import jax
 
 from gidd_jax.checkpoints.checkpoint import find_checkpoint
 from gidd_jax.errors import InputError
+from gidd_jax.interchange.load import place_of
 from gidd_jax.interchange.pretrained import Pretrained
 from gidd_jax.mixture import split_mixture
 from gidd_jax.models.llama import Llama
@@ -21,6 +22,7 @@ _FIGURES = {  # of the last validation, by their names in the log
     "eval/perplexity": "perplexity",
     "eval/bits_per_byte": "bits per byte",
 }
+_SPEED = "train/tokens_per_second"
 
 
 def model_card(model: Pretrained, source: str, *, licence: str | None, with_code: bool) -> str:
@@ -71,7 +73,7 @@ def _licence(licence: str | None) -> list[str]:
 def _run(source: str) -> list[str]:
     """Say how a run of this package was made; nothing of other sources."""
     try:
-        checkpoint = find_checkpoint(source)
+        checkpoint = find_checkpoint(place_of(source))
         settings = Settings.from_saved(checkpoint.config())
     except InputError:
         return []
@@ -83,7 +85,7 @@ def _run(source: str) -> list[str]:
         "tokens": f"{checkpoint.step * train.batch_size * settings.model.max_seq_len:,}",
         "optimizer": settings.optimizer.name,
         "loss weights": train.weighting,
-        **_figures(Path(str(checkpoint.folder)).parent.parent, checkpoint.step),
+        **_figures(Path(str(checkpoint.folder)).parent.parent, checkpoint.step, settings),
     }
     table = [f"| {name} | {value} |" for name, value in rows.items()]
     return [
@@ -115,18 +117,26 @@ def _without_folders(settings: Settings) -> dict[str, Any]:
     return values
 
 
-def _figures(workdir: Path, step: int) -> dict[str, str]:
-    """Return the figures of the last validation up to a step, out of the log of a run."""
+def _figures(workdir: Path, step: int, settings: Settings) -> dict[str, str]:
+    """Return how long the steps took and the last validation up to a step, out of a run's log."""
     found: dict[str, Any] = {}
+    tokens, hours, last = settings.train.batch_size * settings.model.max_seq_len, 0.0, 0
     try:
         lines = (workdir / METRICS_FILE).read_text("utf-8").splitlines()
         for values in map(json.loads, lines):
-            if values["step"] <= step:
-                found |= {name: values[name] for name in _FIGURES if name in values}
-    except (OSError, ValueError, KeyError):
+            if values["step"] > step:
+                continue
+            found |= {name: values[name] for name in _FIGURES if name in values}
+            if _SPEED in values:
+                hours += (values["step"] - last) * tokens / values[_SPEED] / 3600
+                last = values["step"]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return {}
     numbers = {name: v for name, v in found.items() if isinstance(v, float) and math.isfinite(v)}
-    return {f"validation: {_FIGURES[name]}": f"{v:.4g}" for name, v in numbers.items()}
+    figures = {f"validation: {_FIGURES[name]}": f"{v:.4g}" for name, v in numbers.items()}
+    if hours:
+        figures = {"hours of steps": f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}"} | figures
+    return figures
 
 
 def _loading(with_code: bool, is_causal: bool) -> list[str]:

@@ -8,6 +8,7 @@ file and the fix.
 import json
 import re
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from gidd_jax.checkpoints.checkpoint import CHECKPOINTS, Checkpoint, find_checkp
 from gidd_jax.checkpoints.numbers import not_numbers
 from gidd_jax.checkpoints.workdir import CONFIG_FILE
 from gidd_jax.data.rows import check_mode
-from gidd_jax.data.tokenizer_files import looks_like_path
+from gidd_jax.data.tokenizer_files import EMBEDDED, looks_like_path
 from gidd_jax.errors import InputError, first_line
 from gidd_jax.interchange.folders import (
     PROCESSES,
@@ -55,6 +56,13 @@ _NOT_BUILT_IN = (
 )
 
 
+def place_of(path: str | Path) -> str | Path:
+    """Return where the model of a name lies: `embedded` is a folder of the package."""
+    if str(path) == EMBEDDED:
+        return Path(str(resources.files("gidd_jax") / "assets/model"))
+    return path
+
+
 def load_pretrained(
     path: str | Path,
     *,
@@ -68,7 +76,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     weights: bool = True,
 ) -> Pretrained:
-    """Load a workdir or step of `gidd_jax.train`, a published folder, or owner/name on the hub.
+    """Load a workdir or step of `gidd_jax.train`, a published folder, owner/name, or 'embedded'.
 
     Folders: GIDD in the published Hugging Face formats of both papers, Llamas, Qwen2 and Qwen3, and
     checkpoints of the original's training (model.pt and config.yaml; needs PyTorch). Also .gguf
@@ -88,7 +96,7 @@ def load_pretrained(
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: legal values: {', '.join(DTYPES)}")
-    consent = Consent(allow_code, process)
+    consent, path = Consent(allow_code, process), place_of(path)
     if row_mode is not None:
         check_mode(row_mode, "row_mode")
     target = Target(mesh, dtype or "float32", weights)
@@ -153,8 +161,8 @@ def _local_folder(path: str) -> Path:
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or looks_like_path(path):
         raise InputError(
-            f"no such folder: {path} (give a folder with a model, or owner/name of one on the "
-            "Hugging Face hub)"
+            f"no such folder: {path} (give a folder with a model, owner/name of one on the Hugging "
+            f"Face hub, or {EMBEDDED})"
         )
     from huggingface_hub import snapshot_download
 

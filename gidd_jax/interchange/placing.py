@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from gidd_jax.errors import InputError
-from gidd_jax.interchange.tensors import Format, TorchTensors, params_from_torch
+from gidd_jax.interchange.tensors import Format, TorchTensors, check_names, params_from_torch
 from gidd_jax.parallel import sharding
 
 # What stays float32 whatever the parameters are to be: scales of norms, as in the published
@@ -74,6 +74,7 @@ def place(
         )
     _check_shapes(tensors, TorchTensors(sharding.unbox(boxed), vocab_size))
     if not target.weights:
+        check_names(tensors, form, network.num_layers)
         return None
 
     def put(path: tuple[str, ...], arrays: Iterable[np.ndarray], count: int | None) -> jax.Array:

@@ -52,14 +52,13 @@ _OF_RUN = (
 
 def from_start(
     settings: Settings, *, allow_code: bool = False
-) -> tuple[Settings, Callable[..., Params] | None]:
+) -> tuple[Settings, Callable[[Mesh | None], Params] | None]:
     """Return the settings with the architecture of model.start, and what makes its parameters.
 
-    Without a start the settings are as they were, and there is None. The parameters are read
-    when they are asked for, (mesh=None) -> parameters: a run that goes on needs none of them, and
-    one over a mesh reads those of published folders straight onto it. allow_code: of a process of
-    the start's own. Raises InputError where the start cannot be loaded, or the run could
-    not go on with it.
+    Without a start the settings are as they were, and there is None. The parameters are read when
+    they are asked for: a run that goes on needs none of them. They are read straight onto the mesh
+    that is given; None: onto the first device. allow_code: of a process of the start's own. Raises
+    InputError where the start cannot be loaded, or the run could not go on with it.
     """
     path = settings.model.start
     if not path:
@@ -82,7 +81,7 @@ def from_start(
     else:
         _check_tokenizer(settings, source.tokenizer)
 
-    def begin(mesh: Mesh | None = None) -> Params:
+    def begin(mesh: Mesh | None) -> Params:
         return _params(settings, load_pretrained(path, allow_code=allow_code, mesh=mesh))
 
     return settings, begin

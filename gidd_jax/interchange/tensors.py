@@ -7,7 +7,7 @@ parameter tree of `models`. Nothing here imports torch.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -250,6 +250,18 @@ def on_host(path: tuple[str, ...], tensors: Iterable[np.ndarray], count: int | N
     return arrays[0] if count is None else np.stack(arrays)
 
 
+def check_names(state_dict: Collection[str], form: Format, num_layers: int) -> None:
+    """Raise InputError naming the tensors that are missing or unknown."""
+    there = {name for name in state_dict if not re.fullmatch(form.ignored, name)}
+    expected = set(form.names(num_layers))
+    missing, unknown = expected - there, there - expected
+    if missing or unknown:
+        raise InputError(
+            f"the weights do not fit a model of {num_layers} layers: missing {_some(missing)}; "
+            f"unknown {_some(unknown)}. Check the checkpoint and its number of layers."
+        )
+
+
 def params_from_torch(
     state_dict: Mapping[str, np.ndarray],
     form: Format,
@@ -260,14 +272,7 @@ def params_from_torch(
 
     Raises InputError naming the tensors that are missing or unknown.
     """
-    there = {name for name in state_dict if not re.fullmatch(form.ignored, name)}
-    expected = set(form.names(num_layers))
-    missing, unknown = expected - there, there - expected
-    if missing or unknown:
-        raise InputError(
-            f"the weights do not fit a model of {num_layers} layers: missing {_some(missing)}; "
-            f"unknown {_some(unknown)}. Check the checkpoint and its number of layers."
-        )
+    check_names(state_dict, form, num_layers)
     params: Params = {}
     for name, tensor in form.root.items():
         value = place(tensor.into, [tensor.from_torch(state_dict[name])], None)

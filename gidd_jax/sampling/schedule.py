@@ -86,18 +86,20 @@ def sweep_grid(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the times of `gibbs`: after a step `sweeps` calls at which time stands still.
 
-    After steps that end later than sweep_below none follows. There are no more steps than it takes
-    to fill the calls, and sweeps that are too many at the end are cut.
+    After a step that ends at a time above sweep_below none follows, but after the last. There are
+    no more steps than it takes to fill the calls, and sweeps that are too many at the end are cut.
     """
 
     def laid_out(num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Times of the steps, and how many calls each takes with its sweeps."""
         t, s = time_grid(process, num_steps, options.grid)
-        return t, s, 1 + options.sweeps * ((s <= options.sweep_below) | (s == s[-1]))
+        is_last = np.arange(num_steps) == num_steps - 1
+        return t, s, 1 + options.sweeps * ((s <= options.sweep_below) | is_last)
 
     def num_calls(num_steps: int) -> int:
         return int(laid_out(num_steps)[2].sum())
 
+    # Of one step more at most one ends below: the calls grow with the steps.
     counts = range(1, options.num_steps + 1)
     t, s, calls = laid_out(counts[bisect.bisect_left(counts, options.num_steps, key=num_calls)])
     is_step = np.cumsum(calls) - calls

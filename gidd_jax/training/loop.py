@@ -24,6 +24,7 @@ from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.errors import DivergenceError, InputError
 from gidd_jax.likelihood import perplexity
 from gidd_jax.parallel import sharding
+from gidd_jax.parallel.distributed import refused_together
 from gidd_jax.settings import Settings
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.metrics import (
@@ -47,7 +48,7 @@ def train(
     allow_config_change: bool = False,
     profile: bool = False,
     allow_code: bool = False,
-    start: Callable[[jax.sharding.Mesh], Params] | None = None,
+    start: Callable[[jax.sharding.Mesh | None], Params] | None = None,
 ) -> dict[str, Any]:
     """Train to settings.train.num_steps, continuing from the newest checkpoint in the workdir.
 
@@ -93,7 +94,9 @@ def train(
         stopping = stack.enter_context(stop_requests(checkpointer))
         make_state, abstract_state = state_maker(settings, objective, optimizer, mesh)
         if checkpointer.latest_step() is None:
-            state = make_state(init_key, None if start is None else start(mesh))
+            with refused_together():
+                params = None if start is None else start(mesh)
+            state = make_state(init_key, params)
         else:
             state, position = checkpointer.restore(abstract_state)
             check_same_tokenizer(find_checkpoint(workdir), tokenizer, settings)

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from absl.testing import flagsaver
+from fresh_command import fresh_command
 
-from gidd_jax import check
 from gidd_jax.errors import InputError
 from gidd_jax.evaluation import sampler_laws
 from gidd_jax.evaluation.sampler_laws import Law, verdict
@@ -98,9 +97,8 @@ def test_a_sampler_that_must_sample_and_does_not_fails_the_command(monkeypatch, 
     monkeypatch.setattr(sampler_laws, "LONG_ROWS", 50)
     monkeypatch.setattr(sampler_laws, "claims_to_sample", lambda *_: True)
     subject = find_subject("masked", None, allow_code=False, config=None)
-    with flagsaver.flagsaver():
-        check.flags.parse(["check", "--sampler", "--methods=first_hitting,confidence:order=drawn"])
-        assert check.measure_samplers(subject, None) == 1
+    check = fresh_command("check", "--sampler", "--methods=first_hitting,confidence:order=drawn")
+    assert check.measure_samplers(subject, None) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "FAIL  confidence:order=drawn must sample the model, and does not"
     assert sum(line.startswith("FAIL") for line in lines) == 1

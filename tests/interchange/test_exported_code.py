@@ -46,7 +46,7 @@ def denoiser(folder, name) -> Gidd:
     config.model.update(start=str(folder), max_seq_len=16, dtype="float32", cond_dim=width)
     settings, start = from_start(Settings.from_config(config))
     assert start is not None
-    tokenizer, params = run_tokenizer(settings.data), start()
+    tokenizer, params = run_tokenizer(settings.data), start(None)
     objective = build_objective(settings, tokenizer.vocab_size, tokenizer.mask_id)
     if width:
         for number, part in enumerate((params["blocks"]["modulation"], params["final_modulation"])):
@@ -189,7 +189,10 @@ def test_networks_without_code_are_named(tmp_path):
 
 def test_the_card_says_what_the_run_was(tmp_path):
     write_checkpoint(tmp_path / "run", tmp_path, "gidd")
-    lines = [{"step": s, "eval/perplexity": p} for s, p in ((2, 8.5), (3, 7.25), (9, 1.0))]
+    lines = [
+        {"step": s, "eval/perplexity": p, "train/tokens_per_second": speed}
+        for s, p, speed in ((2, 8.5, 64.0), (3, 7.25, 32.0), (9, 1.0, 1.0))
+    ]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     model = load_pretrained(tmp_path / "run")
     card = model_card(model, str(tmp_path / "run"), licence="apache-2.0", with_code=True)
@@ -198,7 +201,8 @@ def test_the_card_says_what_the_run_was(tmp_path):
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     assert f"{count:,} parameters" in card
     assert "| validation: perplexity | 7.25 |" in card
-    assert "| tokens | 384 |" in card
+    assert "| tokens | 384 |" in card  # 128 a step: 4 seconds for the first two and for the third
+    assert "| hours of steps | 0.0022 |" in card
     assert '"num_layers": 2' in card
     assert "trust_remote_code=True" in card
     other = model_card(model, "elsewhere", licence=None, with_code=False)

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from golden_llama import CASES, GOLDEN, IDS
 from published_folders import write_words
+from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import write_checkpoint
 from tiny_run import assert_same_arrays, figures_by_step, saved_arrays, tiny_settings
 
@@ -66,7 +67,7 @@ def test_the_logits_are_the_sources_before_the_first_step(name, tmp_path, corpus
     folder = llama_start(tmp_path / "start", name)
     settings, start = from_start(adapted(folder, corpus, **{"model.cond_dim": 8}))
     assert start is not None
-    network, params = build_model(settings, 69), start()
+    network, params = build_model(settings, 69), start(None)
     with np.load(GOLDEN / "logits.npz") as logits:
         wanted = logits[name][:, :15]
     with jax.default_matmul_precision("highest"):
@@ -91,7 +92,7 @@ def test_rows_that_only_fill_a_table_are_no_tokens(tmp_path, corpus):
     write_words(folder, 60, special=())
     settings, start = from_start(adapted(folder, corpus))
     assert start is not None
-    params, source = start(), load_pretrained(folder).params
+    params, source = start(None), load_pretrained(folder).params
     ours, theirs = (p["vocab_embed"]["embedding"] for p in (params, source))
     assert ours.shape[0] == 62
     np.testing.assert_array_equal(ours[:60], theirs[:60])
@@ -134,7 +135,7 @@ def test_a_denoiser_that_is_told_the_time_comes_back_from_its_folder(tmp_path, c
         adapted(llama_start(tmp_path / "start", "qwen3"), corpus, **{"model.cond_dim": 8})
     )
     assert start is not None
-    network, params = build_model(settings, 69), start()
+    network, params = build_model(settings, 69), start(None)
     params["blocks"]["modulation"]["kernel"] += 0.1
     tokenizer = load_tokenizer(tmp_path / "start")
     model = Gidd(network, params, tokenizer, HybridProcess(69, 68, 0.1))
@@ -144,7 +145,9 @@ def test_a_denoiser_that_is_told_the_time_comes_back_from_its_folder(tmp_path, c
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("llama", 0), ("llama", 2), ("run", 0)])
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("llama", 0), ("llama", 2), ("run", 0), ("adapters", 0)]
+)
 def test_a_start_on_a_mesh_is_the_start_on_one_device(tmp_path, corpus, monkeypatch, kind, rank):
     """Weights, moments, average and adapters lie over eight devices; losses are the same."""
     changes = {"train.num_steps": 3, "optimizer.ema_decay": 0.9, "adapt.lora_rank": rank}
@@ -152,6 +155,11 @@ def test_a_start_on_a_mesh_is_the_start_on_one_device(tmp_path, corpus, monkeypa
     folder, make_mesh, found = tmp_path / "start", loop.sharding.make_mesh, {}
     if kind == "llama":
         llama_start(folder)
+    elif kind == "adapters":  # a run that trained some, whose weights are merged
+        settings, start = from_start(
+            adapted(llama_start(tmp_path / "llama"), corpus, **changes | {"adapt.lora_rank": 2})
+        )
+        train(settings, folder, start=start)
     else:
         model = write_checkpoint(folder, tmp_path, "gidd", **{"process.p_uniform": 0.0})
         model.tokenizer.save(folder / "tokenizer")
@@ -168,6 +176,12 @@ def test_a_start_on_a_mesh_is_the_start_on_one_device(tmp_path, corpus, monkeypa
             [line["train/loss"] for line in figures_by_step(run).values()],
             saved_arrays(run),
         )
+        if kind != "llama" or rank:
+            continue
+        assert start is not None
+        mesh = make_mesh(*sizes, devices=devices)
+        kernel = start(mesh)["blocks"]["mlp_in"]["kernel"]  # straight onto all devices
+        assert len(kernel.sharding.device_set) == len(devices)
     (alone, arrays), (together, spread) = found.values()
     assert len(alone) == 3
     np.testing.assert_allclose(together, alone, atol=1e-5)
@@ -190,7 +204,7 @@ def test_from_masks_to_hybrid_only_the_noise_changes(name, tmp_path):
         )
     )
     assert start is not None
-    jax.tree.map(np.testing.assert_array_equal, start(), model.params)
+    jax.tree.map(np.testing.assert_array_equal, start(None), model.params)
     assert settings.data.tokenizer.startswith(str(tmp_path))
     train(settings, tmp_path / "run", start=start)
     assert Gidd.from_pretrained(tmp_path / "run").process.p_uniform == settings.process.p_uniform
@@ -211,7 +225,7 @@ def test_what_cannot_be_is_one_line(change, message, tmp_path, corpus):
     def begin() -> None:
         _, start = from_start(settings)
         assert start is not None
-        start()
+        start(None)
 
     with pytest.raises(InputError) as caught:
         begin()
@@ -236,7 +250,30 @@ def test_a_vocabulary_of_pairs(tmp_path, corpus):
     backend.save(str(folder / "tokenizer.json"))
     _, start = from_start(adapted(folder, corpus))
     assert start is not None
-    assert start()["vocab_embed"]["embedding"].shape[0] == 69
+    assert start(None)["vocab_embed"]["embedding"].shape[0] == 69
+
+
+def test_weights_that_lack_a_tensor_are_refused_before_the_run_begins(tmp_path, corpus):
+    folder = llama_start(tmp_path / "start")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"missing model\.norm\.weight"):
+        from_start(adapted(folder, corpus))
+
+
+def test_damaged_weights_are_refused_and_nothing_is_left(tmp_path, corpus):
+    folder = llama_start(tmp_path / "start")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    save_file(tensors, file)
+    settings, start = from_start(adapted(folder, corpus))
+    with pytest.raises(InputError, match="is damaged"):
+        train(settings, tmp_path / "run", start=start)
+    left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert left <= {".lock"}
 
 
 def test_nothing_is_written_where_the_tokenizer_is_another(tmp_path, corpus):

@@ -11,7 +11,7 @@ from gidd_jax.errors import InputError
 from gidd_jax.process import HybridProcess, LogSnrProcess, MaskedProcess
 from gidd_jax.sampling import methods, redraws
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
-from gidd_jax.sampling.options import SamplerOptions
+from gidd_jax.sampling.options import GRIDS, SamplerOptions
 from gidd_jax.sampling.schedule import make_schedule, sweep_grid
 from gidd_jax.sampling.times import row_times
 
@@ -265,6 +265,16 @@ def test_each_token_is_drawn_as_often_as_the_steps_allow():
 
 
 # Sweeps of gibbs.
+
+
+def test_sweeps_follow_the_last_step_alone_on_any_grid():
+    """The original's ends with a step from t_min to itself."""
+    for grid in GRIDS:
+        options = SamplerOptions(method="gibbs", num_steps=20, sweeps=8, sweep_below=0.0, grid=grid)
+        t, s = sweep_grid(HYBRID, options)
+        assert len(t) == 20
+        assert np.sum(t[:12] > s[:12]) == (11 if grid == "reference" else 12)
+        assert np.all(s[12:] == np.float32(HYBRID.t_min))
 
 
 @pytest.mark.parametrize("grid", ["uniform", "cosine"])
