@@ -129,6 +129,7 @@ class DataSettings(Section):
     givens: float = share()
     givens_kind: str = one_of("mixed", "prompt", "infilling")
     marked: bool
+    short_rows: float = share()
     empty_tokens: float = legal(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")
     num_workers: int = at_least(0)
 

@@ -79,7 +79,7 @@ def check_together(settings: "Settings") -> None:
             "it: use gidd, or standard"
         )
     _check_optimizer(settings.optimizer, model, train)
-    _check_blocks(train, model)
+    _check_blocks(train, model, settings.data)
     own = split_own_process(process.name) is not None
     if process.options and not own:
         raise InputError(
@@ -168,7 +168,12 @@ def _check_annealing(settings: "Settings") -> None:
             )
 
 
-def _check_blocks(train: "TrainSettings", model: "ModelSettings") -> None:
+def _check_blocks(train: "TrainSettings", model: "ModelSettings", data: "DataSettings") -> None:
+    if train.block_length and data.short_rows:
+        raise InputError(
+            f"data.short_rows = {data.short_rows}: with train.block_length = {train.block_length} "
+            "the network sees no further than a block anyway: set one of them to 0"
+        )
     if train.block_length and model.name != "gidd":
         raise InputError(
             f"train.block_length = {train.block_length}: model.name = {model.name} knows no "
@@ -202,6 +207,11 @@ def _check_noising(process: "ProcessSettings", data: "DataSettings") -> None:
         raise InputError(
             f"data.givens_kind = {data.givens_kind}: nothing is given with data.givens = 0: set "
             "the share of the rows, in (0, 1], or leave the kind at mixed"
+        )
+    if data.short_rows > 0 and (process.name == "autoregressive" or data.row_mode != "packed"):
+        raise InputError(
+            f"data.short_rows = {data.short_rows}: are for diffusion models of packed rows, others "
+            "see the end of a text: set it to 0, or data.mode=packed"
         )
     if data.empty_tokens > 0 and process.name == "autoregressive":
         raise InputError(

@@ -230,6 +230,10 @@ def _residuals(build: Builder, rows: int) -> list[Any]:
     given: Any = None
     if build.settings.data.has_givens:
         given = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    lengths: Any = None
+    if build.settings.data.short_rows:
+        lengths = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    noised = Noised(tokens, times, given, lengths)
     autoregressive = objective.process is None
     losses = jax.ShapeDtypeStruct((rows, shape[1] - autoregressive), jnp.float32)
 
@@ -239,9 +243,7 @@ def _residuals(build: Builder, rows: int) -> list[Any]:
 
         return jax.vjp(loss, params)[1]
 
-    backward_pass = jax.eval_shape(
-        backward, abstract_params(objective), tokens, Noised(tokens, times, given), losses
-    )
+    backward_pass = jax.eval_shape(backward, abstract_params(objective), tokens, noised, losses)
     return jax.tree.leaves(backward_pass)
 
 

@@ -142,6 +142,7 @@ def build_objective(
             ascending=settings.process.ascending,
             givens=settings.data.givens,
             givens_kind=settings.data.givens_kind,
+            short_rows=settings.data.short_rows,
             whole_vocabulary=settings.process.uniform_ids == "all",
             block_length=settings.train.block_length,
         ),

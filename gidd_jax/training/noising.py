@@ -16,11 +16,20 @@ from gidd_jax.training.givens import draw_givens
 
 class Noised(NamedTuple):
     """Noisy tokens z_t int32 [B, L] and their times t, float32 [B] or [B, L]; bool [B, L] where a
-    token is given instead, clean and without loss (None: nowhere)."""
+    token is given instead, clean and without loss (None: nowhere); lengths int32 [B] of rows that
+    end early, further tokens are neither seen nor counted (None: none does)."""
 
     z_t: jax.Array
     t: jax.Array
     given: jax.Array | None = None
+    lengths: jax.Array | None = None
+
+    @property
+    def within(self) -> jax.Array | None:
+        """Which positions belong to a row that ends early, bool [B, L]; None: all."""
+        if self.lengths is None:
+            return None
+        return jnp.arange(self.z_t.shape[1])[None] < self.lengths[:, None]
 
     @property
     def times(self) -> jax.Array:
@@ -34,7 +43,8 @@ class Noised(NamedTuple):
 class Noising:
     """Shares of the rows with times by position, ascending times, given tokens of a kind.
 
-    block_length: each block of so many tokens has its own time; 0: rows have one.
+    block_length: each block of so many tokens has its own time; 0: rows have one. short_rows: share
+    of the rows that end early, after any number of tokens alike.
 
     whole_vocabulary: noise that is not the mask is drawn from all ids, the mask among them, as in
     the scaling paper's code; the process has it from the others.
@@ -44,6 +54,7 @@ class Noising:
     ascending: float = 0.0
     givens: float = 0.0
     givens_kind: str = "mixed"
+    short_rows: float = 0.0
     whole_vocabulary: bool = False
     block_length: int = 0
 
@@ -66,6 +77,15 @@ class Noising:
             return process.sample(key, x, t)
         ids = jax.random.randint(jax.random.fold_in(key, 1), x.shape, 0, process.vocab_size)
         return process.corrupt(x, t, process.noise_draws(key, x.shape)._replace(ids=ids))
+
+    def lengths(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+        """Return after how many tokens each row of a batch [B, L] ends, int32 [B]; None: none."""
+        if self.short_rows == 0:
+            return None
+        choice_key, length_key = jax.random.split(key)
+        drawn = jax.random.randint(length_key, shape[:1], 1, shape[1] + 1)
+        is_short = jax.random.uniform(choice_key, shape[:1]) < self.short_rows
+        return jnp.where(is_short, drawn, shape[1])
 
     def given(
         self, key: jax.Array, mask: jax.Array | None, marked: jax.Array | None

@@ -81,14 +81,15 @@ class Objective:
 
         x: the clean tokens, of which a model by blocks sees the blocks before each.
         """
-        return self.apply(params, *self._inputs(x, z_t, times))
+        return self.apply(params, *self._inputs(x, Noised(z_t, times)))
 
-    def _inputs(self, x: jax.Array, z_t: jax.Array, times: jax.Array) -> tuple[Any, ...]:
+    def _inputs(self, x: jax.Array, noised: Noised) -> tuple[Any, ...]:
         assert self.process is not None
-        inputs = z_t, told(self.model, self.process, times)
+        times = told(self.model, self.process, noised.times, noised.within)
+        inputs = noised.z_t, times, noised.lengths
         if blocks_of(self.model):
-            return (*inputs, None, x)
-        return inputs if self.future is None else (*inputs, None, self.future)
+            return (*inputs, x)
+        return inputs if self.future is None else (*inputs, self.future)
 
     def noise(
         self,
@@ -110,14 +111,15 @@ class Objective:
         t = how.times(self.process, jax.random.fold_in(key, 2), t, x.shape[1])
         z_t = how.noisy(self.process, z_key, x, t)
         given = how.given(jax.random.fold_in(key, 1), mask, marked)
-        return Noised(z_t if given is None else jnp.where(given, x, z_t), t, given)
+        lengths = how.lengths(jax.random.fold_in(key, 3), x.shape)
+        return Noised(z_t if given is None else jnp.where(given, x, z_t), t, given, lengths)
 
     def losses(self, params: Params, x: jax.Array, noised: Noised) -> GiddLoss:
         """Return the per-token losses, [B, L] ([B, L-1] if autoregressive)."""
         if self.process is None:
             nll = autoregressive_loss(self.apply(params, x), x)
             return GiddLoss(loss=nll, elbo=nll, kl=nll, is_div=jnp.zeros_like(nll))
-        logits = self.denoise(params, x, noised.z_t, noised.times)
+        logits = self.apply(params, *self._inputs(x, noised))
         arguments = (self.process, logits, x, noised.z_t, noised.t)
         if isinstance(self.process, MaskedProcess):
             return mdlm_loss(*arguments, keep_padding_columns=self.keep_padding_columns)
@@ -137,7 +139,7 @@ class Objective:
         The same numbers as `losses`, by the fused projection; only the sum can be differentiated.
         """
         params, z_t, t = self.whole(params), noised.z_t, noised.t
-        inputs = (x,) if self.process is None else self._inputs(x, z_t, noised.times)
+        inputs = (x,) if self.process is None else self._inputs(x, noised)
         h: Any = self.model.apply({"params": params}, *inputs, method="features")
         weights = elbo_weights = jnp.ones((), jnp.float32)
         scale = jnp.ones((), jnp.float32)  # of the cross-entropy in the KL
@@ -174,16 +176,28 @@ class Objective:
         both = kl + is_div
         return loss, GiddLoss(weights * both, elbo_weights * both, scale * kl, is_div)
 
-    def loss_mask(self, mask: jax.Array, given: jax.Array | None = None) -> jax.Array:
+    def loss_mask(
+        self,
+        mask: jax.Array,
+        given: jax.Array | None = None,
+        within: jax.Array | None = None,
+    ) -> jax.Array:
         """Return how much each position counts in the mean of the training loss, in [0, 1], shaped
         as the losses."""
         if self.process is None:
             return mask[:, :-1] if self.align_mask_to_input else mask[:, 1:]
         counted = jnp.where(mask, 1.0, 0.0 if self.mask_padding else self.padding_weight)
-        return counted if given is None else jnp.where(given, 0.0, counted)
+        counted = counted if given is None else jnp.where(given, 0.0, counted)
+        return counted if within is None else jnp.where(within, counted, 0.0)
 
-    def metric_mask(self, mask: jax.Array, given: jax.Array | None = None) -> jax.Array:
+    def metric_mask(
+        self,
+        mask: jax.Array,
+        given: jax.Array | None = None,
+        within: jax.Array | None = None,
+    ) -> jax.Array:
         """Return which positions the reported divergences average over: real, not given tokens."""
         if self.process is None:
             return mask[:, 1:]
-        return mask if given is None else mask & ~given
+        mask = mask if given is None else mask & ~given
+        return mask if within is None else mask & within

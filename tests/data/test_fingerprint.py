@@ -47,6 +47,7 @@ def batches(tokenizer, path, index=0, count=1, validation="last:2") -> TrainBatc
         givens=0.0,
         givens_kind="mixed",
         empty_tokens=0.0,
+        short_rows=0.0,
         frame="ends",
         marked=False,
     )

@@ -63,6 +63,7 @@ def settings(path: str, **changes) -> DataSettings:
         "givens": 0.0,
         "givens_kind": "mixed",
         "empty_tokens": 0.0,
+        "short_rows": 0.0,
         "frame": "ends",
         "marked": False,
     }

@@ -11,9 +11,12 @@ from denoisers import PROCESSES
 from tiny_checkpoint import random_params
 from tiny_run import tiny_settings
 
+from gidd_jax.errors import InputError
 from gidd_jax.models.dit import DiT
 from gidd_jax.models.gidd import TimeFreeTransformer, prompts, sees_prompt
+from gidd_jax.parallel.sharding import unbox
 from gidd_jax.process import HybridProcess, LogSnrProcess, NoiseDraws
+from gidd_jax.sampling.times import told
 from gidd_jax.training.build import build_objective
 from gidd_jax.training.givens import KINDS, beginning, draw_givens, middling
 from gidd_jax.training.loop import train
@@ -343,3 +346,73 @@ def test_a_run_with_all_options_learns_and_reports_its_bound(tmp_path):
     }
     figures = train(tiny_settings(tmp_path, **changes), tmp_path / "run")
     assert figures["nelbo"] < 0.9 * np.log(258)
+
+
+# Rows that end early.
+
+
+def test_short_rows_end_after_any_number_of_tokens_alike():
+    how = Noising(short_rows=0.25)
+    found = np.asarray(how.lengths(jax.random.key(0), (40_000, 8)))
+    counts = np.bincount(found, minlength=9) / len(found)
+    np.testing.assert_allclose(counts, [0, *[0.25 / 8] * 7, 0.75 + 0.25 / 8], atol=0.005)
+    assert Noising().lengths(jax.random.key(0), (4, 8)) is None
+
+
+@pytest.mark.parametrize("name", ["dit", "gidd", "llama"])
+def test_a_short_row_is_the_row_that_ends_there(tmp_path, name):
+    """Loss, figures and gradients are those of arrays that hold no more than its tokens."""
+    changes = {"model.name": name, "data.mode": "packed", "data.short_rows": 0.5}
+    changes |= {"model.cond_dim": 0} if name == "llama" else {}
+    objective = build_objective(tiny_settings(tmp_path, **changes), 20, 19)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 19, (3, 12)), jnp.int32)
+    batch = {"tokens": x, "mask": jnp.ones(x.shape, bool)}
+    noised = objective.noise(jax.random.key(1), x, batch["mask"])
+    assert noised.lengths is not None
+    noised = noised._replace(lengths=jnp.full(3, 7))
+    inputs = (noised.z_t, noised.t)
+    params = random_params(
+        jax.eval_shape(lambda: unbox(objective.model.init(jax.random.key(0), *inputs)["params"]))
+    )
+    whole = loss_and_grads(objective, params, batch, noised, 1)
+    cut = Noised(noised.z_t[:, :7], noised.t)
+    part = {name: leaf[:, :7] for name, leaf in batch.items()}
+    alone = loss_and_grads(objective, params, part, cut, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), whole, alone)
+    # What lies beyond is neither seen nor counted.
+    beyond = jnp.arange(12)[None] >= 7
+    other = noised._replace(z_t=jnp.where(beyond, 3, noised.z_t))
+    changed = batch | {"tokens": jnp.where(beyond, 5, x)}
+    again = loss_and_grads(objective, params, changed, other, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, again)
+
+
+def test_the_time_told_of_a_short_row_is_that_of_its_own_tokens(tmp_path):
+    """With given tokens, too: the share of noise is that of what the network sees."""
+    process = HybridProcess(20, 19, 0.2)
+    given = jnp.arange(8)[None] < 3
+    noised = Noised(jnp.zeros((1, 8), jnp.int32), jnp.full(1, 0.6), given, jnp.full(1, 4))
+    time = told(DiT(20, 8, 1, 1, 8), process, noised.times, noised.within)
+    np.testing.assert_allclose(1 - process.alpha(time), (1 - process.alpha(0.6)) / 4, rtol=1e-3)
+
+
+def test_a_run_with_short_rows_learns_and_its_bound_is_that_of_whole_rows(tmp_path):
+    changes = {"data.mode": "packed", "data.short_rows": 0.5, "train.num_steps": 30}
+    figures = train(
+        tiny_settings(tmp_path, **changes, **{"optimizer.learning_rate": 1e-2}), tmp_path / "run"
+    )
+    assert figures["nelbo"] < 0.9 * np.log(258)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.mode": "padded"}, "are for diffusion models of packed rows"),
+        ({"process.name": "autoregressive", "model.name": "llama"}, "are for diffusion models"),
+        ({"model.name": "gidd", "train.block_length": 4}, "set one of them to 0"),
+    ],
+)
+def test_short_rows_where_there_are_none_are_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        tiny_settings(tmp_path, **{"data.mode": "packed", "data.short_rows": 0.5} | changes)
