@@ -87,7 +87,7 @@ def _loader(folder: Path) -> Loader:
 @pytest.fixture
 def compile_well() -> Iterator[None]:
     """Compile the programs of one test as users have them: those that run for long."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

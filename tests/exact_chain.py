@@ -11,5 +11,8 @@ PROCESSES = {
     "uniform": LogSnrProcess(4, 3, shift=1000.0),
     "own": CosineProcess(4, 0),
 }
+# Masks at late times and tokens at early ones, the scaling paper's: beside the others where each
+# is a family of its own.
+FAMILIES = PROCESSES | {"log_snr": LogSnrProcess(4, 3)}
 CHAIN = oracle.draw_chain(seed=0, num_tokens=3)
 LENGTH = 5

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_chain import CHAIN, LENGTH, PROCESSES
+from exact_chain import CHAIN, FAMILIES, LENGTH, PROCESSES
 from scipy import stats
 
 from gidd_jax.draws import row_keys
@@ -94,10 +94,10 @@ def test_what_is_no_chain_is_refused():
 # Samplers.
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_error_of_ancestral_steps_falls_as_one_over_their_number(name):
     """A quarter for four times the steps, beyond what exact draws have."""
-    few, many = (distance(PROCESSES[name], num_steps=n) for n in (6, 24))
+    few, many = (distance(FAMILIES[name], num_steps=n) for n in (6, 24))
     beyond = [np.sqrt(max(d**2 - FLOOR**2, 0)) for d in (few, many)]
     assert few > 3 * FLOOR
     assert 0.12 < beyond[1] / beyond[0] < 0.42
@@ -343,9 +343,9 @@ def test_guidance_sharpens_towards_what_is_given():
 # The bound.
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_full_bound_of_the_exact_network_is_the_entropy(name):
-    found = sampler_laws.bounds(PROCESSES[name], length=LENGTH, num_rows=8000, num_times=16)
+    found = sampler_laws.bounds(FAMILIES[name], length=LENGTH, num_rows=8000, num_times=16)
     assert found["entropy"] == pytest.approx(oracle.entropy(CHAIN, LENGTH))
     assert found["full_standard_error"] < 0.07
     assert abs(found["full"] - found["entropy"]) < 4 * found["full_standard_error"]

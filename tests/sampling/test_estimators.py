@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_chain import CHAIN, LENGTH, PROCESSES
+from exact_chain import CHAIN, FAMILIES, LENGTH, PROCESSES
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
@@ -35,19 +35,20 @@ def draws(process, count=200, given=(), told="position", **options):
 CHAINS = [{"chain_order": "left_to_right", "num_orders": 1}, {"num_orders": 3}]
 
 
-@pytest.mark.parametrize("name", ["masks", "hybrid", "own"])  # own: a tenth of the prior is tokens
+# own: a tenth of the prior is tokens
+@pytest.mark.parametrize("name", ["masks", "hybrid", "own", "log_snr"])
 @pytest.mark.parametrize("options", CHAINS, ids=["left to right", "random"])
 def test_every_order_of_the_chain_gives_the_exact_log_p(name, options):
     for given in ((), (1, 4)):
-        found, exact = draws(PROCESSES[name], given=given, estimator="chain", **options)
+        found, exact = draws(FAMILIES[name], given=given, estimator="chain", **options)
         np.testing.assert_allclose(found, np.broadcast_to(exact, found.shape), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_importance_falls_to_the_surprise_from_above(name):
     """More paths of the same row are tighter; many come to the entropy, within their error."""
     found, exact = draws(
-        PROCESSES[name], estimator="importance", num_paths=64, path_steps=24, count=400
+        FAMILIES[name], estimator="importance", num_paths=64, path_steps=24, count=400
     )
     loose = [-estimators.log_mean_exp(found[:k]).mean() for k in (1, 4, 16, 64)]
     surprise = -exact.mean()
