@@ -86,10 +86,12 @@ class Objective:
     def _inputs(self, x: jax.Array, noised: Noised) -> tuple[Any, ...]:
         assert self.process is not None
         times = told(self.model, self.process, noised.times, noised.within)
-        inputs = noised.z_t, times, noised.lengths
+        inputs = noised.z_t, times
         if blocks_of(self.model):
-            return (*inputs, x)
-        return inputs if self.future is None else (*inputs, self.future)
+            return (*inputs, None, x)
+        if self.future is not None:
+            return (*inputs, noised.lengths, self.future)
+        return inputs if noised.lengths is None else (*inputs, noised.lengths)
 
     def noise(
         self,
