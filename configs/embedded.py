@@ -1,6 +1,6 @@
 """The model that comes with the package, `--checkpoint=embedded`: the quickstart's, trained longer.
 
-    python -m gidd_jax.train --config=embedded --workdir=outputs/embedded
+    python -m gidd_jax.train --config=configs/embedded.py --workdir=outputs/embedded
     python -m gidd_jax.convert --checkpoint=outputs/embedded --out=gidd_jax/assets/model \
       --dtype=bfloat16 --license=apache-2.0
 

@@ -103,9 +103,7 @@ def test_help_says_what_is_required_and_what_is_left_out(command):
     assert "  --shares: Shares. (default: 0.02,0.1)" in lines
     assert "  --compare: Runs." in lines
     assert "  --num: How many." in lines
-    assert [line for line in lines if "(required)" in line] == [
-        "      checkpoint of the original. (required)"
-    ]
+    assert [line for line in lines if "(required)" in line] == ["      package. (required)"]
     assert max(map(len, lines)) <= 88
     for choice in ("a", "b", "c"):  # none is cut in two
         assert any("_".join(20 * [choice]) in line for line in lines)
@@ -158,8 +156,8 @@ def test_ways_to_choose_and_override_a_config(command, args):
         (["--config.train.num_steps=1.5"], "invalid literal for int()"),
         (
             ["--config=gid"],
-            "the shipped configs are adapt, ar, base, gidd, gidd_scaling, mdlm, quickstart, sft, "
-            "sudoku",
+            "the shipped configs are adapt, ar, base, embedded, gidd, gidd_scaling, mdlm, "
+            "quickstart, sft, sudoku",
         ),
         (["--config=elsewhere/gidd.py"], "no such file"),
         (["--config=gidd:huge"], "unknown size 'huge': use one of tiny, small, base, 1B"),
