@@ -96,10 +96,8 @@ def get_config() -> ConfigDict:
     # they do, so that it is known of the model
     data.empty_tokens = 0.0  # largest share of a training row that is padding tokens, put between
     # the others at random places; in [0, 0.5], frame ends only; each row draws its share
-    data.short_rows = (
-        0.0  # packed: share of the training rows that end early, anywhere, as those of
-    )
-    # prompts do; the network sees no further, nothing there counts; in [0, 1], not for llama
+    data.short_rows = 0.0  # packed: share of the training rows that end early, anywhere, as prompts
+    # do; the network sees no further, nothing there counts; in [0, 1], not for llama
     data.num_workers = 0  # processes that prepare batches, integer >= 0; 0 uses threads
 
     config.optimizer = optimizer = ConfigDict()
