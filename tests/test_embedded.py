@@ -11,7 +11,10 @@ import pytest
 from fresh_command import fresh_command
 
 from gidd_jax import Gidd
+from gidd_jax.cli import load_config
 from gidd_jax.data.tokenizer import load_tokenizer
+from gidd_jax.interchange.start import from_start
+from gidd_jax.settings import Settings
 
 FOLDER = Path(str(resources.files("gidd_jax") / "assets/model"))
 CARD = (FOLDER / "README.md").read_text("utf-8")
@@ -35,6 +38,18 @@ def test_its_tokens_are_those_of_the_package():
     row = model.log_likelihood(["It is a truth universally acknowledged."], num_samples_t=8)
     other = model.log_likelihood(["A acknowledged is it truth. universally"], num_samples_t=8)
     assert row.log_probs[0] > other.log_probs[0] + 5
+
+
+def test_a_run_starts_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "embedded" / "tokenizer" / "tokenizer.json").write_text("{}")  # is not it
+    config = load_config("quickstart")
+    config.model.start, config.data.tokenizer = "embedded", "start"
+    settings, begin = from_start(Settings.from_config(config))
+    assert settings.data.tokenizer == "embedded"
+    assert begin is not None
+    assert begin(None)["vocab_embed"]["embedding"].shape == (4096, 128)
 
 
 COMMANDS = {

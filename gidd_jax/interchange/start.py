@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gidd_jax.data.sources import run_tokenizer
 from gidd_jax.data.tokenizer import Tokenizer
-from gidd_jax.data.tokenizer_files import SPEC_FILE, read_tokenizer_files
+from gidd_jax.data.tokenizer_files import EMBEDDED, SPEC_FILE, read_tokenizer_files
 from gidd_jax.errors import InputError
 from gidd_jax.interchange.gguf_file import SUFFIX
 from gidd_jax.interchange.load import load_pretrained
@@ -172,6 +172,8 @@ def _tokenizer_folder(path: str) -> str:
             f"model.start = {path}: with data.tokenizer={START} it must be a local folder, or a "
             "name on the hub: copy it, or name the tokenizer"
         )
+    if path == EMBEDDED:
+        return path
     folder = Path(path).expanduser()
     for place in (folder, folder / "tokenizer", folder.parent.parent / "tokenizer"):
         if (place / SPEC_FILE).is_file():

@@ -32,6 +32,13 @@ class Noised(NamedTuple):
         return jnp.arange(self.z_t.shape[1])[None] < self.lengths[:, None]
 
     @property
+    def left_out(self) -> jax.Array | None:
+        """Which positions have no loss, given or beyond the row, bool [B, L]; None: none."""
+        if self.within is None:
+            return self.given
+        return ~self.within if self.given is None else self.given | ~self.within
+
+    @property
     def times(self) -> jax.Array:
         """The times of positions, [B] or [B, L], and [B, L] with 0 where some are given."""
         if self.given is None:

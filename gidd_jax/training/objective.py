@@ -178,28 +178,16 @@ class Objective:
         both = kl + is_div
         return loss, GiddLoss(weights * both, elbo_weights * both, scale * kl, is_div)
 
-    def loss_mask(
-        self,
-        mask: jax.Array,
-        given: jax.Array | None = None,
-        within: jax.Array | None = None,
-    ) -> jax.Array:
+    def loss_mask(self, mask: jax.Array, left_out: jax.Array | None = None) -> jax.Array:
         """Return how much each position counts in the mean of the training loss, in [0, 1], shaped
         as the losses."""
         if self.process is None:
             return mask[:, :-1] if self.align_mask_to_input else mask[:, 1:]
         counted = jnp.where(mask, 1.0, 0.0 if self.mask_padding else self.padding_weight)
-        counted = counted if given is None else jnp.where(given, 0.0, counted)
-        return counted if within is None else jnp.where(within, counted, 0.0)
+        return counted if left_out is None else jnp.where(left_out, 0.0, counted)
 
-    def metric_mask(
-        self,
-        mask: jax.Array,
-        given: jax.Array | None = None,
-        within: jax.Array | None = None,
-    ) -> jax.Array:
-        """Return which positions the reported divergences average over: real, not given tokens."""
+    def metric_mask(self, mask: jax.Array, left_out: jax.Array | None = None) -> jax.Array:
+        """Return which positions the reported divergences average over: real, not left out."""
         if self.process is None:
             return mask[:, 1:]
-        mask = mask if given is None else mask & ~given
-        return mask if within is None else mask & within
+        return mask if left_out is None else mask & ~left_out

@@ -101,13 +101,13 @@ def loss_and_grads(
     parts; numerators and denominators are those of the whole batch, so the parts' sums are its
     values whatever their number.
     """
-    masks = batch["mask"], noised.given, noised.within
+    masks = batch["mask"], noised.left_out
     loss_count = jnp.maximum(jnp.sum(objective.loss_mask(*masks)), 1).astype(jnp.float32)
     divisor = loss_count if objective.aggregation == "mean" else jnp.ones_like(loss_count)
     token_count = jnp.maximum(jnp.sum(objective.metric_mask(*masks)), 1).astype(jnp.float32)
 
     def part_loss(params: Params, part: tuple[Batch, Noised]):
-        tokens, masks = part[0]["tokens"], (part[0]["mask"], part[1].given, part[1].within)
+        tokens, masks = part[0]["tokens"], (part[0]["mask"], part[1].left_out)
         coefficient = objective.loss_mask(*masks) / divisor
         loss, terms = objective.summed_loss(params, tokens, part[1], coefficient)
         # The two parts of the loss: each divergence with the training weight of its token.

@@ -193,7 +193,12 @@ def test_with_a_random_half_given_the_rows_keep_their_law(name, item, options):
     assert found < (1.15 if item in EXACT else 1.4) * FLOOR
 
 
-ALONE = [("hybrid", "ancestral"), ("uniform", "entropy_bound:epsilon=0"), ("own", "adaptive")]
+ALONE = [
+    *(("masks", item) for item in ("first_hitting", "ancestral", "remdm_cap")),
+    *(("hybrid", item) for item in ("ancestral", "psi", "gibbs", *EXACT[1:])),
+    *(("uniform", item) for item in ("ancestral", "entropy_bound:epsilon=0")),
+    *(("own", item) for item in ("ancestral", "adaptive")),
+]
 
 
 @pytest.mark.parametrize(("name", "item"), ALONE)
