@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,22 +97,11 @@ def _waiting(case: Case, batches: Any) -> Subject:
 
 
 def _settings(folder: Path) -> Any:
-    from gidd_jax.settings import DataSettings
+    from gidd_jax.cli import load_config
+    from gidd_jax.settings import Settings
 
-    return DataSettings(
-        path=str(folder),
-        tokenizer="embedded",  # unused: the batches get theirs
-        validation="last:1",
-        text_key="text",
-        txt_documents="line",
-        mode="packed",
-        num_workers=0,
-        givens=0.0,
-        givens_kind="mixed",
-        empty_tokens=0.0,
-        frame="ends",
-        marked=False,
-    )
+    data = Settings.from_config(load_config("base")).data  # its tokenizer is not read
+    return replace(data, path=str(folder), validation="last:1", mode="packed")
 
 
 def write_shards(folder: Path, tokenizer: Any, length: int, records: int) -> None:

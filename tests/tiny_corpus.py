@@ -1,13 +1,15 @@
 """A corpus of 23 documents for tests: as files, and as a dataset that tfds has prepared."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from gidd_jax.cli import load_config
 from gidd_jax.data.pipeline import TrainBatches
-from gidd_jax.settings import DataSettings
+from gidd_jax.settings import DataSettings, Settings
 
 TEXTS = [f"Document {i}: " + f"words é {i} and more. " * (1 + 5 * (i % 4)) for i in range(23)]
 
@@ -42,21 +44,9 @@ def write_jsonl(file: Path, texts=TEXTS, key="text") -> str:
 
 
 def settings(path, **changes) -> DataSettings:
-    values = {
-        "path": str(path),
-        "tokenizer": "embedded",
-        "validation": "last:3",
-        "text_key": "text",
-        "txt_documents": "line",
-        "mode": "crop",
-        "frame": "ends",
-        "marked": False,
-        "num_workers": 0,
-        "givens": 0.0,
-        "givens_kind": "mixed",
-        "empty_tokens": 0.0,
-    }
-    return DataSettings(**{**values, **changes})
+    """The data settings of the base config, for this corpus; `changes` by key."""
+    ours = {"path": str(path), "validation": "last:3", "txt_documents": "line", **changes}
+    return replace(Settings.from_config(load_config("base")).data, **ours)
 
 
 def contents(documents) -> list[str]:

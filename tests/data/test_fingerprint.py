@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_corpus
 from absl import logging
 
 from gidd_jax.checkpoints.checkpoint import Checkpointer, find_checkpoint
@@ -15,7 +16,6 @@ from gidd_jax.data.corpus import named_files
 from gidd_jax.data.pipeline import TrainBatches
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.settings import DataSettings
 
 SEQ_LEN = 16
 
@@ -36,21 +36,7 @@ def folder(tmp_path) -> Path:
 
 
 def batches(tokenizer, path, index=0, count=1, validation="last:2") -> TrainBatches:
-    settings = DataSettings(
-        path=str(path),
-        tokenizer="embedded",
-        validation=validation,
-        text_key="text",
-        txt_documents="line",
-        mode="padded",
-        num_workers=0,
-        givens=0.0,
-        givens_kind="mixed",
-        empty_tokens=0.0,
-        short_rows=0.0,
-        frame="ends",
-        marked=False,
-    )
+    settings = tiny_corpus.settings(path, validation=validation, mode="padded")
     return TrainBatches(settings, tokenizer, SEQ_LEN, 4, 1, index, count)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
+import tiny_corpus
 
 from gidd_jax.data import rows, sources
 from gidd_jax.data.corpus import open_corpus
@@ -14,7 +15,6 @@ from gidd_jax.data.preparation import prepare
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
 from gidd_jax.mixture import Part, split_mixture
-from gidd_jax.settings import DataSettings
 
 SEQ_LEN = 24
 WORDS = ("wiki", "book", "code")  # of which part a document is
@@ -51,23 +51,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(path: str, **changes) -> DataSettings:
-    values = {
-        "path": path,
-        "tokenizer": "embedded",
-        "validation": f"last:{NUM_HELD_OUT}",
-        "text_key": "text",
-        "txt_documents": "line",
-        "mode": "padded",
-        "num_workers": 0,
-        "givens": 0.0,
-        "givens_kind": "mixed",
-        "empty_tokens": 0.0,
-        "short_rows": 0.0,
-        "frame": "ends",
-        "marked": False,
-    }
-    return DataSettings(**{**values, **changes})
+def settings(path: str, **changes):
+    ours = {"validation": f"last:{NUM_HELD_OUT}", "mode": "padded", **changes}
+    return tiny_corpus.settings(path, **ours)
 
 
 def mixture(folder: Path, second: str = "book.jsonl") -> str:

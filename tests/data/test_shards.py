@@ -5,34 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_corpus
+from tiny_corpus import TEXTS
 
 from gidd_jax.data import rows, shards
 from gidd_jax.data.pipeline import TrainBatches, unigram_bits_per_byte, validation_batches
 from gidd_jax.data.preparation import prepare
 from gidd_jax.data.tokenizer import load_tokenizer
 from gidd_jax.errors import InputError
-from gidd_jax.settings import DataSettings
 
-TEXTS = [f"Document {i}: " + f"words é {i} and more. " * (1 + 5 * (i % 4)) for i in range(23)]
 SEQ_LEN = 16
 
 
-def settings(path, mode="padded") -> DataSettings:
-    return DataSettings(
-        path=str(path),
-        tokenizer="embedded",
-        validation="last:4",
-        text_key="text",
-        txt_documents="line",
-        mode=mode,
-        num_workers=0,
-        givens=0.0,
-        givens_kind="mixed",
-        empty_tokens=0.0,
-        short_rows=0.0,
-        frame="ends",
-        marked=False,
-    )
+def settings(path, mode="padded"):
+    return tiny_corpus.settings(path, mode=mode, validation="last:4")
 
 
 @pytest.fixture(scope="module")
