@@ -24,12 +24,15 @@ COLUMNS = (
 
 
 def newest_lines(folder: Path) -> list[dict[str, Any]]:
-    """Return the last line of every suite and machine; trials with small sizes do not count."""
+    """Return the last line of every suite and machine.
+
+    Trials with small sizes do not count, nor do estimates for chips that are not here (tpu.jsonl).
+    """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for text in file.read_text("utf-8").splitlines():
             line = json.loads(text)
-            if line["scale"] != "small":
+            if "suite" in line and line["scale"] != "small":
                 machine = line["machine"]
                 found[line["suite"], machine["cpu"], machine["device"], line["dtype"]] = line
     if not found:

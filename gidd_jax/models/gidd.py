@@ -49,7 +49,10 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 class Cache(NamedTuple):
-    """Normalised, rotated keys, and values, of every layer: [layers, B, S, heads, head_dim]."""
+    """Normalised, rotated keys, and values, of every layer, laid out as their products read them.
+
+    keys [layers, B, heads, S, head_dim], values [layers, B, heads, head_dim, S].
+    """
 
     keys: Array
     values: Array
@@ -125,23 +128,21 @@ class Block(nn.Module):
 
     def __call__(self, x: Array, place: Place, cache: Cache | None) -> tuple[Array, Cache]:
         q, k, v = recomputed(Block._heads)(self, x, place)
-        keys, values = k, v
-        if cache is not None:
-            keys = jnp.concatenate([cache.keys.astype(k.dtype), k], axis=1)
-            values = jnp.concatenate([cache.values.astype(v.dtype), v], axis=1)
         h = attention(
             q,
-            keys,
-            values,
+            k,
+            v,
             mask=place.mask,
             lengths=place.lengths,
             soft_cap=self.soft_cap,
             sink=(self.sink_key, self.sink_value) if self.sink else None,
+            cached=cache,
             implementation=self.attention,
         )
         x = x + self._part(self.attn_out(h))
         x = x + recomputed(Block._mlp)(self, x)
-        return constrain(x, "batch", None, None), Cache(k, v)
+        new = Cache(jnp.swapaxes(k, 1, 2), jnp.transpose(v, (0, 2, 3, 1)))
+        return constrain(x, "batch", None, None), new
 
     def _part(self, h: Array) -> Array:
         return h * jnp.asarray(self.multiplier, h.dtype)

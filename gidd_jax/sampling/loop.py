@@ -149,11 +149,14 @@ def sample_diffusion(
 
         Also tells whether there were any, which takes a call more.
         """
-        ends = here.active & here.now.is_last
-        asked = network(fold_in(here.keys, 3), taken.ids, times, view)
-        filled = steps.fill_step(process, fold_in(here.keys, 4), asked, taken.ids, ends)
-        log_probs = jnp.where(filled.asked, filled.log_probs, taken.log_probs)
-        return Taken(filled.ids, log_probs, taken.asked | filled.asked), jnp.any(filled.asked)
+
+        def fill() -> tuple[Taken, jax.Array]:
+            asked = network(fold_in(here.keys, 3), taken.ids, times, view)
+            filled = steps.fill_step(process, fold_in(here.keys, 4), asked, taken.ids, here.active)
+            log_probs = jnp.where(filled.asked, filled.log_probs, taken.log_probs)
+            return Taken(filled.ids, log_probs, taken.asked | filled.asked), jnp.any(filled.asked)
+
+        return jax.lax.cond(here.now.is_last, fill, lambda: (taken, jnp.bool_(False)))
 
     def call(state: _State, now: Schedule) -> _State:
         drawn, memory, was_done, view = state

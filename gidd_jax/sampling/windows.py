@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from gidd_jax.errors import InputError
-from gidd_jax.models.gidd import TimeFreeTransformer, blocks_of
+from gidd_jax.models.gidd import Cache, TimeFreeTransformer, blocks_of
 from gidd_jax.sampling.options import SamplerOptions
 from gidd_jax.sampling.schedule import Schedule
 from gidd_jax.sampling.thinning import at, put
-
-Cache = Any
 
 
 class View(NamedTuple):
@@ -218,7 +217,10 @@ def causal_windows(
             seen = jnp.concatenate([before, inside], axis=-1)
             _, new = run(_ids_at(ids, places), places, seen[:, None], cache)
             kept = jnp.where(places < 0, ids.shape[1], places)  # those outside are dropped
-            return jax.tree.map(lambda old, part: _put_keys(old, kept, part), cache, new)
+            return Cache(
+                _put_tokens(cache.keys, kept, new.keys, axis=-2),
+                _put_tokens(cache.values, kept, new.values, axis=-1),
+            )
 
         return whole() if cache is None else jax.lax.cond(is_first, whole, extended)
 
@@ -243,13 +245,17 @@ def causal_windows(
     return Windows(open_at, features, block_length)
 
 
-def _put_keys(old: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-    """Put new [layers, B, W, ...] into old [layers, B, L, ...] at places [B, W]."""
+def _put_tokens(old: jax.Array, places: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    """Put new [layers, B, ...] into old [layers, B, ...], whose tokens lie along `axis`, at places
+    [B, W]."""
 
     def one(row: jax.Array, where: jax.Array, part: jax.Array) -> jax.Array:
-        return row.at[:, where].set(part, mode="drop")
+        row, part = jnp.moveaxis(row, axis, 0), jnp.moveaxis(part, axis, 0)
+        return jnp.moveaxis(row.at[where].set(part, mode="drop"), 0, axis)
 
-    return jax.vmap(one, in_axes=(1, 0, 1), out_axes=1)(old, places, new)
+    filled = jax.vmap(one, in_axes=(1, 0, 1), out_axes=1)(old, places, new)
+    # Writing tokens wants them first in memory; so laid out, each call would copy the cache.
+    return with_layout_constraint(filled, Layout(tuple(range(filled.ndim))))
 
 
 def aligned_blocks(free: jax.Array, block_length: int) -> jax.Array:

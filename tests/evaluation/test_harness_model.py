@@ -121,6 +121,24 @@ def test_tasks_run_in_the_harness_and_agree_with_the_python_api(folder, harness_
         assert text.startswith(doc["question"] + sample["filtered_resps"][0])
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"estimator": "chain", "chain_order": "left_to_right", "num_orders": 1},
+        {"estimator": "importance", "num_paths": 3, "path_steps": 2},
+    ],
+    ids=lambda chosen: chosen["estimator"],
+)
+def test_the_estimator_that_was_chosen_is_that_of_the_python_api(folder, harness_models, chosen):
+    lm = HarnessModel(str(folder / "gidd"), **chosen)
+    pairs = lm.loglikelihood(requests("loglikelihood", ("It is", " a truth"), ("In want", " of")))
+    prompts, texts = ["It is", "In want"], [" a truth", " of"]
+    want = lm.model.log_likelihood(texts, prompts=prompts, **chosen).log_probs
+    np.testing.assert_allclose([value for value, _ in pairs], want, rtol=1e-4)
+    bound = harness_models["gidd"].model.log_likelihood(texts, prompts=prompts, num_samples_t=2)
+    assert np.all(abs(want - bound.log_probs) > 1e-3)
+
+
 def test_the_command_finds_the_model(folder):
     args = ["--model", "gidd_jax", "--tasks", "tiny_choice", "--include_path", folder / "tasks"]
     args += ["--batch_size", "4", "--model_args"]

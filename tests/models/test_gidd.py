@@ -105,13 +105,14 @@ def test_caches_in_pieces_equal_the_whole(name):
             if cache is None:
                 # The reference keeps the learned key and value as entry 0.
                 skip = int(network.sink)
-                for ours, wanted in zip(new, ("keys", "values"), strict=True):
+                by_token = new.keys[0].swapaxes(1, 2), new.values[0].transpose(0, 3, 1, 2)
+                for ours, wanted in zip(by_token, ("keys", "values"), strict=True):
                     stored = arrays[f"cache_{wanted}_layer0/f64"][:, skip:]
-                    np.testing.assert_allclose(ours[0], stored, atol=1e-10, rtol=0)
+                    np.testing.assert_allclose(ours, stored, atol=1e-10, rtol=0)
                 cache = new
             else:
-                joined = zip(cache, new, strict=True)
-                cache = Cache(*(jnp.concatenate(parts, axis=2) for parts in joined))
+                keys = jnp.concatenate([cache.keys, new.keys], axis=-2)
+                cache = Cache(keys, jnp.concatenate([cache.values, new.values], axis=-1))
             found.append(network.apply({"params": params}, h, method="project"))
     together = np.concatenate(found, axis=1)
     np.testing.assert_allclose(together, arrays["logits_cached/f64"], atol=1e-10, rtol=0)

@@ -54,8 +54,8 @@ def test_importance_falls_to_the_surprise_from_above(name):
     surprise = -exact.mean()
     error = (estimators.log_mean_exp(found) - exact).std() / np.sqrt(len(exact))
     assert loose == sorted(loose, reverse=True)
-    # 24 steps of the sampler are not the model itself: their law lacks a little.
-    assert surprise - 4 * error < loose[-1] < surprise + 4 * error + 0.08
+    # 24 steps of the sampler are not the model itself, but their law lacks less than the error.
+    assert abs(loose[-1] - surprise) < 4 * error < 0.03
     assert loose[0] > loose[-1] + 0.02
 
 
@@ -85,14 +85,15 @@ def test_given_tokens_condition_the_paths():
         count=300,
     )
     difference = estimators.log_mean_exp(found) - exact
-    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(300) + 0.05
+    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(300) < 0.03
 
 
 def test_the_bound_is_that_of_the_likelihood():
-    found, exact = draws(PROCESSES["hybrid"], estimator="bound", num_samples_t=32, count=400)
+    found, exact = draws(PROCESSES["hybrid"], estimator="bound", num_samples_t=512, count=400)
     assert found.shape == (1, 400)
     difference = found[0] - exact
-    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(400) + 0.02
+    # Few times carry most of the bound, so a row's estimate has a long tail.
+    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(400) < 0.3
 
 
 def test_a_row_is_estimated_as_it_is_alone():
