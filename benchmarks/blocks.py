@@ -58,7 +58,7 @@ def _case(
         tokens=batch * length,
         flops=0.0,
         sweep=sweep,
-        rounds=1,  # half a minute each on two cores
+        rounds=3,  # up to half a minute each on two cores
     )
 
 

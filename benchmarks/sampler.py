@@ -26,6 +26,7 @@ TARGETS: dict[str, dict[str, Mapping[str, float]]] = {
 # On a CPU, arithmetic leaves no large factor over the twin where every position needs a dense call:
 # what can be asked is how near the machine's limit we are.
 OF_CEILING = {"cpu": {"correction_4x256_16x128_steps4": 0.5}}
+OTHERS = (("psi", "hybrid"), ("mode_seeking", "hybrid"), ("remdm_cap", "masked"))
 ORDERED = {name: f"sampler_4x256_4x128_steps32_{name}" for name in ("confidence", "entropy_bound")}
 BODY, WHOLE = "body_12x768_4x128", "sampler_12x768_4x128_steps1"
 
@@ -53,9 +54,15 @@ def cases(scale: str, dtype: str) -> list[Case]:
         small = (12, 768, 4, 128, VOCAB_SIZE, dtype)
         result += [_network("body", *small), _network("sampler", *small, num_steps=1)]
         result += [_network("sampler", *size, num_steps=32, method=name) for name in ORDERED]
+        result += [
+            _network("sampler", *size, num_steps=16, method=name, process=process)
+            for name, process in OTHERS
+        ]
         # More steps than tokens: most calls could change nothing, and are left out.
         alone = (layers, width, 1, length, VOCAB_SIZE, dtype)
         result.append(_network("sampler", *alone, num_steps=4 * length, process="masked"))
+        hitting = {"num_steps": length, "process": "masked", "method": "first_hitting"}
+        result.append(_network("sampler", *alone, **hitting))
     return result
 
 

@@ -145,11 +145,6 @@ def _check_annealing(settings: "Settings") -> None:
             f"adapt.noise_steps = {adapt.noise_steps}: process.name = {process.name} has no "
             "p_uniform: use hybrid, or set it to 0"
         )
-    if adapt.lora_rank == 0 and adapt.lora_alpha != 16.0:
-        raise InputError(
-            f"adapt.lora_rank = 0: there are no adapters for adapt.lora_alpha = {adapt.lora_alpha}: "
-            "set the rank, an integer >= 1, or leave alpha at 16"
-        )
     if adapt.lora_rank and not model.start:
         raise InputError(
             f"adapt.lora_rank = {adapt.lora_rank}: adapters need a model that they adapt: set "

@@ -16,6 +16,7 @@ from gidd_jax import hardware
 from gidd_jax.cli import load_config
 from gidd_jax.draws import row_keys
 from gidd_jax.models.dit import DiT
+from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.ops.attention import attention
 from gidd_jax.ops.fused_loss import fused_loss
 from gidd_jax.parallel import sharding
@@ -220,6 +221,30 @@ def test_sampler(platform, method):
     text, _ = lowered(jax.jit(sample), params, keys, platform=platform)
     assert "bf16" in text
     assert "stablehlo.while" in text  # one program for all steps
+
+
+@pytest.mark.parametrize("length", [LENGTH, 128])
+def test_the_network_without_times(platform, length):
+    """Its soft cap and learned key, forward and backward, with what each platform takes unasked:
+    only a TPU whose lanes a sequence fills has a kernel for them."""
+    model = TimeFreeTransformer(VOCAB, 128, 2, 2, max_seq_len=length, dtype=jnp.bfloat16)
+    assert model.soft_cap > 0
+    assert model.sink
+    ids = jnp.zeros((BATCH, length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids, jnp.ones(BATCH))["params"]
+    params = sharding.unbox(params)
+
+    def loss(params, ids):
+        return jnp.mean(jnp.square(model.apply({"params": params}, ids, jnp.ones(BATCH))))
+
+    traced = jax.jit(jax.grad(loss)).trace(params, ids)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    has_kernel = platform == "tpu" and length == 128
+    assert text.count("@tpu_custom_call") == (2 if has_kernel else 0)
+    assert "cudnn" not in text
+    assert ("stablehlo.tanh" in text) != has_kernel  # of the cap: elsewhere none
+    scores = rf"tensor<{BATCH}x2x1x{length}x{length + 1}x"
+    assert bool(re.search(scores, text)) != has_kernel
 
 
 def test_self_correction(platform):

@@ -38,10 +38,18 @@ def kept_dtype(path: tuple[str, ...], dtype: str) -> str:
 
 
 def as_dtype(params: Any, dtype: str) -> Any:
-    """Return the parameters, on their devices, in the dtypes of `kept_dtype`."""
+    """Return the parameters, on their devices, in the dtypes of `kept_dtype`.
+
+    Those given are given up one by one, so that no device holds the model twice.
+    """
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(kept_dtype(tuple(entry.key for entry in path), dtype))
+        wanted = kept_dtype(tuple(entry.key for entry in path), dtype)
+        if leaf.dtype == wanted:
+            return leaf
+        made = leaf.astype(wanted).block_until_ready()
+        leaf.delete()
+        return made
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -52,8 +51,9 @@ def attention(
     and values from there on are padding, which nothing attends to. soft_cap c > 0 makes each score
     s c tanh(s / c). sink: a key and a value of each head, [heads, head_dim], that every query sees,
     whatever the mask; not with is_causal. cached: keys [B, kv_heads, S', head_dim] and values [B,
-    kv_heads, head_dim, S'] before k and v, of which the mask tells, too; not with lengths. Raises
-    InputError for another implementation, splash with a mask, or cudnn with a soft cap.
+    kv_heads, head_dim, S'] before k and v, of which the mask tells, too; not with is_causal or
+    lengths. Raises InputError for another implementation, splash with a mask, or cudnn with a soft
+    cap.
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
@@ -64,99 +64,101 @@ def attention(
         best = automatic(backend, q.dtype, q.shape[1], q.shape[3])
         lacks = {"splash": mask is not None, "cudnn": soft_cap > 0}
         implementation = "xla" if lacks.get(best, False) else best
-    keys, values = (k,), (v,)
     if sink is not None:
         assert not is_causal
-        keys, values = (
-            (jnp.broadcast_to(first.astype(own.dtype), (len(own), 1, *first.shape)), own)
-            for first, own in zip(sink, (k, v), strict=True)
-        )
-        if mask is not None:
-            mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(1, 0)], constant_values=True)
-        lengths = None if lengths is None else lengths + 1
-    assert cached is None or lengths is None
-    attend: Any = functools.partial(
-        _in_parts, cached=cached, soft_cap=soft_cap, is_causal=is_causal
-    )
-    if soft_cap == 0 or implementation != "xla":
-        keys, values = _joined(keys, values, cached)
-        form: Any = implementation
-        attend = functools.partial(
-            jax.nn.dot_product_attention, is_causal=is_causal, implementation=form, bias=bias
-        )
+        before = 0 if cached is None else cached[0].shape[2]
+        k, v, mask, lengths = _with_sink(k, v, mask, lengths, sink, before)
+    if cached is not None:
+        assert lengths is None
+        assert not is_causal
+        if soft_cap == 0 or implementation != "xla":
+            k, v = _joined(cached, k, v)
+            cached = None
     if implementation == "splash":
         if mask is not None:
             raise InputError("attention is 'splash', which takes no mask; use 'xla'.")
-        assert not isinstance(keys, tuple)
-        assert not isinstance(values, tuple)
-        interpret = backend != "tpu"
-        return _on_mesh(q, keys, values, lengths, is_causal, soft_cap, interpret=interpret)
-    if soft_cap > 0 and implementation == "cudnn":
-        raise InputError("attention is 'cudnn', which has no soft cap of scores; use 'xla'.")
+        return _on_mesh(q, k, v, lengths, is_causal, soft_cap, interpret=backend != "tpu")
     if bias is not None:
         assert implementation == "xla"
         assert soft_cap == 0
         assert sink is None
+    form: Any = implementation
+    attend: Any = functools.partial(
+        jax.nn.dot_product_attention, is_causal=is_causal, implementation=form
+    )
+    if soft_cap > 0:
+        if implementation == "cudnn":
+            raise InputError("attention is 'cudnn', which has no soft cap of scores; use 'xla'.")
+        attend = functools.partial(_capped, soft_cap=soft_cap, is_causal=is_causal, cached=cached)
+    if bias is not None:
+        attend = functools.partial(attend, bias=bias)
     whole = mask is not None or bias is not None or cached is not None
-    if whole or not _goes_row_by_row(q, sum(part.shape[1] for part in jax.tree.leaves(keys))):
-        return attend(q, keys, values, mask=mask, key_value_seq_lengths=lengths)
+    if whole or not _goes_row_by_row(q, k):
+        return attend(q, k, v, mask=mask, key_value_seq_lengths=lengths)
 
     @jax.checkpoint  # the backward pass computes the scores of a row again
-    def row(parts: tuple[Array, Any, Any, Array | None]) -> Array:
-        q, keys, values, lengths = jax.tree.map(lambda a: a[None], parts)
-        return attend(q, keys, values, key_value_seq_lengths=lengths)[0]
+    def row(parts: tuple[Array, Array, Array, Array | None]) -> Array:
+        q, k, v, lengths = jax.tree.map(lambda a: a[None], parts)
+        return attend(q, k, v, key_value_seq_lengths=lengths)[0]
 
-    return jax.lax.map(row, (q, keys, values, lengths))
-
-
-def _joined(
-    keys: tuple[Array, ...], values: tuple[Array, ...], cached: tuple[Array, Array] | None
-) -> tuple[Array, Array]:
-    """Return all keys, and all values, as one array [B, S, kv_heads, head_dim] each."""
-    if cached is not None:
-        before = jnp.swapaxes(cached[0], 1, 2), jnp.transpose(cached[1], (0, 3, 1, 2))
-        keys, values = (
-            (*parts[:-1], first.astype(parts[-1].dtype), parts[-1])
-            for parts, first in zip((keys, values), before, strict=True)
-        )
-    k, v = (jnp.concatenate(p, axis=1) if len(p) > 1 else p[0] for p in (keys, values))
-    return k, v
+    return jax.lax.map(row, (q, k, v, lengths))
 
 
-def _in_parts(
+def _with_sink(
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    lengths: Array | None,
+    sink: tuple[Array, Array],
+    before: int,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """Put a key and a value of each head before the others, where every query sees them.
+
+    before: of the mask, so many entries are for what is cached.
+    """
+    k, v = (
+        jnp.concatenate([jnp.broadcast_to(s.astype(a.dtype), (a.shape[0], 1, *s.shape)), a], axis=1)
+        for a, s in zip((k, v), sink, strict=True)
+    )
+    if mask is not None:
+        seen = jnp.ones((*mask.shape[:-1], 1), bool)
+        mask = jnp.concatenate([mask[..., :before], seen, mask[..., before:]], axis=-1)
+    return k, v, mask, None if lengths is None else lengths + 1
+
+
+def _joined(cached: tuple[Array, Array], k: Array, v: Array) -> tuple[Array, Array]:
+    """Return keys and values with those cached before them, for forms that want one array each."""
+    keys, values = jnp.swapaxes(cached[0], 1, 2), jnp.transpose(cached[1], (0, 3, 1, 2))
+    return (
+        jnp.concatenate([keys.astype(k.dtype), k], axis=1),
+        jnp.concatenate([values.astype(v.dtype), v], axis=1),
+    )
+
+
+def _capped(
     q: Array,
-    keys: tuple[Array, ...],
-    values: tuple[Array, ...],
+    k: Array,
+    v: Array,
     *,
-    cached: tuple[Array, Array] | None,
     soft_cap: float,
     is_causal: bool,
+    cached: tuple[Array, Array] | None,
     mask: Array | None = None,
     key_value_seq_lengths: Array | None = None,
 ) -> Array:
     """The plain form with a soft cap on the scores, which jax.nn.dot_product_attention lacks.
 
-    keys, values [B, S, kv_heads, head_dim] come one after another, what is cached before the last
-    of them: joining them would copy a cache at every call. Softmax in float32. A query that sees
-    nothing attends to all alike, as there.
+    Softmax in float32. A query that sees nothing attends to all alike, as there. What is cached has
+    products of its own: joined with k and v it would be copied at every call.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q * jnp.asarray(1.0 / math.sqrt(q.shape[-1]), q.dtype)
-    num_heads = keys[-1].shape[2]
-    grouped = q.reshape(*q.shape[:2], num_heads, -1, q.shape[3])
-    forms = ["bskh"] * len(keys), ["bskh"] * len(values)
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
     if cached is not None:
-        keys, values = (
-            (*parts[:-1], first.astype(q.dtype), parts[-1])
-            for parts, first in zip((keys, values), cached, strict=True)
-        )
-        forms[0].insert(-1, "bksh")
-        forms[1].insert(-1, "bkhs")
-    products = [
-        jnp.einsum(f"btkgh,{form}->bkgts", grouped, part, preferred_element_type=wide)
-        for form, part in zip(forms[0], keys, strict=True)
-    ]
-    scores = jnp.concatenate(products, axis=-1)
+        keys = cached[0].astype(k.dtype)
+        first = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=wide)
+        scores = jnp.concatenate([first, scores], axis=-1)
     scores = soft_cap * jnp.tanh(scores / soft_cap)
     sees = jnp.ones((1, 1, *scores.shape[-2:]), bool)
     if is_causal:
@@ -167,12 +169,16 @@ def _in_parts(
     if mask is not None:
         sees = sees & mask
     sees = jnp.broadcast_to(sees, (sees.shape[0], q.shape[2], *sees.shape[2:]))
-    sees = sees.reshape(sees.shape[0], num_heads, -1, *sees.shape[2:])
+    sees = sees.reshape(sees.shape[0], k.shape[2], -1, *sees.shape[2:])
     scores = jnp.where(sees, scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    ends = np.cumsum([product.shape[-1] for product in products])[:-1]
-    seen = zip(jnp.split(weights, ends, axis=-1), forms[1], values, strict=True)
-    return sum(jnp.einsum(f"bkgts,{f}->btkgh", w, part) for w, f, part in seen).reshape(q.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if cached is None:
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+    first, rest = jnp.split(weights, [cached[0].shape[2]], axis=-1)
+    values = cached[1].astype(v.dtype)
+    out = jnp.einsum("bkgts,bkhs->btkgh", first, values, preferred_element_type=wide)
+    out += jnp.einsum("bkgts,bskh->btkgh", rest, v, preferred_element_type=wide)
+    return out.astype(v.dtype).reshape(q.shape)
 
 
 def automatic(backend: str, dtype: Any, length: int, head_dim: int) -> str:
@@ -188,14 +194,14 @@ def automatic(backend: str, dtype: Any, length: int, head_dim: int) -> str:
     return "cudnn" if backend == "gpu" else "xla"
 
 
-def _goes_row_by_row(q: Array, num_keys: int) -> bool:
+def _goes_row_by_row(q: Array, k: Array) -> bool:
     """Tell whether to go through the batch: on CPU, where scores are many and no mesh splits it.
 
     XLA writes them down there: those of one row stay in the caches, and of a batch of 4 x 512
     tokens a step takes a tenth less time.
     """
     batch, length, heads = q.shape[:3]
-    scores = batch * heads * length * num_keys
+    scores = batch * heads * length * k.shape[1]
     is_split = jax.sharding.get_abstract_mesh().size > 1
     return jax.default_backend() == "cpu" and not is_split and scores > MOST_SCORES
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from gidd_jax.errors import InputError
 from gidd_jax.models.gidd import Cache, TimeFreeTransformer, blocks_of
@@ -48,7 +47,7 @@ class Windows(NamedTuple):
     multiples (0: where tokens to generate begin).
     """
 
-    open: Callable[[Cache, jax.Array, jax.Array, jax.Array], Cache]
+    open: Callable[[Cache | None, jax.Array, jax.Array, jax.Array], Cache]
     features: Callable[[View, jax.Array], jax.Array]
     block_length: int = 0
 
@@ -103,7 +102,9 @@ def prefix_windows(
     """
     run = _runner(network, params)
 
-    def open_at(cache: Cache, ids: jax.Array, start: jax.Array, is_first: jax.Array) -> Cache:
+    def open_at(
+        cache: Cache | None, ids: jax.Array, start: jax.Array, is_first: jax.Array
+    ) -> Cache:
         del cache, is_first
         places = jnp.arange(ids.shape[1])
         return run(ids, places, (places[None] < start[:, None])[:, None, None])[1]
@@ -167,7 +168,7 @@ def by_blocks(network: Any, options: SamplerOptions) -> SamplerOptions:
 
 
 def _runner(network: Any, params: Any) -> Callable[..., Any]:
-    def run(ids: jax.Array, places: jax.Array, mask: jax.Array, cache: Cache = None) -> Any:
+    def run(ids: jax.Array, places: jax.Array, mask: jax.Array, cache: Cache | None = None) -> Any:
         return network.apply({"params": params}, ids, places, mask, cache=cache, method="run")
 
     return run
@@ -201,7 +202,9 @@ def causal_windows(
     run = _runner(network, params)
     widest = (reopen + 1) * block_length
 
-    def open_at(cache: Cache, ids: jax.Array, start: jax.Array, is_first: jax.Array) -> Cache:
+    def open_at(
+        cache: Cache | None, ids: jax.Array, start: jax.Array, is_first: jax.Array
+    ) -> Cache:
         def whole() -> Cache:
             places = jnp.arange(ids.shape[1])
             block = places // block_length
@@ -209,6 +212,7 @@ def causal_windows(
             return run(ids, places, mask[None, None])[1]
 
         def extended() -> Cache:
+            assert cache is not None
             places = start[:, None] - widest + jnp.arange(widest)[None]
             before = jnp.arange(ids.shape[1])[None] < places[:, :1]
             block = jnp.arange(widest) // block_length
@@ -216,10 +220,10 @@ def causal_windows(
             before = jnp.broadcast_to(before[:, None], (*places.shape, ids.shape[1]))
             seen = jnp.concatenate([before, inside], axis=-1)
             _, new = run(_ids_at(ids, places), places, seen[:, None], cache)
-            kept = jnp.where(places < 0, ids.shape[1], places)  # those outside are dropped
+            first = places[:, 0]
             return Cache(
-                _put_tokens(cache.keys, kept, new.keys, axis=-2),
-                _put_tokens(cache.values, kept, new.values, axis=-1),
+                _put_tokens(cache.keys, first, new.keys, axis=-2),
+                _put_tokens(cache.values, first, new.values, axis=-1),
             )
 
         return whole() if cache is None else jax.lax.cond(is_first, whole, extended)
@@ -245,17 +249,18 @@ def causal_windows(
     return Windows(open_at, features, block_length)
 
 
-def _put_tokens(old: jax.Array, places: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-    """Put new [layers, B, ...] into old [layers, B, ...], whose tokens lie along `axis`, at places
-    [B, W]."""
+def _put_tokens(old: jax.Array, first: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    """Put W tokens of new [layers, B, ...] into old [layers, B, ...] from place `first` [B] on.
 
-    def one(row: jax.Array, where: jax.Array, part: jax.Array) -> jax.Array:
-        row, part = jnp.moveaxis(row, axis, 0), jnp.moveaxis(part, axis, 0)
-        return jnp.moveaxis(row.at[where].set(part, mode="drop"), 0, axis)
-
-    filled = jax.vmap(one, in_axes=(1, 0, 1), out_axes=1)(old, places, new)
-    # Writing tokens wants them first in memory; so laid out, each call would copy the cache.
-    return with_layout_constraint(filled, Layout(tuple(range(filled.ndim))))
+    axis: of the tokens. Those before place 0 are dropped. A choice, no scatter: that would lay the
+    whole cache out anew, with tokens first, and each call would lay it out back.
+    """
+    number = jnp.arange(old.shape[axis])[None] - first[:, None]
+    shape = [1, len(first), *(1 for _ in old.shape[2:])]
+    shape[axis] = old.shape[axis]
+    number = number.reshape(shape)
+    here = jnp.take_along_axis(new, jnp.clip(number, 0, new.shape[axis] - 1), axis=axis)
+    return jnp.where((number >= 0) & (number < new.shape[axis]), here, old)
 
 
 def aligned_blocks(free: jax.Array, block_length: int) -> jax.Array:

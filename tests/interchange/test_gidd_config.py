@@ -110,7 +110,7 @@ def test_parameters_go_straight_into_the_layout_of_a_mesh(tmp_path):
 
 
 LOAD = """
-import resource, sys
+import sys, threading, time
 import jax
 jax.config.update("jax_platforms", "cpu"); jax.config.update("jax_num_cpu_devices", 8)
 from pathlib import Path
@@ -122,15 +122,24 @@ from gidd_jax.models.gidd import TimeFreeTransformer
 from gidd_jax.parallel import sharding
 network = TimeFreeTransformer(4096, 1024, 24, 8)
 form = gidd_format(8, normed_heads=True, sink=True, mlp_bias=True, tie_embeddings=False)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def held():
+    # Without pages of the file, which is mapped: the kernel may drop those.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) << 10
 jnp.zeros(8).block_until_ready()
-before = peak()
+before = most = held()
+def watch():
+    global most
+    while True:
+        most = max(most, held())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
 target = Target(sharding.make_mesh(1, 8, 1), "bfloat16")
 tensors = read_safetensors(Path(sys.argv[1]))[0]
 inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1)
 params = place(network, inputs, tensors, form, target)
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print(size, peak() - before)
+print(size, max(most, held()) - before)
 """
 
 
@@ -167,8 +176,7 @@ def test_the_host_holds_a_tensor_at_a_time(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
     size, grown = map(int, out.stdout.split())
     assert size > 6e8
-    # What is read is also mapped: pages of the file that the kernel may drop count, too.
-    assert grown < 1.5 * size
+    assert size < grown < size + 1e8  # the largest tensor has 8 MB, the largest stack 200
 
 
 @pytest.mark.parametrize(

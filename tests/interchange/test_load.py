@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from fresh_command import fresh_command
 from published_folders import (
     ORIGINAL_AR,
@@ -25,6 +26,7 @@ from tiny_checkpoint import write_checkpoint
 from gidd_jax.errors import InputError
 from gidd_jax.inference.gidd import Gidd
 from gidd_jax.interchange.load import load_pretrained
+from gidd_jax.interchange.placing import as_dtype
 from gidd_jax.models.rotary import Llama3RopeScaling
 from gidd_jax.process import HybridProcess, MaskedProcess
 
@@ -382,6 +384,22 @@ def test_hub_names(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"nobody/nothing is no folder, .* hub: 404$"):
         load_pretrained("nobody/nothing")
     assert asked == ["somebody/gidd-small", "nobody/nothing"]
+
+
+def test_a_run_in_bfloat16_gives_its_float32_parameters_up(tmp_path):
+    write_checkpoint(tmp_path / "run", tmp_path, "gidd")
+    whole = load_pretrained(tmp_path / "run").params
+    model = load_pretrained(tmp_path / "run", dtype="bfloat16")
+    assert model.network.dtype == jnp.bfloat16
+    kernel, scale = ("blocks", "mlp_in", "kernel"), ("blocks", "norm1", "scale")
+    found, wanted = flatten_dict(model.params), flatten_dict(whole)
+    assert found[kernel].dtype == jnp.bfloat16
+    assert found[scale].dtype == jnp.float32
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(found[path], leaf.astype(found[path].dtype))
+    as_dtype(whole, "bfloat16")
+    assert wanted[kernel].is_deleted()
+    assert not wanted[scale].is_deleted()
 
 
 def test_a_workdir_is_still_a_workdir(tmp_path):

@@ -7,10 +7,13 @@ import pytest
 from conftest import GOLDEN_SCALING
 from scaling_models import model_of
 
+from gidd_jax.cli import load_config
 from gidd_jax.errors import InputError
-from gidd_jax.models.gidd import Cache, TimeFreeTransformer, prompts, sees_prompt
+from gidd_jax.models.gidd import Block, Cache, TimeFreeTransformer, prompts, sees_prompt
 from gidd_jax.parallel import sharding
 from gidd_jax.process import LogSnrProcess
+from gidd_jax.settings import Settings
+from gidd_jax.training.build import build_model
 from gidd_jax.training.objective import Noised, Objective
 
 NAMES = ("published", "fanin", "tied")
@@ -83,6 +86,65 @@ def test_what_layers_get_and_give():
         h, _ = network.apply({"params": params}, ids, jnp.arange(ids.shape[1]), method="run")
         last = np.asarray(h) / network.head_scale
     np.testing.assert_allclose(last, arrays["hidden_2/f64"], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_gives_what_the_references_does(name):
+    """hidden_i is what layer i gets: the embedding, then the outputs of the blocks."""
+    arrays = arrays_of(name)
+    with jax.enable_x64(True):
+        network, params = model_of(f"s01_hf_{name}", "float64")
+        ids = jnp.asarray(arrays["input_ids"])
+        embedded = jnp.asarray(params["vocab_embed"]["embedding"])[ids]
+        np.testing.assert_allclose(embedded, arrays["hidden_0/f64"], atol=1e-10, rtol=0)
+        inputs = {"params": params}, ids, jnp.arange(ids.shape[1])
+        _, state = network.apply(*inputs, method="run", capture_intermediates=is_layer)
+    (found, *_), _ = jax.tree.flatten(state["intermediates"])
+    assert len(found) == network.num_layers
+    for depth in range(1, network.num_layers):  # the last is stored after the last norm
+        wanted = arrays[f"hidden_{depth}/f64"]
+        np.testing.assert_allclose(found[depth - 1], wanted, atol=1e-10, rtol=0)
+
+
+def is_layer(module, method):
+    return isinstance(module, Block) and method == "__call__"
+
+
+INITIAL = {
+    "completep": {"bulk": 0.4 / 64**0.5, "embedding": 0.02, "output": 0.0},
+    "standard": {"bulk": 0.02, "embedding": 0.02, "output": 0.02},
+}
+
+
+@pytest.mark.parametrize("parametrization", INITIAL)
+def test_a_new_network_has_the_sizes_of_its_parametrization(parametrization):
+    """Width 64; standard errors of these many numbers are below a hundredth."""
+    config = load_config("gidd_scaling:25M,1e9")
+    shape = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "dtype": "float32"}
+    config.model.update(parametrization=parametrization, **shape)
+    network = build_model(Settings.from_config(config), 256)
+    inputs = jnp.zeros((1, 4), jnp.int32), jnp.zeros(1)
+    params = sharding.unbox(jax.jit(network.init)(jax.random.key(0), *inputs))["params"]
+    seen = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [entry.key for entry in path]
+        values, name = np.asarray(leaf), "/".join(names)
+        group = {"vocab_embed": "embedding", "output": "output"}.get(names[0], "bulk")
+        if names[-1] not in ("kernel", "embedding"):  # norms are zero-centred, sinks, biases
+            group = "zero"
+        seen.append(group)
+        wanted = INITIAL[parametrization].get(group, 0.0)
+        if wanted == 0:
+            assert not np.any(values), name
+            continue
+        layers = values if group == "bulk" else values[None]
+        for layer in layers:
+            assert abs(layer.mean()) < 0.06 * wanted, name
+            assert layer.std() == pytest.approx(wanted, rel=0.05), name
+        assert len(np.unique(layers[:, 0].ravel()[:1000])) > 1
+        assert not np.array_equal(layers[0], layers[-1]) or len(layers) == 1
+    counts = {group: seen.count(group) for group in set(seen)}
+    assert counts == {"bulk": 6, "embedding": 1, "output": 1, "zero": 9}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -123,16 +123,39 @@ def test_a_mask_and_a_cap_are_those_of_the_definition():
     np.testing.assert_allclose(causal, plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_what_a_kernel_lacks_the_plain_form_computes_unasked(monkeypatch, backend):
+    """cuDNN has no soft cap and splash no mask: only who asks for the kernel by name is refused."""
+    monkeypatch.setattr(ops.jax, "default_backend", lambda: backend)
+    parts = inputs((2, 128, 64), (2, 1, 1), "bfloat16")
+    best, kind = {
+        "gpu": ("cudnn", {"soft_cap": 2.0}),
+        "tpu": ("splash", {"soft_cap": 2.0, "mask": jnp.tri(128, dtype=bool)[None, None]}),
+    }[backend]
+    assert automatic(backend, jnp.bfloat16, 128, 64) == best
+    ours = attention(*parts, implementation="", **kind)
+    assert ours.dtype == jnp.bfloat16
+    plain = attention(*parts, implementation="xla", **kind)
+    np.testing.assert_array_equal(ours, plain)
+    uncapped = attention(*parts, implementation="xla", **kind | {"soft_cap": 0.0})
+    assert np.abs((plain - uncapped).astype(jnp.float32)).max() > 0.05
+    with pytest.raises(InputError, match="soft cap" if backend == "gpu" else "takes no mask"):
+        attention(*parts, implementation=best, **kind)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0])
 @pytest.mark.parametrize("with_sink", [False, True])
-def test_what_is_cached_comes_before_the_rest(soft_cap, with_sink):
-    q, k, v = inputs((2, 9, 8))
+def test_what_is_cached_comes_before_the_rest(soft_cap, with_sink, dtype):
+    q, k, v = inputs((2, 9, 8), dtype=dtype)
     cached = jnp.swapaxes(k[:, :6], 1, 2), jnp.transpose(v[:, :6], (0, 2, 3, 1))
+    cached = tuple(a.astype(jnp.float32) for a in cached)  # it may be wider than what is computed
     mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 1, 9, 9))
     sink = (jnp.ones((2, 8)), jnp.arange(16.0).reshape(2, 8)) if with_sink else None
     kind: dict = {"implementation": "xla", "mask": mask, "soft_cap": soft_cap, "sink": sink}
     found = attention(q, k[:, 6:], v[:, 6:], cached=cached, **kind)
-    np.testing.assert_allclose(found, attention(q, k, v, **kind), atol=1e-5)
+    assert found.dtype == dtype
+    assert_close([found], [np.asarray(attention(q, k, v, **kind))], LIMITS[dtype])
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8), (1, 8, 1)])
@@ -207,10 +230,10 @@ def test_what_cannot_be_is_refused(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_give_the_numbers_of_the_batch(kind, monkeypatch):
     parts = inputs()
-    assert not ops._goes_row_by_row(parts[0], 9)
+    assert not ops._goes_row_by_row(*parts[:2])
     whole = value_and_gradients(parts, "", **KINDS[kind])
     monkeypatch.setattr(ops, "MOST_SCORES", 3 * 4 * 9 * 9 - 1)
-    assert ops._goes_row_by_row(parts[0], 9)
+    assert ops._goes_row_by_row(*parts[:2])
     for ours, want in zip(value_and_gradients(parts, "", **KINDS[kind]), whole, strict=True):
         np.testing.assert_allclose(ours, want, rtol=1e-6, atol=1e-6)
 
@@ -221,7 +244,7 @@ def test_a_batch_that_devices_share_is_not_gone_through(monkeypatch):
     for devices, rows in ((1, True), (2, False)):
         mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
         with sharding.activate(mesh):
-            assert ops._goes_row_by_row(q, 9) == rows
+            assert ops._goes_row_by_row(q, k) == rows
 
 
 def test_a_row_that_sees_no_padding_does_not_depend_on_it(monkeypatch):

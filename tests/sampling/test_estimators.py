@@ -88,8 +88,11 @@ def test_given_tokens_condition_the_paths():
     assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(300) < 0.03
 
 
-def test_the_bound_is_that_of_the_likelihood():
-    found, exact = draws(PROCESSES["hybrid"], estimator="bound", num_samples_t=512, count=400)
+@pytest.mark.parametrize("given", [(), (0, 3)])
+def test_the_bound_is_that_of_the_likelihood(given):
+    found, exact = draws(
+        PROCESSES["hybrid"], given=given, estimator="bound", num_samples_t=512, count=400
+    )
     assert found.shape == (1, 400)
     difference = found[0] - exact
     # Few times carry most of the bound, so a row's estimate has a long tail.

@@ -192,17 +192,24 @@ def test_temperature_acts_on_the_prediction_before_bayes(name, method, options):
     process = PROCESSES[name]
     p_data = distribution(process, seed=4)
     sharper = p_data**2 / np.sum(p_data**2)
-    drawn = draw(
-        process,
-        constant(process, p_data),
-        1000,
-        12,
-        method=method,
-        temperature=0.5,
-        num_steps=8,
-        **options,
-    )
+    options = {"method": method, "temperature": 0.5, "num_steps": 8, **options}
+    drawn = draw(process, constant(process, p_data), 1000, 12, **options)
     assert chi_square(np.asarray(drawn.ids), last_marginal(process, sharper)) > 1e-4
+
+
+@pytest.mark.parametrize(("method", "options"), SHARPENED, ids=str)
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.95}], ids=str)
+def test_filters_act_on_the_prediction_before_bayes(filters, method, options):
+    process = PROCESSES["hybrid"]
+    p_data = distribution(process, seed=4)
+    order = np.argsort(-p_data)
+    count = filters.get("top_k") or 1 + int(np.sum(np.cumsum(p_data[order]) <= 0.95))
+    assert 1 < count < np.sum(p_data > 0)
+    kept = np.where(np.isin(np.arange(len(p_data)), order[:count]), np.float64(p_data), 0.0)
+    options = {"method": method, "num_steps": 8, **filters, **options}
+    ids = np.asarray(draw(process, constant(process, p_data), 1000, 12, **options).ids)
+    assert np.mean(kept[ids] == 0) < 0.01  # the noise of the last time
+    assert chi_square(ids[kept[ids] > 0], kept / kept.sum()) > 1e-4
 
 
 @pytest.mark.parametrize("method", ["ancestral", "gibbs", "entropy_bound", "adaptive"])

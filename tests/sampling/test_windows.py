@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gidd_jax.draws import row_keys
 from gidd_jax.errors import InputError
-from gidd_jax.models.gidd import TimeFreeTransformer, sees_prompt
+from gidd_jax.models.gidd import Cache, TimeFreeTransformer, sees_prompt
 from gidd_jax.process import LogSnrProcess
 from gidd_jax.sampling.loop import Prompt, sample_diffusion
 from gidd_jax.sampling.options import SamplerOptions
@@ -88,6 +90,30 @@ def test_blocks_with_a_cache_are_what_whole_rows_of_noisy_and_clean_tokens_say(
             np.testing.assert_allclose(found[row, part], wanted[row, part], atol=1e-5, rtol=0)
 
 
+def test_devices_keep_the_caches_of_their_rows(params):
+    """A block is opened and asked without a word between the devices that share a batch."""
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    network = NETWORK.clone(block_length=BLOCK)
+
+    def call(params, ids, start, keys, values):
+        windows = causal_windows(network, params, BLOCK)
+        cache = windows.open(Cache(keys, values), ids, start, jnp.any(start < 0))
+        return windows.features(View(cache, start), ids), cache
+
+    layers = NamedSharding(mesh, PartitionSpec(None, "data"))
+    of_cache = (2, 4, 2, LENGTH, 8), (2, 4, 2, 8, LENGTH)
+    caches = (jnp.zeros(shape) for shape in of_cache)
+    program = jax.jit(
+        call,
+        in_shardings=(whole, split, split, layers, layers),
+        out_shardings=(split, Cache(layers, layers)),
+    ).lower(params, rows(count=4), jnp.full(4, 2 * BLOCK), *caches)
+    text = program.compile().as_text()
+    exchanged = re.findall(r"= (\S+) (?:all-gather|all-reduce|all-to-all|collective-)", text)
+    assert all(kind.startswith("pred[]") for kind in exchanged), exchanged
+
+
 def test_one_token_a_block_is_autoregressive(params):
     """No noisy token says anything of another, and none of what follows."""
     network = NETWORK.clone(block_length=1)
@@ -106,9 +132,9 @@ def test_one_token_a_block_is_autoregressive(params):
 PROMPTS = jnp.array([[2], [7], [0]])
 
 
-def drawn(params, options, network=NETWORK, use_windows=True, **kwargs):
+def drawn(params, options, network=NETWORK, use_windows=True, ids=None, **kwargs):
     free = jnp.arange(LENGTH)[None] >= PROMPTS
-    ids = rows(3)
+    ids = rows(3) if ids is None else ids
 
     def features(z_t, times):
         return apply(network, params, z_t, times, method="features")
@@ -157,11 +183,14 @@ def test_blocks_close_without_masks(params, method):
 
 def test_a_row_stops_at_the_block_with_its_end(params):
     options = SamplerOptions(num_steps=3, block_length=BLOCK, stop_at_end=True)
-    whole, _, free = drawn(params, dataclasses.replace(options, stop_at_end=False))
-    end = int(whole.ids[0, 7])
-    found, _, _ = drawn(params, options, end_id=end)
+    never = dataclasses.replace(options, stop_at_end=False)
+    end = int(drawn(params, never)[0].ids[0, 9])
+    ids = rows(3).at[1, 1].set(end)  # in a prompt it ends nothing: row 1 has no other
+    whole, _, free = drawn(params, never, ids=ids)
+    found, _, _ = drawn(params, options, ids=ids, end_id=end)
     has_end = np.asarray((whole.ids == end) & free)
-    assert has_end.any()
+    assert has_end.any(axis=-1).tolist() == [True, False, True]
+    assert whole.ids[1, 1] == end
     place = np.cumsum(np.asarray(free), axis=-1) - 1
     for row in range(3):
         if not has_end[row].any():

@@ -117,6 +117,10 @@ def test_the_config_takes_batch_and_rate_from_the_laws():
     assert (settings.process.shift, train.weighting, train.max_weight) == (1000, "dynamic", 1000)
     assert (settings.process.by_position, settings.data.givens) == (0.5, 0.2)
     assert (settings.data.empty_tokens, train.aggregation) == (0.2, "sum")
+    # Prompts are given at a row's beginning, times are drawn row by row, rows are full.
+    assert (settings.data.givens_kind, settings.data.mode) == ("prompt", "packed")
+    assert settings.process.stratified is False
+    assert settings.model.remat == "full"
     large = settings_of("10b,1.8e11")
     assert (large.train.batch_size, large.optimizer.b2) == (4096, 0.98)
     assert math.log2(settings_of("3b").train.batch_size) == 10
