@@ -290,36 +290,33 @@ def test_positions_are_those_of_the_references_scores(split, noise_at):
     assert moved
 
 
-@pytest.mark.parametrize("case", range(9))
-def test_ancestral_steps_of_the_port(case):
-    """Masks, both and uniform noise (in that order), from the prior to clean text."""
-    data = np.load(GOLDEN_SCALING / "s03_sampler_steps.npz")
-    shift = (-1000.0, 0.0, 1000.0)[case // 3]
-    log_snr = ((-9.0, -4.0), (-1.0, -0.5), (5.0, 9.0))[case % 3]
+def ancestral_step_by(data, uniforms, shift, log_snr):
+    """The stored rows, without masks where the noise has none, before and after a step."""
     process = LogSnrProcess(97, MASK, shift=shift)
     z = np.where((shift == 1000) & (data["z"] == MASK), 7, data["z"])
     with jax.enable_x64(True):
         t, s = (jnp.full(len(z), 1 / (1 + np.exp(value))) for value in log_snr)
         x_hat = jax.nn.softmax(masked_logits(process, jnp.asarray(data["logits"], jnp.float64)))
         probs = process.posterior_probs(x_hat, jnp.asarray(z), t, s)
-        uniforms = jnp.asarray(data[f"ancestral/{case}/uniforms"].reshape(z.shape))
-        found = by_inverse(probs, uniforms)
+        return z, by_inverse(probs, jnp.asarray(uniforms, jnp.float64))
+
+
+@pytest.mark.parametrize("case", range(9))
+def test_ancestral_steps_of_the_port(case):
+    """Masks, both and uniform noise (in that order), from the prior to clean text."""
+    data = np.load(GOLDEN_SCALING / f"{FILES['s03']}.npz")
+    uniforms = data[f"ancestral/{case}/uniforms"].reshape(data["z"].shape)
+    log_snr = ((-9.0, -4.0), (-1.0, -0.5), (5.0, 9.0))[case % 3]
+    _, found = ancestral_step_by(data, uniforms, (-1000.0, 0.0, 1000.0)[case // 3], log_snr)
     np.testing.assert_array_equal(found, data[f"ancestral/{case}/z_next"])
 
 
 @pytest.mark.parametrize("case", range(6))
 def test_ancestral_steps_of_the_references_own_sampler(case):
     """Masks, both and uniform noise (in that order), early and late; by its draws."""
-    data = np.load(GOLDEN_SCALING / "s09_jax_sampler_likelihood.npz")
-    shift = (-1000.0, 0.0, 1000.0)[case // 2]
-    log_snr = ((-8.0, -3.0), (0.5, 1.5))[case % 2]
-    process = LogSnrProcess(97, MASK, shift=shift)
-    z = np.where((shift == 1000) & (data["z"] == MASK), 7, data["z"])
-    with jax.enable_x64(True):
-        t, s = (jnp.full(len(z), 1 / (1 + np.exp(value))) for value in log_snr)
-        x_hat = jax.nn.softmax(masked_logits(process, jnp.asarray(data["logits"], jnp.float64)))
-        probs = process.posterior_probs(x_hat, jnp.asarray(z), t, s)
-        drawn = by_inverse(probs, jnp.asarray(data["uniforms"][..., 0], jnp.float64))
+    data = np.load(GOLDEN_SCALING / f"{FILES['s09']}.npz")
+    shift, log_snr = (-1000.0, 0.0, 1000.0)[case // 2], ((-8.0, -3.0), (0.5, 1.5))[case % 2]
+    z, drawn = ancestral_step_by(data, data["uniforms"][..., 0], shift, log_snr)
     found = np.where(data["noise_mask"], drawn, z)
     assert np.any(found != z) or case == 0  # so early hardly any mask is lifted
     np.testing.assert_array_equal(found, data[f"ancestral/{case}"])
