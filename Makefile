@@ -75,7 +75,7 @@ sudoku-study: $(SUDOKU)/test.npz  ## five processes on 6 x 6, three seeds each, 
 $(SUDOKU)/test.npz: $(VENV)/.core
 	$(BIN)/python examples/sudoku/make_data.py --size=6 --out=$(SUDOKU)
 
-# 45 runs on each law; an hour each on 2 cores. The same command goes on after a stop.
+# 45 runs on each law; one to two hours each on 2 cores. The same command goes on after a stop.
 study-truth: $(VENV)/.core  ## the same on a Markov chain and a hidden one, whose entropy is known
 	$(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/chain.py --workdir=outputs/chain
 	$(BIN)/python -m gidd_jax.sweep --config=configs/sweeps/chain.py:hidden \

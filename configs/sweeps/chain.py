@@ -7,7 +7,7 @@ Rows of 32 tokens of a Markov chain over 16 tokens, or of a hidden Markov model 
 entropy is known, so the excess of a bound over it is exact, and generated rows have an exact
 likelihood under the truth (gidd_jax/evaluation/truth.py). 45 runs of a network of 2 layers of 64.
 
-Hardware: 2 CPU cores, an hour; the same command goes on after a stop.
+Hardware: 2 CPU cores, one to two hours; the same command goes on after a stop.
 Expected results: docs/study.md has those of the chain; the hidden one is not measured yet.
 """
 
